@@ -1,0 +1,90 @@
+"""Scores: mean IoU, pixel and mean accuracy from a confusion matrix, and F1 of the image tags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = 255
+"""Label of pixels that count nowhere."""
+
+
+class SegmentationMetrics:
+    """Confusion matrix over `num_classes` classes, background included, and the scores read from it.
+
+    The matrix stays on the device of the tensors given, so an update never waits for an accelerator.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        if not 1 <= num_classes <= IGNORE:
+            raise ValueError(f"num_classes must be 1 to {IGNORE}, got {num_classes}")
+        self.num_classes = num_classes
+        self.confusion: Tensor | None = None
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Count pred [B,H,W] against target [B,H,W]; integers of 0..num_classes-1, and 255 in target is ignored.
+
+        A prediction outside the classes (an ignored pixel of a pseudo label, say) is a miss for its true class and
+        for nobody else.
+        """
+        if pred.shape != target.shape:
+            raise ValueError(
+                f"pred and target must have one shape, got {tuple(pred.shape)} and {tuple(target.shape)}"
+            )
+        for name, labels in (("pred", pred), ("target", target)):
+            if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+                raise TypeError(f"{name} must hold integers, got {labels.dtype}")
+        n = self.num_classes
+        target = target.reshape(-1).long()
+        pred = pred.reshape(-1).long().to(target.device)
+        # One extra row and column collect what lies outside the classes: selecting pixels by a mask instead would
+        # make the host wait for the device.
+        row = torch.where((target >= 0) & (target < n), target, n)
+        column = torch.where((pred >= 0) & (pred < n), pred, n)
+        counts = torch.zeros((n + 1) ** 2, dtype=torch.int64, device=target.device)
+        counts.scatter_add_(0, row * (n + 1) + column, torch.ones_like(row))
+        counts = counts.view(n + 1, n + 1)[:n]
+        self.confusion = (
+            counts if self.confusion is None else self.confusion + counts.to(self.confusion.device)
+        )
+
+    def compute(self) -> dict[str, Any]:
+        """`miou`, `iou` (a list, one a class), `pixel_acc`, `mean_acc` and `confusion` (rows true, columns predicted).
+
+        IoU is nan for a class neither present nor predicted and 0 for one predicted but never present; the means are
+        over the classes that are not nan (mean_acc: those present).
+        """
+        n = self.num_classes
+        if self.confusion is None:
+            counts = torch.zeros(n, n + 1, dtype=torch.float64)
+        else:
+            counts = self.confusion.cpu().double()
+        hit = counts[:, :n].diagonal()
+        present = counts.sum(1)
+        union = present + counts[:, :n].sum(0) - hit
+        iou = hit / union
+        return {
+            "miou": float(iou.nanmean()),
+            "iou": iou.tolist(),
+            "pixel_acc": float(hit.sum() / present.sum()),
+            "mean_acc": float((hit / present).nanmean()),
+            "confusion": counts[:, :n].long().tolist(),
+        }
+
+
+def classification_f1(scores: Tensor, tags: Tensor, threshold: float = 0.0) -> float:
+    """Mean over images of the F1 between `scores > threshold` and `tags`, both [B,C]; scores are logits.
+
+    An image with no tag scores 1 when nothing is predicted and 0 otherwise.
+    """
+    if scores.shape != tags.shape or scores.dim() != 2:
+        raise ValueError(
+            f"scores and tags must both be [B,C], got {tuple(scores.shape)} and {tuple(tags.shape)}"
+        )
+    predicted = scores > threshold
+    true = tags > 0.5
+    both = (predicted & true).sum(1)
+    total = predicted.sum(1) + true.sum(1)
+    return float(torch.where(total == 0, 1.0, 2.0 * both / total.clamp(min=1)).mean())
