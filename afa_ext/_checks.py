@@ -1,0 +1,215 @@
+"""Argument checks shared by the native operators' wrappers and their reference twins.
+
+Every check names the argument, what was expected and what came, so that a user can mend the call without
+opening this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_DILATIONS = 32
+MAX_RADIUS = 63
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_float_tensor(name: str, value: Tensor, layout: str) -> None:
+    """``layout`` is the documented shape, such as ``"[B, C, H, W]"``; its commas give the rank."""
+    ndim = layout.count(",") + 1
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a floating-point tensor {layout}, got {_describe(value)}")
+    if value.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions {layout}, got {_describe(value)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float16, bfloat16 or float64, got {_describe(value)}; "
+            f"convert it with {name}.float()"
+        )
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name} ({other.device}), got one on {value.device}"
+        )
+
+
+def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must have the type of {other_name} ({other.dtype}), got {value.dtype}")
+
+
+def check_size(name: str, value: Tensor, dim: int, expected: int, reason: str) -> None:
+    if value.shape[dim] != expected:
+        raise ValueError(
+            f"{name} must have size {expected} in dimension {dim} ({reason}), got shape {tuple(value.shape)}"
+        )
+
+
+def check_int(name: str, value: int, minimum: int, maximum: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {_describe(value)}")
+    if value < minimum or (maximum is not None and value > maximum):
+        bound = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+        raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def check_positive(name: str, value: float, *, allow_zero: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_describe(value)}")
+    if not (value > 0 or (allow_zero and value == 0)):  # also catches NaN
+        raise ValueError(f"{name} must be {'0 or more' if allow_zero else 'greater than 0'}, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_dilations(dilations: Sequence[int]) -> list[int]:
+    if isinstance(dilations, (str, bytes, Tensor)) or not isinstance(dilations, Sequence):
+        raise TypeError(f"dilations must be a sequence of integers, got {_describe(dilations)}")
+    if not 1 <= len(dilations) <= MAX_DILATIONS:
+        raise ValueError(f"dilations must hold 1 to {MAX_DILATIONS} integers, got {len(dilations)}")
+    for dilation in dilations:
+        check_int("dilations' entries", dilation, 1, 2**30)
+    return list(dilations)
+
+
+def check_class_mask(class_mask: Tensor | None, masks: Tensor) -> None:
+    if class_mask is None:
+        return
+    if not isinstance(class_mask, Tensor) or class_mask.dtype != torch.bool:
+        raise TypeError(f"class_mask must be a bool tensor [B, C], got {_describe(class_mask)}")
+    if class_mask.shape != masks.shape[:2]:
+        raise ValueError(
+            f"class_mask must have shape {tuple(masks.shape[:2])} (the batch and classes of masks), "
+            f"got {tuple(class_mask.shape)}"
+        )
+    check_same_device("class_mask", class_mask, "masks", masks)
+
+
+def check_no_grad(name: str, value: Tensor) -> None:
+    """Refuses a gradient that would otherwise be dropped without a word."""
+    if torch.is_grad_enabled() and value.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but this operator has no gradient with respect to {name}; "
+            f"pass {name}.detach(), or use the twin in afa_ext.reference"
+        )
+
+
+def check_par_affinity(images: Tensor, dilations: Sequence[int], w1: float, w2: float) -> list[int]:
+    check_float_tensor("images", images, "[B, 3, H, W]")
+    if images.shape[1] < 1:
+        raise ValueError(f"images must have at least one colour channel, got shape {tuple(images.shape)}")
+    check_positive("w1", w1)
+    check_positive("w2", w2, allow_zero=True)
+    return check_dilations(dilations)
+
+
+def check_par_propagate(
+    weights: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, class_mask: Tensor | None
+) -> list[int]:
+    check_float_tensor("weights", weights, "[B, 8*len(dilations), H, W]")
+    check_float_tensor("masks", masks, "[B, C, H, W]")
+    offsets = check_dilations(dilations)
+    check_size("weights", weights, 1, 8 * len(offsets), "8 neighbours a dilation")
+    for dim, what in ((0, "batch"), (2, "height"), (3, "width")):
+        check_size("masks", masks, dim, weights.shape[dim], f"the {what} of weights")
+    check_same_dtype("masks", masks, "weights", weights)
+    check_same_device("masks", masks, "weights", weights)
+    check_int("num_iter", num_iter, 0)
+    check_class_mask(class_mask, masks)
+    return offsets
+
+
+def check_par_refine(images: Tensor, masks: Tensor, class_mask: Tensor | None, resize: str) -> None:
+    check_float_tensor("images", images, "[B, 3, H, W]")
+    check_float_tensor("masks", masks, "[B, C, Hm, Wm]")
+    check_size("masks", masks, 0, images.shape[0], "the batch of images")
+    check_same_device("masks", masks, "images", images)
+    check_class_mask(class_mask, masks)
+    check_choice("resize", resize, ("mask_to_image", "image_to_mask"))
+    empty_masks, empty_images = 0 in masks.shape[2:], 0 in images.shape[2:]
+    if masks.shape[2:] != images.shape[2:] and (empty_masks or empty_images):
+        raise ValueError(
+            "masks and images must both have at least one pixel to be resized to each other, "
+            f"got shapes {tuple(masks.shape)} and {tuple(images.shape)}"
+        )
+
+
+def check_random_walk(
+    scores: Tensor,
+    affinity: Tensor,
+    grid: tuple[int, int],
+    radius: int | None,
+    window: str,
+    power: float,
+    steps: int,
+    normalize: str | None,
+    eps: float,
+) -> None:
+    check_float_tensor("scores", scores, "[B, C, h, w]")
+    check_float_tensor("affinity", affinity, "[B, N, N or window]")
+    if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
+        raise TypeError(f"grid must be the two sizes (h, w), got {_describe(grid)}")
+    if tuple(scores.shape[2:]) != tuple(grid):
+        raise ValueError(
+            f"scores must have spatial size {tuple(grid)} (grid), got shape {tuple(scores.shape)}"
+        )
+    check_size("affinity", affinity, 0, scores.shape[0], "the batch of scores")
+    nodes = grid[0] * grid[1]
+    check_size("affinity", affinity, 1, nodes, "h*w of grid")
+    check_positive("power", power)
+    check_int("steps", steps, 0)
+    check_choice("normalize", normalize, ("column", "row", "sinkhorn", None))
+    check_positive("eps", eps, allow_zero=True)
+    check_same_dtype("affinity", affinity, "scores", scores)
+    check_same_device("affinity", affinity, "scores", scores)
+    check_choice("window", window, ("square", "disc"))
+    if radius is None:
+        check_size("affinity", affinity, 2, nodes, "h*w of grid; a windowed affinity needs radius")
+        return
+    window_size = len(window_offsets(radius, window))
+    if affinity.shape[2] != nodes and affinity.shape[2] != window_size:
+        raise ValueError(
+            f"affinity must have size {nodes} (dense, h*w) or {window_size} (the {window} window of radius "
+            f"{radius}) in dimension 2, got shape {tuple(affinity.shape)}"
+        )
+
+
+def window_offsets(radius: int, window: str = "square") -> list[tuple[int, int]]:
+    """Offsets (dy, dx) of a random walk's window, row by row from the top left.
+
+    ``"square"`` holds the (2*radius+1)**2 offsets within Chebyshev distance ``radius`` (AFA);
+    ``"disc"`` those with dy**2 + dx**2 < radius**2 (PSA, IRN). A windowed affinity [B, N, window] holds at
+    [b, i, k] the affinity from node i to node i + offset k; entries that leave the grid are never read.
+
+    Raises:
+        TypeError, ValueError: ``radius`` is no integer from 0 (disc: 1) to 63, or ``window`` is unknown.
+    """
+    check_choice("window", window, ("square", "disc"))
+    check_int("radius", radius, 1 if window == "disc" else 0, MAX_RADIUS)
+    span = range(-radius, radius + 1)
+    return [(dy, dx) for dy in span for dx in span if window == "square" or dy * dy + dx * dx < radius * radius]
+
+
+def check_propagate_cams(cams: Tensor, class_labels: Tensor, background: float) -> None:
+    check_float_tensor("cams", cams, "[B, C, h, w]")
+    if not isinstance(class_labels, Tensor) or class_labels.shape != cams.shape[:2]:
+        raise ValueError(
+            f"class_labels must be a tensor of shape {tuple(cams.shape[:2])} (batch and classes of cams; "
+            f"nonzero where the class is present), got {_describe(class_labels)}"
+        )
+    check_same_device("class_labels", class_labels, "cams", cams)
+    if isinstance(background, bool) or not isinstance(background, (int, float)):
+        raise TypeError(f"background must be a number, got {_describe(background)}")

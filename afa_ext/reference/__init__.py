@@ -1,0 +1,10 @@
+"""The operators in plain PyTorch: same names, same arguments, written to be read as their definition.
+
+The tests hold the native kernels to these. They run on any device and are differentiable in every
+floating-point input, at the price of time and memory.
+"""
+
+from .par import PAR, par_affinity, par_propagate, par_refine
+from .walk import propagate_cams, random_walk
+
+__all__ = ["PAR", "par_affinity", "par_propagate", "par_refine", "propagate_cams", "random_walk"]

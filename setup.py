@@ -1,0 +1,55 @@
+"""The bridge from setuptools to CMakeLists.txt, which alone describes the native build."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds with CMake and Ninja, then leaves the library where setuptools expects it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import numpy  # noqa: F401  (torch warns while importing without it)
+        import pybind11
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "native"
+        build.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "AFA_EXT_CUDA": os.environ.get("AFA_EXT_CUDA", "auto"),
+            "AFA_EXT_TORCH_VERSION": torch.__version__,
+            "AFA_EXT_TORCH_INCLUDE_DIRS": ";".join(include_paths()),
+            "AFA_EXT_TORCH_LIBRARY_DIRS": ";".join(library_paths()),
+            "AFA_EXT_OUTPUT_DIR": target.parent,
+            "AFA_EXT_OUTPUT_NAME": target.name,
+            "Python_EXECUTABLE": sys.executable,
+            "Python_INCLUDE_DIR": sysconfig.get_path("include"),
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure += [f"-D{key}={value}" for key, value in settings.items()]
+        if not (build / "build.ninja").exists():  # a cache left by a failed configure may hold stale choices
+            (build / "CMakeCache.txt").unlink(missing_ok=True)
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+
+
+setup(
+    packages=find_packages(include=["afa_ext", "afa_ext.*"]) + find_packages("python", include=["afa", "afa.*"]),
+    package_dir={"afa": "python/afa"},
+    ext_modules=[Extension("afa_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
