@@ -1,7 +1,7 @@
 """The configuration tree of a run: what every YAML file and every dotted override may set.
 
-One dataclass a section; a default is the published AFA setting on VOC 2012 (AFA, CVPR 2022) unless its comment
-says otherwise. Ready files are in `configs/`.
+One dataclass a section; a default is the published AFA setting on VOC 2012 (AFA, CVPR 2022) unless its
+comment says otherwise. Ready files are in `configs/`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class DataConfig:
     """Where the images are and how a training crop is made."""
 
     root: str = "data/VOCdevkit/VOC2012"
-    """Folder in VOC layout: JPEGImages, ImageSets/Segmentation, Annotations (tags), SegmentationClass (masks)."""
+    """Folder in VOC layout: JPEGImages, ImageSets/Segmentation, Annotations (tags), SegmentationClass
+    (masks)."""
     embedded: bool = False
     """Make the embedded data set at `root` when it is not there yet."""
     train_split: str = "train"
@@ -46,7 +47,8 @@ class ModelConfig:
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Passed on to timm.create_model."""
     weights: str | None = "timm"
-    """'timm' (downloads), 'bundled:<name>' (shipped in the package), a safetensors/pth path, or null for random."""
+    """'timm' (downloads), 'bundled:<name>' (shipped in the package), a safetensors/pth path, or null for
+    random."""
     output_stride: int = 16
     """Pixels a token of the last stage; reached by unstriding the last stages of a pyramid."""
     attention_blocks: int | None = None
@@ -198,7 +200,8 @@ def from_dict(content: Any, *, where: str = "the configuration") -> Config:
 
 
 def apply_override(config: Config, override: str) -> None:
-    """Set one key from `section.key=value`, typed by the field: `train.iterations=100`, `labels.cam_scales=1,0.5`.
+    """Set one key from `section.key=value`, typed by the field: `train.iterations=100`,
+    `labels.cam_scales=1,0.5`.
 
     Keys inside a mapping are reached by one more dot: `model.backbone_args.drop_path_rate=0.1`.
     """
@@ -206,7 +209,8 @@ def apply_override(config: Config, override: str) -> None:
     key = key.strip()
     if not equals or not key:
         raise UserError(
-            f"'{override}' is no override: write section.key=value, such as train.iterations=100, without spaces"
+            f"'{override}' is no override: write section.key=value, such as train.iterations=100, "
+            "without spaces"
         )
     text = text.strip()
     parts = key.split(".")
@@ -214,7 +218,8 @@ def apply_override(config: Config, override: str) -> None:
     if hint is None or (len(parts) > 2 and not _is_mapping(hint)):
         raise _unknown_key(key, "the command line")
     value: Any
-    # A string field takes the text as it stands: a folder called 2012 or on must not become a number or a truth.
+    # A string field takes the text as it stands: a folder called 2012 or on must not become a number or a
+    # truth.
     if _plain(hint) is str and not (_optional(hint) and text.lower() in ("null", "none", "~", "")):
         value = text
     elif _optional(hint) and text.lower() == "none":
@@ -236,7 +241,8 @@ def apply_override(config: Config, override: str) -> None:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain dictionaries, lists and scalars: what YAML and JSON can hold, and `from_dict` reads back."""
+    """Nested plain dictionaries, lists and scalars: what YAML and JSON can hold, and `from_dict` reads
+    back."""
     return _plain_data(asdict(config))
 
 

@@ -1,0 +1,149 @@
+"""Pretrain the small bundled backbone from image-level tags on endlessly generated images.
+
+    python -m afa.pretrain --out python/afa/weights/pvt_v2_mini.safetensors             # about an hour on 2 cores
+    python -m afa.pretrain --out pvt.safetensors --images 4000000 --workers 14           # a GPU with many cores
+
+What ImageNet weights are to a real run, these are to the embedded demo: a start that knows edges, textures and
+outlines, but none of the demo's classes, shapes, textures or backgrounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from afa.data.synthetic.pretraining import TAGS, TaggedStream, draw_tagged
+
+BACKBONE = "pvt_v2_b0"
+BACKBONE_ARGS: dict[str, tuple[int, ...]] = {
+    "embed_dims": (32, 64, 128, 256),
+    "num_heads": (1, 2, 4, 8),
+    "mlp_ratios": (4, 4, 4, 4),
+}
+
+_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+
+
+class Tagger(nn.Module):
+    """The backbone at output stride 16, and a 1×1 classifier pooled by the mean of maximum and average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(BACKBONE, num_classes=0, drop_path_rate=0.05, **BACKBONE_ARGS)
+        self.backbone.stages[-1].downsample.proj.stride = (1, 1)
+        self.head = nn.Conv2d(self.backbone.num_features, len(TAGS), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] uint8 -> tag logits [B, len(TAGS)]."""
+        x = (images.float() / 255 - _MEAN.to(images.device)) / _STD.to(images.device)
+        scores = self.head(self.backbone.forward_features(x.contiguous(memory_format=torch.channels_last)))
+        return 0.5 * (scores.amax((2, 3)) + scores.mean((2, 3)))
+
+
+@torch.no_grad()
+def mean_average_precision(model: nn.Module, images: Tensor, tags: Tensor, batch: int = 64) -> float:
+    """Mean over tags of the area under the precision-recall curve; images [N, 3, H, W] uint8, tags [N, T]."""
+    from sklearn.metrics import average_precision_score
+
+    model.eval()
+    logits = torch.cat([model(chunk) for chunk in images.split(batch)])
+    model.train()
+    return float(average_precision_score(tags.cpu().numpy(), logits.float().cpu().numpy(), average="macro"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
+    parser.add_argument("--images", type=int, default=400_000, help="images to train on (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end the schedule after this time, even with fewer images"
+    )
+    parser.add_argument("--crop", type=int, default=96, help="image side, pixels (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def _save(model: Tagger, out: Path, facts: dict[str, object]) -> None:
+    """Write the backbone, half precision, without the classifier, under timm's own names; never a partial file."""
+    state = {k: v.detach().half().contiguous().cpu() for k, v in model.backbone.state_dict().items()}
+    metadata = {"backbone": BACKBONE, "backbone_args": json.dumps(BACKBONE_ARGS), "pretraining": json.dumps(facts)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".partial")
+    save_file(state, temporary, metadata)
+    temporary.replace(out)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    torch.manual_seed(args.seed)
+    model = Tagger().to(args.device, memory_format=torch.channels_last)
+    held_out = [draw_tagged(np.random.default_rng([args.seed, 10**6, i]), args.crop) for i in range(1024)]
+    test_images = torch.from_numpy(np.stack([image for image, _ in held_out])).permute(0, 3, 1, 2).to(args.device)
+    test_tags = torch.from_numpy(np.stack([tags for _, tags in held_out]))
+
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}])
+    stream = TaggedStream(args.crop, args.seed)
+    loader = DataLoader(stream, args.batch_size, num_workers=args.workers, prefetch_factor=8 if args.workers else None)
+
+    start = last_save = time.monotonic()
+    seen, step, running = 0, 0, float("nan")
+    bar = tqdm(total=args.images, unit="img", smoothing=0.02)
+    for images, tags in loader:
+        elapsed = time.monotonic() - start
+        progress = max(seen / args.images, elapsed / (60 * args.minutes))
+        if progress >= 1:
+            break
+        lr = args.lr * min(1.0, (step + 1) / 500) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = F.multilabel_soft_margin_loss(model(images.to(args.device)), tags.to(args.device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen, step = seen + len(images), step + 1
+        if step % 20 == 0:
+            value = float(loss.detach())
+            running = value if math.isnan(running) else 0.95 * running + 0.05 * value
+            bar.update(seen - bar.n)
+            bar.set_postfix(loss=f"{running:.4f}", lr=f"{lr:.1e}")
+        if time.monotonic() - last_save > 300:
+            last_save = time.monotonic()
+            score = mean_average_precision(model, test_images, test_tags)
+            _save(model, args.out, {"images": seen, "mean_average_precision": score})
+            tqdm.write(f"{seen} images, {elapsed / 60:.0f} min: loss {running:.4f}, mean average precision {score:.4f}")
+    bar.close()
+    facts = {
+        "images": seen,
+        "seconds": round(time.monotonic() - start),
+        "mean_average_precision": round(mean_average_precision(model, test_images, test_tags), 4),
+        "tags": len(TAGS),
+        **{key: getattr(args, key) for key in ("crop", "batch_size", "lr", "weight_decay", "seed")},
+    }
+    _save(model, args.out, facts)
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
