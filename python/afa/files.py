@@ -13,7 +13,8 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, to be written by the caller; it takes the name `path` when the block succeeds.
+    """A temporary path beside `path`, to be written by the caller; it takes the name `path` when the block
+    succeeds.
 
     A reader sees the old file or the whole new one, never half of it, and a failure leaves nothing behind.
     The temporary name keeps the suffix, since Pillow and NumPy choose the format by it.
@@ -46,7 +47,8 @@ def write_text(path: str | Path, content: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON. NaN (a class absent everywhere) becomes null, which every JSON reader takes."""
+    """Write `content` as indented JSON. NaN (a class absent everywhere) becomes null, which every JSON
+    reader takes."""
     write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
 
 

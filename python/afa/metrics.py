@@ -24,10 +24,11 @@ class SegmentationMetrics:
         self.confusion: Tensor | None = None
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Count pred [B,H,W] against target [B,H,W]; integers of 0..num_classes-1, and 255 in target is ignored.
+        """Count pred [B,H,W] against target [B,H,W]; integers of 0..num_classes-1, and 255 in target is
+        ignored.
 
-        A prediction outside the classes (an ignored pixel of a pseudo label, say) is a miss for its true class and
-        for nobody else.
+        A prediction outside the classes (an ignored pixel of a pseudo label, say) is a miss for its true
+        class and for nobody else.
         """
         if pred.shape != target.shape:
             raise ValueError(
@@ -39,8 +40,8 @@ class SegmentationMetrics:
         n = self.num_classes
         target = target.reshape(-1).long()
         pred = pred.reshape(-1).long().to(target.device)
-        # One extra row and column collect what lies outside the classes: selecting pixels by a mask instead would
-        # make the host wait for the device.
+        # One extra row and column collect what lies outside the classes: selecting pixels by a mask instead
+        # would make the host wait for the device.
         row = torch.where((target >= 0) & (target < n), target, n)
         column = torch.where((pred >= 0) & (pred < n), pred, n)
         counts = torch.zeros((n + 1) ** 2, dtype=torch.int64, device=target.device)
@@ -51,10 +52,11 @@ class SegmentationMetrics:
         )
 
     def compute(self) -> dict[str, Any]:
-        """`miou`, `iou` (a list, one a class), `pixel_acc`, `mean_acc` and `confusion` (rows true, columns predicted).
+        """`miou`, `iou` (a list, one a class), `pixel_acc`, `mean_acc` and `confusion` (rows true, columns
+        predicted).
 
-        IoU is nan for a class neither present nor predicted and 0 for one predicted but never present; the means are
-        over the classes that are not nan (mean_acc: those present).
+        IoU is nan for a class neither present nor predicted and 0 for one predicted but never present; the
+        means are over the classes that are not nan (mean_acc: those present).
         """
         n = self.num_classes
         if self.confusion is None:

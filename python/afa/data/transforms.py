@@ -1,0 +1,178 @@
+"""Reading pictures and masks whatever their encoding, and the random crop of training."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from afa.errors import UserError
+
+MEAN_COLOUR = (124, 116, 104)
+"""ImageNet's mean RGB, the padding of crops: close to 0 once normalised."""
+
+IGNORE = 255
+"""Mask value of pixels that belong to no class."""
+
+# What Pillow's decoders raise on damaged files, the documented OSError aside.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def voc_palette() -> NDArray[np.uint8]:
+    """VOC's 256 colours, uint8 [256, 3]: the bits of the index spread over red, green and blue, highest
+    first."""
+    index = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The picture at `path` as an upright RGB image.
+
+    Turned by its EXIF orientation; transparency goes on white; grey, palette, CMYK and 16-bit become 8-bit
+    RGB. Raises UserError naming the file when it can't be decoded to its last row.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(image)
+    except _DECODE_ERRORS as error:
+        raise UserError(
+            f"the image {path} can't be decoded ({_reason(error)}); replace it, or take its name out "
+            "of the split list"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The loaded `image` upright and in 8-bit RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion would clip every value above 255.
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of the upright picture, read from the file's header alone."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            # Orientations 5 to 8 lie on their side.
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except _DECODE_ERRORS as error:
+        raise UserError(f"the image {path} can't be decoded ({_reason(error)}); replace it") from error
+    return (width, height) if turned else (height, width)
+
+
+def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """The class map at `path`, uint8 [H, W]: 0 background, 1..num_classes, 255 ignored.
+
+    Palette and grey files hold the class itself; RGB files must use VOC's colours. Raises UserError naming
+    the file: not decodable, not of `size` (height, width), or holding a value that is no class.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except _DECODE_ERRORS as error:
+        raise UserError(f"the mask {path} can't be decoded ({_reason(error)}); replace it") from error
+    if image.mode in ("RGB", "RGBA"):
+        mask = _from_colours(np.asarray(image)[..., :3], path)
+    elif image.mode == "LA":
+        mask = np.asarray(image)[..., 0]
+    else:
+        mask = np.asarray(image)
+    if size is not None and mask.shape != size:
+        raise UserError(
+            f"the mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels but its image is {size[1]} "
+            f"x {size[0]}; "
+            "masks must have the size of the upright image"
+        )
+    values = np.unique(mask)
+    unknown = values[(values != IGNORE) & ((values < 0) | (values > num_classes))]
+    if unknown.size:
+        raise UserError(
+            f"the mask {path} holds the value {int(unknown[0])}, but only 0 (background), 1 to "
+            f"{num_classes} (the classes) "
+            f"and {IGNORE} (ignored) are allowed; mend the mask or list every class in classes.txt"
+        )
+    return mask.astype(np.uint8)
+
+
+def _from_colours(rgb: NDArray[np.uint8], path: str | Path) -> NDArray[np.int64]:
+    keys = np.array([1 << 16, 1 << 8, 1])
+    known = voc_palette().astype(np.int64) @ keys
+    order = np.argsort(known)
+    colours = rgb.astype(np.int64) @ keys
+    place = np.searchsorted(known[order], colours).clip(max=255)
+    found = order[place]
+    strange = known[found] != colours
+    if strange.any():
+        colour = tuple(int(v) for v in rgb[strange][0])
+        raise UserError(
+            f"the mask {path} is a colour picture holding {colour}, which is no colour of VOC's palette; "
+            "save the class numbers as a palette or 8-bit grey PNG"
+        )
+    return found
+
+
+def random_crop(
+    image: Image.Image, size: int, scale_range: tuple[float, float], flip: bool, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
+    """A random `size` x `size` crop of the randomly scaled and mirrored image, uint8 [size, size, 3].
+
+    Also its valid box (y0, y1, x0, x1): where picture lies and not padding. A scaled image smaller than the
+    crop is put at a random place on the mean colour (AFA, CVPR 2022). Only the part that stays is resampled.
+    """
+    # Every draw happens whatever the image, so that a sample's numbers do not depend on its neighbours'.
+    draws = rng.random(4)
+    scale = scale_range[0] + (scale_range[1] - scale_range[0]) * draws[0]
+    boxes, sources = [], []
+    for length, draw in ((image.height, draws[1]), (image.width, draws[2])):
+        scaled = max(1, round(length * scale))
+        start = int(draw * (abs(scaled - size) + 1))
+        crop_start, pad_start = (start, 0) if scaled >= size else (0, start)
+        kept = min(scaled, size)
+        boxes.append((pad_start, pad_start + kept))
+        sources.append((crop_start * length / scaled, (crop_start + kept) * length / scaled))
+    (y0, y1), (x0, x1) = boxes
+    (top, bottom), (left, right) = sources
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    part = np.asarray(image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=box))
+    if flip and draws[3] < 0.5:
+        part = part[:, ::-1]
+        x0, x1 = size - x1, size - x0
+    crop = np.empty((size, size, 3), np.uint8)
+    crop[:] = MEAN_COLOUR
+    crop[y0:y1, x0:x1] = part
+    return crop, (y0, y1, x0, x1)
+
+
+def _reason(error: BaseException) -> str:
+    """Pillow's own words, without the path it repeats."""
+    if isinstance(error, FileNotFoundError):
+        return "the file is not there"
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "not an image file" if "cannot identify image file" in text else text
