@@ -55,8 +55,8 @@ class SegmentationMetrics:
         """`miou`, `iou` (a list, one a class), `pixel_acc`, `mean_acc` and `confusion` (rows true, columns
         predicted).
 
-        IoU is nan for a class neither present nor predicted and 0 for one predicted but never present; the
-        means are over the classes that are not nan (mean_acc: those present).
+        IoU is nan for a class neither present nor predicted and 0 for one predicted but never present. Both
+        means are over the classes present in the truth alone, as the published code takes them.
         """
         n = self.num_classes
         if self.confusion is None:
@@ -68,10 +68,10 @@ class SegmentationMetrics:
         union = present + counts[:, :n].sum(0) - hit
         iou = hit / union
         return {
-            "miou": float(iou.nanmean()),
+            "miou": float(iou[present > 0].mean()),
             "iou": iou.tolist(),
             "pixel_acc": float(hit.sum() / present.sum()),
-            "mean_acc": float((hit / present).nanmean()),
+            "mean_acc": float((hit / present)[present > 0].mean()),
             "confusion": counts[:, :n].long().tolist(),
         }
 
