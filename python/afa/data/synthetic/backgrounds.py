@@ -56,9 +56,7 @@ def photograph(rng: np.random.Generator, size: int, names: tuple[str, ...]) -> n
         corners = corners[::-1]
     corners = corners + rng.uniform(-0.12, 0.12, (4, 2)) * side
     corners = np.clip(corners, 0, np.array(image.size) - 1)
-    crop = image.transform(
-        (size, size), Image.Transform.QUAD, tuple(corners.ravel()), Image.Resampling.BICUBIC
-    )
+    crop = image.transform((size, size), Image.Transform.QUAD, tuple(corners.ravel()), Image.Resampling.BICUBIC)
     pixels = np.asarray(crop, dtype=np.float32) / 255
     pixels = pixels[..., rng.permutation(3)] ** np.float32(rng.uniform(0.6, 1.6))
     grey = pixels.mean(-1, keepdims=True)
@@ -101,9 +99,7 @@ def warped_noise(rng: np.random.Generator, size: int) -> np.ndarray:
     bend = _noise(rng, size, (4, 8, 16))
     yx = np.mgrid[0:size, 0:size].astype(np.float32) / size
     direction = rng.normal(0, rng.uniform(1, 5), 2)
-    values = np.sin(direction[0] * yx[0] + direction[1] * yx[1] + 2 * bend) + 0.5 * _noise(
-        rng, size, (24, 48)
-    )
+    values = np.sin(direction[0] * yx[0] + direction[1] * yx[1] + 2 * bend) + 0.5 * _noise(rng, size, (24, 48))
     return _colorize(values, rng)
 
 
@@ -126,9 +122,7 @@ def patchwork(rng: np.random.Generator, size: int) -> np.ndarray:
 def clouds(rng: np.random.Generator, size: int) -> np.ndarray:
     """Fractal noise with some independent colour noise."""
     image = _colorize(_noise(rng, size, (3, 6, 12, 24, 48), rng.uniform(0.4, 0.85)), rng).astype(np.float32)
-    image += (
-        rng.uniform(0, 40) * _noise(rng, size, (6, 20))[..., None] * rng.normal(0, 1, 3).astype(np.float32)
-    )
+    image += rng.uniform(0, 40) * _noise(rng, size, (6, 20))[..., None] * rng.normal(0, 1, 3).astype(np.float32)
     return image.clip(0, 255).astype(np.uint8)
 
 

@@ -29,7 +29,11 @@ def draw_tagged(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
     chosen = [(int(rng.integers(len(shapes))), int(rng.integers(len(textures)))) for _ in range(rng.integers(1, 4))]
     background = PRETRAIN_GENERATORS[rng.integers(len(PRETRAIN_GENERATORS))](rng, size)
     image, index = draw_scene(
-        rng, background, [(shapes[s], textures[t]) for s, t in chosen], radius=(0.13 * size, 0.4 * size), period=(5, 13)
+        rng,
+        background,
+        [(shapes[s], textures[t]) for s, t in chosen],
+        radius=(0.13 * size, 0.4 * size),
+        period=(5, 13),
     )
     tags = np.zeros(len(TAGS), dtype=np.float32)
     for k, (s, t) in enumerate(chosen, start=1):

@@ -56,9 +56,7 @@ def draw_scene(
                 shape, rng, size, (center[0], center[1]), r, rng.uniform(-0.6, 0.6), rng.uniform(0.85, 1.15)
             )
             inside = coverage >= 0.5
-            hidden = {
-                j: np.count_nonzero((index == j) & ~inside) < _MIN_VISIBLE * area for j, area in areas.items()
-            }
+            hidden = {j: np.count_nonzero((index == j) & ~inside) < _MIN_VISIBLE * area for j, area in areas.items()}
             if inside.any() and not any(hidden.values()):
                 break
         else:

@@ -18,9 +18,7 @@ Shape = Callable[[np.random.Generator], list[Contour]]
 _OVERSAMPLING = 4
 
 
-def _polar(
-    radius: np.ndarray | float, n: int = 64, start: float = 0.0, sweep: float = 2 * np.pi
-) -> np.ndarray:
+def _polar(radius: np.ndarray | float, n: int = 64, start: float = 0.0, sweep: float = 2 * np.pi) -> np.ndarray:
     """[n, 2] points at the given radius, over `sweep` radians from `start`."""
     angle = start + sweep * np.arange(n) / n
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
@@ -77,17 +75,13 @@ def leaf(rng: np.random.Generator) -> list[Contour]:
 
 def bolt(rng: np.random.Generator) -> list[Contour]:
     k = rng.uniform(0.9, 1.1)
-    half = _points(
-        (0.45, -1), (0.05, -0.25), (0.62, -0.25), (-0.35, 1), (-0.08, 0.12), (-0.62, 0.12), (-0.2, -1)
-    )
+    half = _points((0.45, -1), (0.05, -0.25), (0.62, -0.25), (-0.35, 1), (-0.08, 0.12), (-0.62, 0.12), (-0.2, -1))
     return _solid(half * [k, 1])
 
 
 def castle(rng: np.random.Generator) -> list[Contour]:
     w, gap = rng.uniform(0.62, 0.78), rng.uniform(0.2, 0.3)
-    right = _points(
-        (gap / 2, -0.5), (gap / 2, -0.85), (w * 0.62, -0.85), (w * 0.62, -0.5), (w, -0.5), (w, 0.85)
-    )
+    right = _points((gap / 2, -0.5), (gap / 2, -0.85), (w * 0.62, -0.85), (w * 0.62, -0.5), (w, -0.5), (w, 0.85))
     door = _mirrored(_points((0.0, 0.3), (0.16, 0.42), (0.16, 0.9)))
     return [(_mirrored(right), True), (door, False)]
 
@@ -149,9 +143,7 @@ def drop(rng: np.random.Generator) -> list[Contour]:
 def mushroom(rng: np.random.Generator) -> list[Contour]:
     stem = rng.uniform(0.18, 0.3)
     cap = _polar(1.0, 32, np.pi, np.pi) * [1.0, 0.95]
-    return _solid(
-        np.concatenate([cap, [[1.0, 0.05], [stem, 0.05], [stem, 0.85], [-stem, 0.85], [-stem, 0.05]]])
-    )
+    return _solid(np.concatenate([cap, [[1.0, 0.05], [stem, 0.05], [stem, 0.85], [-stem, 0.85], [-stem, 0.05]]]))
 
 
 def fish(rng: np.random.Generator) -> list[Contour]:
@@ -232,14 +224,10 @@ PRETRAIN_SHAPES: dict[str, Shape] = {
         (0.1, -0.42),
         (-0.8, -0.42),
     ),
-    "arrow": _outline(
-        (-1, -0.22), (0.15, -0.22), (0.15, -0.65), (1, 0), (0.15, 0.65), (0.15, 0.22), (-1, 0.22)
-    ),
+    "arrow": _outline((-1, -0.22), (0.15, -0.22), (0.15, -0.65), (1, 0), (0.15, 0.65), (0.15, 0.22), (-1, 0.22)),
     "hourglass": _outline((-0.75, -0.9), (0.75, -0.9), (0.14, 0), (0.75, 0.9), (-0.75, 0.9), (-0.14, 0)),
     "chevron": _outline((-0.9, -0.3), (0, -0.85), (0.9, -0.3), (0.9, 0.35), (0, -0.2), (-0.9, 0.35)),
-    "house": _outline(
-        (0, -0.95), (0.85, -0.2), (0.65, -0.2), (0.65, 0.8), (-0.65, 0.8), (-0.65, -0.2), (-0.85, -0.2)
-    ),
+    "house": _outline((0, -0.95), (0.85, -0.2), (0.65, -0.2), (0.65, 0.8), (-0.65, 0.8), (-0.65, -0.2), (-0.85, -0.2)),
     "half_disc": half_disc,
     "pie": pie,
     "flower": flower,

@@ -157,9 +157,7 @@ def maze(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return _step(0.35 - np.abs(_plane_waves(x * 0.6, y * 0.6, rng)), 3)
 
 
-def _voronoi(
-    x: np.ndarray, y: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _voronoi(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distances to the nearest and second nearest of jittered lattice points, and the nearest one's cell value."""
     seed = float(rng.uniform(0, 100))
     i0, j0 = np.floor(x), np.floor(y)
@@ -226,9 +224,7 @@ PRETRAIN_TEXTURES: dict[str, Texture] = {
 }  # fmt: skip
 
 
-def paint(
-    texture: Texture, rng: np.random.Generator, size: tuple[int, int], period: float, angle: float
-) -> np.ndarray:
+def paint(texture: Texture, rng: np.random.Generator, size: tuple[int, int], period: float, angle: float) -> np.ndarray:
     """The pattern's values [height, width] float32, with `period` pixels a repeat, turned by `angle` radians."""
     height, width = size
     x = np.arange(width, dtype=np.float32)[None, :] / np.float32(period)

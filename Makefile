@@ -1,0 +1,63 @@
+# make demo      install, build, train AFA on the embedded data set, write runs/demo/report.html
+# make test      install and build if needed, run every test
+# make lint      ruff, mypy, clang-format
+# make smoke     the demo in about a minute, to see that every part runs (its figures mean nothing)
+# make abi-check show that the built library loads and computes under an older torch (OLD_TORCH=2.13.0)
+# make pretrain  train the small backbone that ships in the package anew (about an hour on 2 cores)
+# make bench     time par_refine against PyTorch on this machine
+# make clean     remove what the build and the runs wrote, but not the virtual environment
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OLD_TORCH ?= 2.13.0
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint smoke abi-check pretrain bench clean install
+
+demo: install
+	$(BIN)/afa train demo
+
+test: install
+	$(BIN)/python -m pytest
+
+smoke: install
+	rm -rf runs/smoke
+	$(BIN)/afa train demo --run runs/smoke train.iterations=30 train.classify_until=10 train.par_until=20
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+abi-check: install
+	$(BIN)/python tools/abi_check.py --torch $(OLD_TORCH)
+
+pretrain: install
+	$(BIN)/python -m afa.pretrain --out python/afa/weights/pvt_v2_mini.safetensors
+
+bench: install
+	$(BIN)/python benchmarks/par_kernel.py
+
+clean:
+	rm -rf build dist *.egg-info runs data/demo
+	find afa_ext -name '*.so' -delete
+
+install: $(VENV)/.installed
+
+# torch and the build's tools first, so that the package itself is built against the torch it will run with, without
+# the second copy of torch that an isolated build would fetch.
+$(VENV)/.tools: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/build_requirements.py > $(VENV)/build-requirements.txt
+	$(BIN)/pip install --disable-pip-version-check -q --progress-bar on -r $(VENV)/build-requirements.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(NATIVE)
+	$(BIN)/pip install --disable-pip-version-check -q --progress-bar on --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check -q --no-build-isolation -e ".[dev]"
+	touch $@
