@@ -14,9 +14,7 @@ CLASSES = ["square", "disc", "stripes"]
 MakeTree = Callable[..., Path]
 
 
-def _scene(
-    rng: np.random.Generator, size: tuple[int, int], objects: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _scene(rng: np.random.Generator, size: tuple[int, int], objects: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """An image uint8 [H,W,3] and its mask uint8 [H,W], which has a border of 255 around the objects as VOC's do."""
     height, width = size
     image = rng.integers(60, 120, (height, width, 3)).astype(np.uint8)
@@ -75,9 +73,7 @@ def make_voc_tree(tmp_path: Path) -> MakeTree:
                 lines.append(f"{image_name},{' '.join(labels)}")
                 if tags == "xml":
                     parts = "".join(f"<object><name>{label}</name></object>" for label in labels)
-                    (root / "Annotations" / f"{image_name}.xml").write_text(
-                        f"<annotation>{parts}</annotation>"
-                    )
+                    (root / "Annotations" / f"{image_name}.xml").write_text(f"<annotation>{parts}</annotation>")
         if tags == "csv":
             (root / "tags.csv").write_text("\n".join(lines) + "\n")
         return root
