@@ -1,0 +1,399 @@
+"""Any timm Transformer as a backbone: feature maps, and the queries and keys of its last self-attentions.
+
+No timm code is copied or patched. Forward hooks on the linear layers that make queries and keys read both during a
+forward that asks for them; every other forward runs untouched, fused attention included. What the hooks read is
+checked once, when the backbone is made: softmax(scale * q @ k^T) @ v must give what the module itself gave.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.models
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afa.errors import UserError
+
+WORKING = "pvt_v2_b1, vit_small_patch16_224, deit_tiny_patch16_224"
+"""Names quoted in error messages: backbones of both families that are known to work."""
+
+_PLAIN_VIT_MODULES = ("vision_transformer", "deit")
+_DEFAULT_PLAIN_BLOCKS = 2
+_PROBE_SIZE = 64
+
+
+@dataclass
+class Features:
+    """What one forward of the backbone gives."""
+
+    maps: list[Tensor]
+    """One [B, channels, h, w] a level, finest first; the last one feeds the classifier."""
+    queries: Tensor | None = None
+    """[B, K, N, d]: of all heads of the chosen blocks, unscaled, class and register tokens dropped."""
+    keys: Tensor | None = None
+    """[B, K, N, d]; the raw attention logits are queries @ keys^T."""
+
+
+@dataclass
+class _Recorded:
+    """Outputs of one attention module's layers during one forward."""
+
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Backbone(nn.Module):
+    """The timm model `name`, made with `args` and random weights (see `load_backbone_weights`).
+
+    `channels`, `reductions`: of every level, finest first (a plain ViT has one level); reductions in pixels a token.
+    `maps`: how many attention maps `queries @ keys^T` holds (heads times blocks). `head_dim`: their d.
+
+    Raises UserError when there is no such model, when its attention can't be read, or when the output stride can't
+    be had; all of it at once, before any weights are downloaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        output_stride: int = 16,
+        attention_blocks: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.net = create_timm(name, args or {})
+        attentions = _find_attentions(self.net)
+        if not attentions:
+            raise UserError(
+                f"model.backbone: {name} has no self-attention that can be read (no q and k layers were found), and AFA "
+                f"learns its affinity from attention; choose a Transformer such as {WORKING}"
+            )
+        if not hasattr(self.net, "forward_intermediates"):
+            raise UserError(
+                f"model.backbone: timm's {name} can't give its feature maps (it has no forward_intermediates); "
+                f"choose a Transformer such as {WORKING}"
+            )
+        info = getattr(self.net, "feature_info", None) or [{"reduction": 0}]
+        self.pyramid = len({level["reduction"] for level in info}) > 1
+        self.prefix_tokens = int(getattr(self.net, "num_prefix_tokens", 0))
+        if self.pyramid:
+            _unstride(self.net, name, [level["module"] for level in info], output_stride)
+            last = info[-1]["module"] + "."
+            attentions = {path: module for path, module in attentions.items() if path.startswith(last)}
+        self.attention_paths = self._choose(list(attentions), attention_blocks)
+        self._probe(output_stride)
+        # Frozen dropout and drop path of probability 0 do nothing: then a training forward's maps are those of
+        # evaluation, and the caller may use one forward for both.
+        self.deterministic = not any(_is_stochastic(module) for module in self.net.modules())
+
+    def _choose(self, paths: list[str], count: int | None) -> list[str]:
+        if count is None:
+            count = len(paths) if self.pyramid else min(_DEFAULT_PLAIN_BLOCKS, len(paths))
+        if not 1 <= count <= len(paths):
+            where = "last stage" if self.pyramid else "model"
+            raise UserError(
+                f"model.attention_blocks must be 1 to {len(paths)}, the blocks in the {where} of {self.name}, "
+                f"got {count}"
+            )
+        return paths[-count:]
+
+    def forward(self, images: Tensor, record: bool = False) -> Features:
+        """Normalised images [B,3,H,W] -> feature maps, and queries and keys when `record`.
+
+        A plain ViT wants sides that are multiples of its patch: others are resized to the nearest multiple.
+        """
+        if not self.pyramid:
+            images = self._fit(images)
+        if not record:
+            return Features(self._maps(images))
+        with self._recording() as recorded:
+            maps = self._maps(images)
+        pairs = [self._queries_keys(path, recorded[path]) for path in self.attention_paths]
+        prefix = self.prefix_tokens
+        queries = torch.cat([q[:, :, prefix:] for q, _ in pairs], dim=1)
+        keys = torch.cat([k[:, :, prefix:] for _, k in pairs], dim=1)
+        return Features(maps, queries, keys)
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        if self.pyramid:
+            return self.net.forward_intermediates(images, intermediates_only=True)
+        return self.net.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+
+    def _fit(self, images: Tensor) -> Tensor:
+        patch = self.reductions[-1]
+        size = [max(patch, round(side / patch) * patch) for side in images.shape[-2:]]
+        if size == list(images.shape[-2:]):
+            return images
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+    @contextmanager
+    def _recording(self) -> Iterator[dict[str, _Recorded]]:
+        """Hooks that live for one forward: nothing stays behind on the module, so it copies and saves like any other."""
+        recorded = {path: _Recorded() for path in self.attention_paths}
+        with ExitStack() as stack:
+            for path in self.attention_paths:
+                module = self.net.get_submodule(path)
+                outputs = recorded[path].outputs
+                for layer in ("qkv", "q", "kv", "k", "v", "q_norm", "k_norm"):
+                    child = getattr(module, layer, None)
+                    if isinstance(child, nn.Module) and not isinstance(child, nn.Identity):
+
+                        def keep(
+                            _: nn.Module, __: Any, out: Tensor, *, to: dict[str, Tensor] = outputs, at: str = layer
+                        ) -> None:
+                            to[at] = out
+
+                        stack.callback(child.register_forward_hook(keep).remove)
+            yield recorded
+
+    def _queries_keys(self, path: str, recorded: _Recorded) -> tuple[Tensor, Tensor]:
+        query, key, _ = _split_heads(self.net.get_submodule(path), recorded.outputs)
+        return query, key
+
+    @torch.no_grad()
+    def _probe(self, output_stride: int) -> None:
+        """One small forward: measures the levels and proves that the attention read is the attention used."""
+        was_training = self.net.training
+        self.net.eval()
+        side = _PROBE_SIZE
+        patch = getattr(getattr(self.net, "patch_embed", None), "patch_size", None)
+        if not self.pyramid and patch:
+            side = 4 * max(patch if isinstance(patch, tuple) else (patch,))
+        images = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side).sin()
+        inputs: dict[str, Tensor] = {}
+        try:
+            with ExitStack() as stack:
+                for path in self.attention_paths:
+                    proj = self.net.get_submodule(path).get_submodule("proj")
+
+                    def keep(_: nn.Module, args: tuple[Tensor, ...], *, at: str = path) -> None:
+                        inputs[at] = args[0]
+
+                    stack.callback(proj.register_forward_pre_hook(keep).remove)
+                recorded = stack.enter_context(self._recording())
+                maps = self._maps(images)
+            self.channels = tuple(level.shape[1] for level in maps)
+            self.reductions = tuple(side // level.shape[3] for level in maps)
+            tokens = maps[-1].shape[2] * maps[-1].shape[3] + self.prefix_tokens
+            heads, dims = 0, set()
+            for path in self.attention_paths:
+                module = self.net.get_submodule(path)
+                query, key, value = _split_heads(module, recorded[path].outputs)
+                if query.shape[2] != tokens or key.shape[2] != tokens or query.shape[0] != 1:
+                    raise ValueError(
+                        f"{path} attends from {query.shape[2]} to {key.shape[2]} tokens in {query.shape[0]} windows, "
+                        f"not among the {tokens} of the last feature map"
+                    )
+                own = inputs[path].reshape(1, tokens, -1)
+                ours = (query @ key.transpose(-2, -1) * module.scale).softmax(-1) @ value
+                ours = ours.transpose(1, 2).reshape(1, tokens, -1)
+                if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-4 * own.abs().max()):
+                    raise ValueError(f"softmax(q k^T) v differs from what {path} computes")
+                heads += query.shape[1]
+                dims.add(query.shape[3])
+            if len(dims) > 1:
+                raise ValueError(f"the chosen blocks have heads of different sizes {sorted(dims)}")
+        except Exception as error:
+            raise UserError(
+                f"model.backbone: the attention of {self.name} can't be read ({_one_line(error)}); choose a Transformer "
+                f"with plain global self-attention in its last blocks, such as {WORKING}"
+            ) from error
+        finally:
+            self.net.train(was_training)
+        self.maps, self.head_dim = heads, dims.pop()
+        if self.reductions[-1] != output_stride:
+            raise UserError(
+                f"model.output_stride is {output_stride}, but {self.name} has {self.reductions[-1]} pixels a token and a "
+                f"plain ViT can't change that; set model.output_stride={self.reductions[-1]} or take another backbone"
+            )
+
+
+def create_timm(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """`timm.create_model` without its classifier; UserError for an unknown name or an argument it won't take."""
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"working examples: {WORKING}"
+        raise UserError(f"model.backbone: timm has no model named '{name}'; {hint}")
+    options: dict[str, Any] = {"num_classes": 0}
+    if timm.models.is_model_in_modules(base, _PLAIN_VIT_MODULES):
+        options["dynamic_img_size"] = True  # position embeddings follow the image size
+    options.update(args)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:
+        if pretrained:
+            raise UserError(
+                f"model.weights: timm's pretrained weights for {name} could not be had ({_one_line(error)}); check the "
+                "network, give a file by model.weights=PATH, or start from random weights with model.weights=null"
+            ) from error
+        raise UserError(
+            f"model.backbone_args: timm can't make {name} with {dict(args)} ({_one_line(error)}); correct them"
+        ) from error
+
+
+def _find_attentions(net: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules in the order they run: those with heads and layers that make q and k."""
+    found = {}
+    for path, module in net.named_modules():
+        has_layers = any(
+            all(isinstance(getattr(module, layer, None), nn.Module) for layer in layers)
+            for layers in (("qkv",), ("q", "kv"), ("q", "k", "v"))
+        )
+        if has_layers and hasattr(module, "num_heads") and hasattr(module, "scale") and hasattr(module, "proj"):
+            found[path] = module
+    return found
+
+
+def _split_heads(module: nn.Module, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Recorded layer outputs [B, N, parts*heads*d] -> q, k, v, each [B, heads, N, d]."""
+    heads = int(module.num_heads)  # type: ignore[arg-type]
+
+    def parts(layer: str, count: int) -> tuple[Tensor, ...]:
+        out = outputs[layer]
+        return out.reshape(*out.shape[:2], count, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    if "qkv" in outputs:
+        query, key, value = parts("qkv", 3)
+    elif "kv" in outputs:
+        (query,), (key, value) = parts("q", 1), parts("kv", 2)
+    else:
+        (query,), (key,), (value,) = parts("q", 1), parts("k", 1), parts("v", 1)
+    return outputs.get("q_norm", query), outputs.get("k_norm", key), value
+
+
+def _unstride(net: nn.Module, name: str, stages: list[str], output_stride: int) -> None:
+    """Set the last stages' downsampling convolutions to stride 1 until the last map has `output_stride` pixels a token."""
+    reductions = [level["reduction"] for level in net.feature_info]  # type: ignore[union-attr, index]
+    if output_stride not in reductions:
+        raise UserError(
+            f"model.output_stride must be one of {', '.join(map(str, reductions))} for {name}, got {output_stride}"
+        )
+    for level in range(len(stages) - 1, reductions.index(output_stride), -1):
+        stage = net.get_submodule(stages[level])
+        inside = tuple(path + "." for path in _find_attentions(stage))
+        strided = [
+            module
+            for path, module in stage.named_modules()
+            # Attention has its own strided convolutions, which shrink keys and not the map.
+            if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and not path.startswith(inside)
+        ]
+        if len(strided) != 1 or strided[0].kernel_size != (3, 3):
+            raise UserError(
+                f"model.output_stride: {name} has no overlapping patch embedding in {stages[level]} whose stride could be "
+                f"taken out; set model.output_stride={reductions[-1]}"
+            )
+        strided[0].stride = (1, 1)
+
+
+def _is_stochastic(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    drop = getattr(module, "drop_prob", None)  # timm's DropPath, PatchDropout and their like
+    if drop is None:
+        drop = getattr(module, "prob", 0.0)
+    return isinstance(drop, float) and drop > 0
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def load_backbone_weights(backbone: Backbone, weights: str | None, args: Mapping[str, Any] | None = None) -> None:
+    """Fill the backbone: 'timm', 'bundled:<name>', a .safetensors or .pth path, or null to leave it random.
+
+    Nothing is unpickled but tensors. A classifier in the file is left out; any other missing, unexpected or
+    wrong-shaped tensor is a UserError that names them.
+    """
+    if weights is None:
+        return
+    if weights == "timm":
+        state = create_timm(backbone.name, args or {}, pretrained=True).state_dict()
+        source = f"timm's {backbone.name}"
+    else:
+        path = _weights_path(weights)
+        state, source = _strip(read_tensors(path)), str(path)
+    _load_strict(backbone, state, source)
+
+
+def _weights_path(weights: str) -> Path:
+    folder = Path(__file__).parent.parent / "weights"
+    kind, colon, name = weights.partition(":")
+    if colon and kind == "bundled":
+        path = folder / f"{name}.safetensors"
+        if not path.is_file():
+            there = sorted(file.stem for file in folder.glob("*.safetensors"))
+            raise UserError(
+                f"model.weights: no bundled weights are named '{name}'; there "
+                + (f"are {', '.join(there)}" if there else "are none in this installation")
+            )
+        return path
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"model.weights: the file {weights} does not exist; give 'timm', 'bundled:<name>', the path of a .safetensors "
+            "or .pth file, or null"
+        )
+    return path
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file by name, on the CPU; UserError when it is neither."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} can't be read as weights ({_one_line(error)}); it must be a .safetensors file or a torch file holding "
+            "tensors alone"
+        ) from error
+    for wrapper in ("state_dict", "model", "state_dict_ema"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict of tensors; save one with torch.save(model.state_dict(), ...)")
+    return content
+
+
+def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as timm has them: without the prefix a wrapping model gave them."""
+    for prefix in ("module.", "backbone.net.", "backbone.", "net."):
+        if any(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    return state
+
+
+def _load_strict(backbone: Backbone, state: dict[str, Tensor], source: str) -> None:
+    own = backbone.net.state_dict()
+    heads = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.")
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own and not key.startswith(heads)]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise UserError(
+            f"model.weights: {source} does not fit {backbone.name}: of its {len(own)} tensors " + ", ".join(problems) + "; "
+            "give the file that belongs to this backbone, or set model.backbone and model.backbone_args to match it"
+        )
+    backbone.net.load_state_dict({key: state[key] for key in own})

@@ -1,0 +1,110 @@
+"""Heads on the backbone: segmentation decoders and the affinity head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLPDecoder(nn.Module):
+    """All-MLP segmentation head: a linear layer a level, upsampled to the finest, concatenated, fused, predicted.
+
+    Computed in another order than it reads, with the same result: the fusing 1x1 convolution is linear and so commutes
+    with concatenation and upsampling. Each level's linear layer and its slice of the fusing weights are multiplied
+    into one small matrix, applied at the level's own resolution, and the results are upsampled and added. At four
+    levels that is about a tenth of the multiplications, and no [B, 4*width, h, w] map.
+    """
+
+    def __init__(self, channels: Sequence[int], num_outputs: int, width: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(channel, width) for channel in channels)
+        self.fuse = nn.Conv2d(width * len(channels), width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout2d(dropout)
+        self.predict = nn.Conv2d(width, num_outputs, 1)
+        _init(self)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """maps: one [B, channels[i], h_i, w_i] a level, finest first -> logits [B, num_outputs, h_0, w_0]."""
+        slices = self.fuse.weight.flatten(1).chunk(len(self.linears), dim=1)
+        by_size: dict[tuple[int, int], Tensor] = {}
+        for level, linear, part in zip(maps, self.linears, slices, strict=True):
+            weight, bias = part @ linear.weight, part @ linear.bias
+            out = F.conv2d(level, weight[:, :, None, None], bias)
+            size = (out.shape[2], out.shape[3])
+            # Unstrided levels share a grid: added first, they are upsampled once.
+            by_size[size] = by_size[size] + out if size in by_size else out
+        finest = (maps[0].shape[2], maps[0].shape[3])
+        fused = by_size.pop(finest)
+        for out in by_size.values():
+            fused = fused + F.interpolate(out, size=finest, mode="bilinear", align_corners=False)
+        return self.predict(self.dropout(F.relu(self.norm(fused))))
+
+
+class SingleDecoder(nn.Module):
+    """A head on the last level alone: 3x3 convolution, norm, ReLU, dropout, prediction."""
+
+    def __init__(self, channels: Sequence[int], num_outputs: int, width: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.fuse = nn.Conv2d(channels[-1], width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout2d(dropout)
+        self.predict = nn.Conv2d(width, num_outputs, 1)
+        _init(self)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """maps: as for MLPDecoder -> logits [B, num_outputs, h, w] on the last level's grid."""
+        return self.predict(self.dropout(F.relu(self.norm(self.fuse(maps[-1])))))
+
+
+class AffinityHead(nn.Module):
+    """Affinity of token pairs, A = sigmoid(sum_k weight_k (S_k + S_k^T) + bias): a 1x1 convolution over the attention
+    maps S made symmetric (AFA, CVPR 2022, affinity from attention).
+
+    It starts as the mean over maps of the scaled attention logits, so that like tokens are already near each other.
+    """
+
+    def __init__(self, maps: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((maps,), head_dim**-0.5 / (2 * maps)))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """queries, keys [B, K, N, d] -> [B, N, N].
+
+        sum_k weight_k S_k is one product of the weighted queries of all heads with the keys of all heads, so the K
+        maps of N x N are never made.
+        """
+        batch, maps, tokens, dim = queries.shape
+        weighted = queries.float() * self.weight.view(-1, 1, 1)
+        left = weighted.transpose(1, 2).reshape(batch, tokens, maps * dim)
+        right = keys.float().permute(0, 1, 3, 2).reshape(batch, maps * dim, tokens)
+        with torch.autocast(queries.device.type, enabled=False):
+            mixed = left @ right
+        return torch.sigmoid(mixed + mixed.transpose(1, 2) + self.bias)
+
+
+def affinity_from_attention(attention: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The definition AffinityHead computes, from the maps themselves: attention [B, K, N, N], weight [K], bias [1] ->
+    [B, N, N]."""
+    mixed = torch.einsum("bkij,k->bij", attention, weight)
+    return torch.sigmoid(mixed + mixed.transpose(1, 2) + bias)
+
+
+DECODERS = {"mlp": MLPDecoder, "single": SingleDecoder}
+
+
+def _init(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    if hasattr(module, "predict"):
+        nn.init.normal_(module.predict.weight, std=0.01)  # type: ignore[union-attr, arg-type]

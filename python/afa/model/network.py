@@ -1,0 +1,161 @@
+"""AFANet: a timm Transformer with classifier, CAM, segmentation decoder and affinity head (AFA, CVPR 2022)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from afa.config import Config, ModelConfig, from_dict, to_dict
+from afa.errors import UserError
+from afa.files import atomic_path
+from afa.model.backbone import Backbone, load_backbone_weights
+from afa.model.heads import DECODERS, AffinityHead
+
+WANTS = frozenset({"class", "cam", "seg", "attention", "qk", "affinity"})
+FORMAT = "afa-model-1"
+
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass
+class Output:
+    """What one forward computed; what was not asked for is None. float32 but under autocast."""
+
+    class_logits: Tensor | None = None
+    """[B, C]."""
+    cam: Tensor | None = None
+    """[B, C, h, w] raw class activation maps on the token grid, before ReLU."""
+    seg_logits: Tensor | None = None
+    """[B, C+1, hs, ws] on the decoder's grid, background first."""
+    attention: Tensor | None = None
+    """[B, K, N, N] raw logits q k^T, unscaled, N = h*w."""
+    affinity: Tensor | None = None
+    """[B, N, N] in (0, 1), symmetric."""
+    queries: Tensor | None = None
+    """[B, K, N, d]; with `keys` what `AFANet.affinity_head` takes."""
+    keys: Tensor | None = None
+    """[B, K, N, d]."""
+
+
+class AFANet(nn.Module):
+    """Backbone and heads for `num_classes` foreground classes."""
+
+    def __init__(self, backbone: Backbone, num_classes: int, config: ModelConfig) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must count at least one foreground class, got {num_classes}")
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.config = config
+        # No bias: it would lift every pixel of a class's CAM alike.
+        self.classifier = nn.Conv2d(backbone.channels[-1], num_classes, 1, bias=False)
+        self.decoder = DECODERS[config.decoder](backbone.channels, num_classes + 1, config.decoder_width)
+        self.affinity_head = AffinityHead(backbone.maps, backbone.head_dim)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
+
+    @property
+    def stride(self) -> int:
+        """Pixels a token of the last level."""
+        return self.backbone.reductions[-1]
+
+    def forward(self, images: Tensor, want: Collection[str] = ("class", "cam", "seg")) -> Output:
+        """Normalised images [B, 3, H, W] -> those outputs named in `want`, and no work for the others.
+
+        want: any of class, cam, seg, attention, qk (queries and keys), affinity.
+        """
+        if not WANTS.issuperset(want):
+            raise ValueError(f"want must name some of {', '.join(sorted(WANTS))}, got {want!r}")
+        record = not {"attention", "qk", "affinity"}.isdisjoint(want)
+        features = self.backbone(images, record=record)
+        last = features.maps[-1]
+        out = Output()
+        if "class" in want:
+            pooled = last.amax((2, 3), keepdim=True) if self.config.pooling == "max" else last.mean((2, 3), True)
+            out.class_logits = self.classifier(pooled).flatten(1)
+        if "cam" in want:
+            out.cam = self.classifier(last)
+        if "seg" in want:
+            out.seg_logits = self.decoder(features.maps)
+        if record:
+            assert features.queries is not None and features.keys is not None
+            if "qk" in want:
+                out.queries, out.keys = features.queries, features.keys
+            if "attention" in want:
+                out.attention = features.queries @ features.keys.transpose(-2, -1)
+            if "affinity" in want:
+                out.affinity = self.affinity_head(features.queries, features.keys)
+        return out
+
+
+def build_model(config: ModelConfig, num_classes: int) -> AFANet:
+    """The model of a configuration, its backbone filled with `config.weights`; the heads are random.
+
+    UserError when the backbone, its output stride, its attention blocks or its weights can't be had.
+    """
+    backbone = Backbone(
+        config.backbone,
+        config.backbone_args,
+        output_stride=config.output_stride,
+        attention_blocks=config.attention_blocks,
+    )
+    load_backbone_weights(backbone, config.weights, config.backbone_args)
+    return AFANet(backbone, num_classes, config)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 images [B, 3, H, W] -> float32 by ImageNet's mean and standard deviation."""
+    # (x/255 - mean) / std as one multiplication and one addition.
+    scale = torch.tensor([1 / (255 * std) for std in _STD], device=images.device).view(3, 1, 1)
+    shift = torch.tensor([-mean / std for mean, std in zip(_MEAN, _STD, strict=True)], device=images.device)
+    return images.float().mul_(scale).add_(shift.view(3, 1, 1))
+
+
+def save_checkpoint_weights(path: str | Path, model: AFANet, config: Config, classes: Collection[str]) -> None:
+    """Write the model to a .safetensors file at once or not at all, with its configuration and class names inside."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    metadata = {"format": FORMAT, "config": json.dumps(to_dict(config)), "classes": json.dumps(list(classes))}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AFANet, list[str], Config]:
+    """A model saved by `save_checkpoint_weights`, in evaluation mode, with its class names and configuration.
+
+    Nothing is unpickled and nothing downloaded. UserError when the file is missing or is not such a model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"the model {path} does not exist; `afa train` writes it at the end of a run")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the model {path} can't be read as a safetensors file ({error}); train it again") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a model of this program (its format is {metadata.get('format')!r}, expected {FORMAT!r}); "
+            "give the model.safetensors of a run"
+        )
+    config = from_dict(json.loads(metadata["config"]), where=str(path))
+    classes = json.loads(metadata["classes"])
+    model = build_model(_without_weights(config.model), len(classes))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its own configuration: {error}") from error
+    return model.to(device).eval(), classes, config
+
+
+def _without_weights(config: ModelConfig) -> ModelConfig:
+    return ModelConfig(**{**vars(config), "weights": None})
