@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -40,11 +41,14 @@ class CMakeBuild(build_ext):
         }
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-D{key}={value}" for key, value in settings.items()]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         if not (build / "build.ninja").exists():  # a cache left by a failed configure may hold stale choices
             (build / "CMakeCache.txt").unlink(missing_ok=True)
-        subprocess.run(configure, check=True)
+        # The cmake and ninja that pip installed lie beside its Python, which need not be on PATH.
+        env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+        subprocess.run(configure, check=True, env=env)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True, env=env)
 
 
 setup(

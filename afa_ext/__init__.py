@@ -1,6 +1,20 @@
-"""Native operators for weakly-supervised segmentation."""
+"""Native operators for weakly-supervised segmentation, on CPU and CUDA; torch and numpy are all they need.
 
-from .reference import PAR, par_affinity, par_propagate, par_refine, propagate_cams, random_walk
+Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain PyTorch.
+"""
+
+from ._native import build_info
+from .par import PAR, par_affinity, par_propagate, par_refine
+from .walk import propagate_cams, random_walk, window_offsets
 
 __version__ = "0.1.0"
-__all__ = ["PAR", "par_affinity", "par_propagate", "par_refine", "propagate_cams", "random_walk"]
+__all__ = [
+    "PAR",
+    "build_info",
+    "par_affinity",
+    "par_propagate",
+    "par_refine",
+    "propagate_cams",
+    "random_walk",
+    "window_offsets",
+]

@@ -157,24 +157,25 @@ def check_random_walk(
     steps: int,
     normalize: str | None,
     eps: float,
+    scores_name: str = "scores",
 ) -> None:
-    check_float_tensor("scores", scores, "[B, C, h, w]")
+    check_float_tensor(scores_name, scores, "[B, C, h, w]")
     check_float_tensor("affinity", affinity, "[B, N, N or window]")
     if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
         raise TypeError(f"grid must be the two sizes (h, w), got {_describe(grid)}")
     if tuple(scores.shape[2:]) != tuple(grid):
         raise ValueError(
-            f"scores must have spatial size {tuple(grid)} (grid), got shape {tuple(scores.shape)}"
+            f"{scores_name} must have spatial size {tuple(grid)} (grid), got shape {tuple(scores.shape)}"
         )
-    check_size("affinity", affinity, 0, scores.shape[0], "the batch of scores")
+    check_size("affinity", affinity, 0, scores.shape[0], f"the batch of {scores_name}")
     nodes = grid[0] * grid[1]
     check_size("affinity", affinity, 1, nodes, "h*w of grid")
     check_positive("power", power)
     check_int("steps", steps, 0)
     check_choice("normalize", normalize, ("column", "row", "sinkhorn", None))
     check_positive("eps", eps, allow_zero=True)
-    check_same_dtype("affinity", affinity, "scores", scores)
-    check_same_device("affinity", affinity, "scores", scores)
+    check_same_dtype("affinity", affinity, scores_name, scores)
+    check_same_device("affinity", affinity, scores_name, scores)
     check_choice("window", window, ("square", "disc"))
     if radius is None:
         check_size("affinity", affinity, 2, nodes, "h*w of grid; a windowed affinity needs radius")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_propagate_cams, check_random_walk, window_offsets
@@ -75,11 +76,11 @@ def random_walk(
     return maps.view(scores.shape).to(scores.dtype)
 
 
-def class_scores(cams: Tensor, class_labels: Tensor, background: float) -> Tensor:
-    """[B, C+1, h, w]: a constant background map and the maps of the present classes, softmax over those."""
+def class_scores(cams: Tensor, class_labels: Tensor, background: float) -> tuple[Tensor, Tensor]:
+    """[B, C+1, h, w], a constant background map and the present classes' maps, softmax over those; bool [B, C+1]."""
     scores = torch.cat([torch.full_like(cams[:, :1], background), cams], dim=1)
-    present = torch.cat([torch.ones_like(class_labels[:, :1]), class_labels], dim=1) != 0
-    return scores.masked_fill(~present[:, :, None, None], float("-inf")).softmax(dim=1)
+    present = F.pad(class_labels != 0, (1, 0), value=True)
+    return scores.masked_fill(~present[:, :, None, None], float("-inf")).softmax(dim=1), present
 
 
 def propagate_cams(
@@ -95,6 +96,11 @@ def propagate_cams(
 ) -> Tensor:
     """Twin of :func:`afa_ext.propagate_cams`."""
     check_propagate_cams(cams, class_labels, background)
-    scores = class_scores(cams, class_labels, background)
     grid = (cams.shape[2], cams.shape[3])
-    return random_walk(scores, affinity, grid=grid, radius=radius, power=power, steps=steps, eps=eps)
+    check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, "cams")
+    wide = torch.float64 if cams.dtype == torch.float64 else torch.float32
+    scores, _ = class_scores(cams.to(wide), class_labels, background)
+    walked = random_walk(
+        scores, affinity.to(wide), grid=grid, radius=radius, power=power, steps=steps, eps=eps
+    )
+    return walked.to(cams.dtype)

@@ -1,0 +1,44 @@
+"""Loads the native library; importing this module registers ``torch.ops.afa_ext.*``.
+
+A library that isn't there and one that can't be loaded are different errors, as they are mended differently.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import torch  # the library takes its torch symbols from the torch already in the process
+
+
+def _load() -> ModuleType:
+    name = f"{__package__}._C"
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(
+            f"afa_ext's native library is missing: there is no {name.rpartition('.')[2]}*.so in "
+            f"{Path(__file__).parent}. The package was imported without being built; run `pip install .` in its "
+            "source folder (and leave that folder, so that the installed package is the one imported)."
+        )
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"afa_ext's native library is there but can't be loaded with torch {torch.__version__}: {error}. "
+            "It needs the Python version it was built for and a torch no older than its dependencies name; "
+            "reinstall it with `pip install --force-reinstall --no-deps .`"
+        ) from error
+
+
+_C = _load()
+
+
+def build_info() -> dict[str, object]:
+    """How the native library was built.
+
+    Keys: ``compiler``, ``build_type``, ``torch_headers`` (version), ``cuda`` (version, or None for a CPU build),
+    ``cuda_architectures``, ``simd_levels`` (compiled) and ``simd`` (in use; AFA_EXT_SIMD=baseline|avx2|avx512
+    forces one, read when the library is first used).
+    """
+    info: dict[str, object] = _C.build_info()
+    return info

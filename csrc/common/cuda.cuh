@@ -1,0 +1,73 @@
+// What every .cu file needs: the launch macro, types, grid sizes. No torch header, so that these files compile
+// fast and also run on a CPU under a small shim of the CUDA runtime (AFA_CUDA_ON_HOST).
+#pragma once
+
+#ifdef AFA_CUDA_ON_HOST
+#include "cuda_on_host.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+// Kernels are launched through this alone; a template's name goes in parentheses: AFA_LAUNCH((f<float, 4>), ...).
+#define AFA_LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+
+#include "common/geometry.h"
+
+namespace afa {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kMaxGridX = int64_t{1} << 30;
+constexpr int64_t kMaxGridY = 65535;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One thread an item in x; y for images, planes or groups of them. Kernels stride over what a grid can't hold.
+inline dim3 grid_for(int64_t items, int64_t groups) {
+  const int64_t x = ceil_div(items, kThreads);
+  return dim3(static_cast<unsigned>(x < kMaxGridX ? x : kMaxGridX),
+              static_cast<unsigned>(groups < kMaxGridY ? groups : kMaxGridY));
+}
+
+__device__ inline int64_t first_item() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ inline int64_t item_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// The type sums are formed in.
+template <typename T>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+
+template <typename Sum, typename T>
+__device__ inline Sum to_sum(T value) {
+  return static_cast<Sum>(value);
+}
+template <typename T, typename Sum>
+__device__ inline T from_sum(Sum value) {
+  return static_cast<T>(value);
+}
+
+// Calls f with a value of the C++ type that `kind` stands for.
+template <typename F>
+void with_type(Kind kind, const F& f) {
+  switch (kind) {
+    case Kind::f32: f(float{}); break;
+    case Kind::f64: f(double{}); break;
+    case Kind::f16: f(__half{}); break;
+    case Kind::bf16: f(__nv_bfloat16{}); break;
+  }
+}
+
+inline const char* launch_error() {
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace
+}  // namespace afa

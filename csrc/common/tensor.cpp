@@ -1,0 +1,98 @@
+#include "common/tensor.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+// Absent from CPU builds of torch: weak, so that one library loads into both.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace afa {
+
+std::string shape_string(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Bool: return "bool";
+    default: return "another type";
+  }
+}
+
+void check_shape(const Tensor& t, const char* name, const char* layout,
+                 std::initializer_list<int64_t> sizes) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  std::string expected = "[";
+  int64_t d = 0;
+  for (int64_t size : sizes) {
+    same = same && (size < 0 || t.size(d) == size);
+    expected += (d > 0 ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
+    ++d;
+  }
+  STD_TORCH_CHECK(same, name, " must have shape ", layout, " = ", expected, "], got ", shape_string(t));
+}
+
+void check_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+  STD_TORCH_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), name,
+                  " must be on the device of ", other_name, ", got another");
+}
+
+void check_like(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+  check_device(t, name, other, other_name);
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the type of ", other_name, " (",
+                  type_name(other.scalar_type()), "), got ", type_name(t.scalar_type()));
+}
+
+Kind kind_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Kind::f32;
+    case ScalarType::Double: return Kind::f64;
+    case ScalarType::Half: return Kind::f16;
+    case ScalarType::BFloat16: return Kind::bf16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, float16 or bfloat16, got ",
+                      type_name(t.scalar_type()));
+  }
+  return Kind::f32;
+}
+
+ScalarType sum_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_zeros(like, sizes, type);
+}
+
+Tensor contiguous_as(const Tensor& t, ScalarType type) {
+  return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
+}
+
+CudaScope::CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "this torch has no CUDA support, so that no CUDA tensor can reach afa_ext");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+}
+
+void check_launch(const char* error, const char* op) {
+  STD_TORCH_CHECK(error == nullptr, "afa_ext::", op, ": the CUDA kernel could not be launched: ", error);
+}
+
+void built_without_cuda(const char* op) {
+  STD_TORCH_CHECK(false, "afa_ext::", op,
+                  ": the tensors are on a GPU, but afa_ext was built without CUDA (no nvcc was found, or "
+                  "AFA_EXT_CUDA=off); move the tensors to the CPU, or reinstall with nvcc on PATH");
+  __builtin_unreachable();
+}
+
+}  // namespace afa

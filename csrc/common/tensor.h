@@ -1,0 +1,70 @@
+// What the host side of every operator needs of torch, through its stable ABI: checks, types, allocation,
+// the device guard with the stream, and loops over torch's own threads.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/geometry.h"
+
+namespace afa {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_string(const Tensor& t);
+const char* type_name(ScalarType type);
+
+// Checks the number of dimensions and each size; -1 accepts any. `layout` is how the error names the shape.
+void check_shape(const Tensor& t, const char* name, const char* layout, std::initializer_list<int64_t> sizes);
+void check_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name);
+// Checks that t lies on the device of `other` and has its type.
+void check_like(const Tensor& t, const char* name, const Tensor& other, const char* other_name);
+// The type as the kernels know it; an error that names the argument if they don't.
+Kind kind_of(const Tensor& t, const char* name);
+
+// The type sums are formed in: float64 for float64, float32 for all others.
+ScalarType sum_type(const Tensor& t);
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
+// A contiguous tensor of this type; t itself where it is one already.
+Tensor contiguous_as(const Tensor& t, ScalarType type);
+
+// Runs on torch's thread pool; f(begin, end). `work` is the rough cost of one item in multiply-adds.
+template <typename F>
+void parallel_rows(int64_t items, int64_t work, const F& f) {
+  constexpr int64_t kWorkPerTask = 1 << 16;
+  const int64_t grain = work >= kWorkPerTask ? 1 : kWorkPerTask / (work > 0 ? work : 1);
+  torch::stable::parallel_for(0, items, grain, f);
+}
+
+// Makes the tensor's device current for this scope, and gives torch's current stream on it as a handle.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& t);
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+// Every CUDA launcher returns nullptr, or the runtime's message.
+void check_launch(const char* error, const char* op);
+[[noreturn]] void built_without_cuda(const char* op);
+
+#ifdef AFA_WITH_CUDA
+#define AFA_CUDA_LAUNCH(op, call) ::afa::check_launch(call, op)
+#else
+#define AFA_CUDA_LAUNCH(op, call) ::afa::built_without_cuda(op)
+#endif
+
+}  // namespace afa

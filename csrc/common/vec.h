@@ -1,0 +1,105 @@
+// Short vectors for the hot CPU files, by the compiler's vector extension: the same source serves SSE2, AVX2,
+// AVX-512 and Arm. Include only from files compiled per SIMD level (AFA_SIMD is the level's namespace).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__AVX512F__)
+#define AFA_VECTOR_BYTES 64
+#define AFA_VECTORS_PER_TILE 4  // 4 classes x 4 vectors of sums, of 32 registers
+#elif defined(__AVX2__)
+#define AFA_VECTOR_BYTES 32
+#define AFA_VECTORS_PER_TILE 2  // 4 classes x 2 vectors of sums, of 16 registers
+#else
+#define AFA_VECTOR_BYTES 16
+#define AFA_VECTORS_PER_TILE 2
+#endif
+
+namespace afa {
+namespace AFA_SIMD {
+namespace {
+
+template <typename T>
+struct Vec;
+template <>
+struct Vec<float> {
+  typedef float type __attribute__((vector_size(AFA_VECTOR_BYTES)));
+  typedef int32_t ints __attribute__((vector_size(AFA_VECTOR_BYTES)));
+};
+template <>
+struct Vec<double> {
+  typedef double type __attribute__((vector_size(AFA_VECTOR_BYTES)));
+};
+
+template <typename T>
+constexpr int kLanes = AFA_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+template <typename T>
+inline typename Vec<T>::type load(const T* p) {
+  typename Vec<T>::type v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename T>
+inline void store(T* p, typename Vec<T>::type v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// The first `count` lanes; the others are 0.
+template <typename T>
+inline typename Vec<T>::type load_first(const T* p, int64_t count) {
+  typename Vec<T>::type v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
+template <typename T>
+inline void store_first(T* p, typename Vec<T>::type v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+template <typename V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+// exp(x) for x <= 0, below -87 taken as exp(-87). Relative error under 2e-7 (range reduction by ln 2 in two
+// parts, then a degree-6 Taylor polynomial on |r| <= ln(2)/2, whose remainder is under 1.2e-7).
+inline typename Vec<float>::type exp_nonpositive(typename Vec<float>::type x) {
+  using V = typename Vec<float>::type;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+  x = larger(x, V{} - 87.0f);
+  const V n = (x * 1.44269504088896341f + kRound) - kRound;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = r * (1.0f / 720) + (1.0f / 120);
+  p = p * r + (1.0f / 24);
+  p = p * r + (1.0f / 6);
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  typename Vec<float>::ints bits = (__builtin_convertvector(n, typename Vec<float>::ints) + 127) << 23;
+  V scale;
+  __builtin_memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+inline typename Vec<double>::type exp_nonpositive(typename Vec<double>::type x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
+  return x;
+}
+
+inline typename Vec<float>::type square_root(typename Vec<float>::type x) {
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+
+inline typename Vec<double>::type square_root(typename Vec<double>::type x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+
+}  // namespace
+}  // namespace AFA_SIMD
+}  // namespace afa

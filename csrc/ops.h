@@ -1,0 +1,37 @@
+// Every operator's host function, as ops.cpp registers it. Shapes and meaning: the schemas there.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/tensor.h"
+
+namespace afa {
+
+Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2);
+Tensor par_propagate(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
+                     int64_t num_iter, const std::optional<Tensor>& class_mask);
+Tensor par_propagate_backward_masks(const Tensor& grad, const Tensor& weights,
+                                    const std::vector<int64_t>& dilations, int64_t num_iter,
+                                    const std::optional<Tensor>& class_mask);
+Tensor par_propagate_backward_weights(const Tensor& grad, const Tensor& weights, const Tensor& masks,
+                                      const std::vector<int64_t>& dilations, int64_t num_iter,
+                                      const std::optional<Tensor>& class_mask);
+
+Tensor walk_transition(const Tensor& affinity, int64_t height, int64_t width, int64_t radius,
+                       const std::string& window, double power, bool normalize, double eps);
+Tensor walk_transition_backward(const Tensor& grad, const Tensor& affinity, int64_t height, int64_t width,
+                                int64_t radius, const std::string& window, double power, bool normalize,
+                                double eps);
+Tensor walk_transpose(const Tensor& transition, int64_t radius, const std::string& window);
+Tensor walk_propagate(const Tensor& scores, const Tensor& transition, int64_t radius, const std::string& window,
+                      int64_t steps, const std::optional<Tensor>& class_mask);
+Tensor walk_propagate_backward_scores(const Tensor& grad, const Tensor& transition, int64_t radius,
+                                      const std::string& window, int64_t steps,
+                                      const std::optional<Tensor>& class_mask);
+Tensor walk_propagate_backward_transition(const Tensor& grad, const Tensor& scores, const Tensor& transition,
+                                          int64_t radius, const std::string& window, int64_t steps,
+                                          const std::optional<Tensor>& class_mask);
+
+}  // namespace afa

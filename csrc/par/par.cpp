@@ -1,0 +1,118 @@
+#include "par/par.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "ops.h"
+#include "stencil/propagate.h"
+
+namespace afa {
+namespace {
+
+// w2 * softmax over all neighbours of -(p / ((sigma_p + 1e-8) * w1))^2 with p = d (edge) or sqrt(2) * d (corner).
+void position_weights(const std::vector<int64_t>& dilations, double w1, double w2, ParAffinityParams& p) {
+  const double count = 8.0 * static_cast<double>(dilations.size());
+  const double corner = std::sqrt(2.0);
+  double mean = 0;
+  for (int64_t d : dilations) mean += 4 * static_cast<double>(d) * (1 + corner) / count;
+  double squares = 0;
+  for (int64_t d : dilations) {
+    squares += 4 * std::pow(static_cast<double>(d) - mean, 2) + 4 * std::pow(static_cast<double>(d) * corner - mean, 2);
+  }
+  const double scale = 1 / ((std::sqrt(squares / (count - 1)) + 1e-8) * w1);
+  auto logit = [&](double distance) { return -std::pow(distance * scale, 2); };
+  double top = -INFINITY, sum = 0;
+  for (int64_t d : dilations) top = std::max(top, logit(static_cast<double>(d)));
+  for (int64_t d : dilations) {
+    const double distance = static_cast<double>(d);
+    sum += 4 * std::exp(logit(distance) - top) + 4 * std::exp(logit(distance * corner) - top);
+  }
+  for (size_t i = 0; i < dilations.size(); ++i) {
+    const double distance = static_cast<double>(dilations[i]);
+    p.edge[i] = w2 * std::exp(logit(distance) - top) / sum;
+    p.corner[i] = w2 * std::exp(logit(distance * corner) - top) / sum;
+  }
+}
+
+void check_propagate(const Stencil& stencil, const Tensor& weights, const Tensor& planes, const char* name) {
+  check_shape(weights, "weights", "[B, 8*len(dilations), H, W]", {-1, stencil.size, -1, -1});
+  check_shape(planes, name, "[B, C, H, W]", {weights.size(0), -1, weights.size(2), weights.size(3)});
+  kind_of(weights, "weights");
+  check_like(planes, name, weights, "weights");
+}
+
+}  // namespace
+
+Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2) {
+  check_shape(images, "images", "[B, 3, H, W]", {-1, -1, -1, -1});
+  STD_TORCH_CHECK(images.size(1) >= 1, "images must have at least one colour channel, got shape ",
+                  shape_string(images));
+  STD_TORCH_CHECK(w1 > 0, "w1 must be greater than 0, got ", w1);
+  ParAffinityParams p;
+  p.stencil = ring_stencil(dilations);
+  position_weights(dilations, w1, w2, p);
+  p.w1 = w1;
+  p.batch = images.size(0);
+  p.channels = images.size(1);
+  p.height = images.size(2);
+  p.width = images.size(3);
+  const bool cuda = images.is_cuda();
+  kind_of(images, "images");
+  std::optional<CudaScope> scope;
+  if (cuda) scope.emplace(images);
+  const ScalarType type = cuda ? images.scalar_type() : sum_type(images);
+  Tensor weights = empty(images, {p.batch, p.stencil.size, p.height, p.width}, type);
+  if (weights.numel() == 0) return contiguous_as(weights, images.scalar_type());
+  const Tensor dense = contiguous_as(images, type);
+  p.kind = kind_of(dense, "images");
+  p.weights = weights.mutable_data_ptr();
+  if (cuda) {
+    p.images = dense.const_data_ptr();
+    p.image_stride_y = p.width;
+    p.image_stride_c = p.height * p.width;
+    p.image_stride_b = p.channels * p.image_stride_c;
+    AFA_CUDA_LAUNCH("par_affinity", par_affinity_cuda(p, scope->stream()));
+    return weights;
+  }
+  std::vector<int64_t> all(p.batch * p.channels);
+  std::iota(all.begin(), all.end(), int64_t{0});
+  PaddedPlanes padded(dense, p.stencil.reach_x);
+  padded.fill(dense, all);
+  p.images = padded.planes.data;
+  p.image_pad = padded.planes.pad;
+  p.image_stride_y = padded.planes.row_stride;
+  p.image_stride_c = padded.planes.plane_stride;
+  p.image_stride_b = p.channels * p.image_stride_c;
+  parallel_rows(p.batch * p.height, p.width * p.stencil.size * (3 * p.channels + 20),
+                [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(par_affinity_rows, p, begin, end); });
+  return contiguous_as(weights, images.scalar_type());
+}
+
+Tensor par_propagate(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
+                     int64_t num_iter, const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = ring_stencil(dilations);
+  check_propagate(stencil, weights, masks, "masks");
+  return stencil_propagate("par_propagate", stencil, weights, masks, num_iter, class_mask);
+}
+
+Tensor par_propagate_backward_masks(const Tensor& grad, const Tensor& weights,
+                                    const std::vector<int64_t>& dilations, int64_t num_iter,
+                                    const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = ring_stencil(dilations);
+  check_propagate(stencil, weights, grad, "grad");
+  return stencil_propagate_backward("par_propagate_backward_masks", stencil, grad, weights, num_iter, class_mask);
+}
+
+Tensor par_propagate_backward_weights(const Tensor& grad, const Tensor& weights, const Tensor& masks,
+                                      const std::vector<int64_t>& dilations, int64_t num_iter,
+                                      const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = ring_stencil(dilations);
+  check_propagate(stencil, weights, masks, "masks");
+  check_propagate(stencil, weights, grad, "grad");
+  return stencil_weights_backward("par_propagate_backward_weights", stencil, grad, weights, masks, num_iter,
+                                  class_mask);
+}
+
+}  // namespace afa

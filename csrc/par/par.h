@@ -1,0 +1,30 @@
+// Pixel-adaptive refinement (AFA, CVPR 2022, section 3.3).
+#pragma once
+
+#include <cstdint>
+
+#include "common/geometry.h"
+#include "common/simd.h"
+
+namespace afa {
+
+struct ParAffinityParams {
+  Stencil stencil;
+  Kind kind = Kind::f32;
+  int64_t batch = 0, channels = 0, height = 0, width = 0;
+  const void* images = nullptr;  // [B, channels, H, W], unit stride in x; CPU: rows padded as for stencil_step
+  int64_t image_stride_b = 0, image_stride_c = 0, image_stride_y = 0;
+  int64_t image_pad = 0;
+  void* weights = nullptr;  // [B, K, H, W] contiguous
+  double w1 = 0;
+  // w2 * softmax(position logits): the same for a dilation's four edge and for its four corner neighbours.
+  double edge[kMaxDilations];
+  double corner[kMaxDilations];
+};
+
+// Rows `begin` to `end` of the batch's B * H rows; float32 and float64.
+AFA_SIMD_DECLARE(void par_affinity_rows(const ParAffinityParams& p, int64_t begin, int64_t end))
+
+const char* par_affinity_cuda(const ParAffinityParams& p, void* stream);
+
+}  // namespace afa

@@ -1,0 +1,325 @@
+#include "stencil/propagate.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace afa {
+namespace {
+
+struct Sizes {
+  int64_t batch, classes, height, width;
+};
+
+Sizes sizes_of(const Tensor& planes) { return {planes.size(0), planes.size(1), planes.size(2), planes.size(3)}; }
+
+void add_run(Stencil& stencil, int64_t dy, int64_t dx, int64_t step, int64_t count) {
+  stencil.run[stencil.runs++] = {static_cast<int32_t>(dy), static_cast<int32_t>(dx), static_cast<int32_t>(step),
+                                 static_cast<int32_t>(count)};
+  stencil.size += static_cast<int32_t>(count);
+  stencil.reach_x = std::max(stencil.reach_x, static_cast<int32_t>(std::abs(dx)));
+}
+
+void check_class_mask(const std::optional<Tensor>& class_mask, const Tensor& planes) {
+  if (!class_mask) return;
+  check_shape(*class_mask, "class_mask", "[B, C]", {planes.size(0), planes.size(1)});
+  STD_TORCH_CHECK(class_mask->scalar_type() == ScalarType::Bool, "class_mask must be bool, got ",
+                  type_name(class_mask->scalar_type()));
+  STD_TORCH_CHECK(class_mask->is_cuda() == planes.is_cuda(), "class_mask must be on the device of the masks");
+}
+
+StencilParams make_params(const Stencil& stencil, const Sizes& s, const Tensor& weights) {
+  StencilParams p;
+  p.stencil = stencil;
+  p.kind = kind_of(weights, "weights");
+  p.batch = s.batch;
+  p.classes = s.classes;
+  p.height = s.height;
+  p.width = s.width;
+  p.weights = weights.const_data_ptr();
+  p.weight_stride_b = weights.stride(0);
+  p.weight_stride_k = weights.stride(1);
+  p.weight_stride_y = weights.stride(2);
+  return p;
+}
+
+Planes whole_planes(const Tensor& t) { return {t.mutable_data_ptr(), t.size(2) * t.size(3), t.size(3), 0}; }
+
+// ---- CPU ----------------------------------------------------------------------------------------------------
+
+// The planes that class_mask leaves, image by image.
+struct Active {
+  std::vector<int64_t> plane;
+  std::vector<int64_t> begin{0};
+
+  Active(const Sizes& s, const std::optional<Tensor>& class_mask) {
+    std::optional<Tensor> dense;
+    if (class_mask) dense = torch::stable::contiguous(*class_mask);
+    const bool* keep = dense ? static_cast<const bool*>(dense->const_data_ptr()) : nullptr;
+    for (int64_t b = 0; b < s.batch; ++b) {
+      for (int64_t c = 0; c < s.classes; ++c) {
+        if (keep == nullptr || keep[b * s.classes + c]) plane.push_back(b * s.classes + c);
+      }
+      begin.push_back(static_cast<int64_t>(plane.size()));
+    }
+  }
+
+  void attach(StencilParams& p) const {
+    p.active = plane.data();
+    p.active_begin = begin.data();
+  }
+};
+
+// The multiply-adds of one image row, for sharing rows out to threads.
+int64_t row_work(const StencilParams& p) {
+  return p.active_begin[p.batch] * p.stencil.size * p.width / std::max<int64_t>(p.batch, 1);
+}
+
+void step_cpu(const StencilParams& p) {
+  parallel_rows(p.batch * p.height, row_work(p),
+                [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(stencil_step, p, begin, end); });
+}
+
+void adjoint_cpu(const StencilParams& p) {
+  parallel_rows(p.batch * p.height, 2 * row_work(p), [&](int64_t begin, int64_t end) {
+    const int64_t reach = std::min<int64_t>(p.stencil.reach_x, p.width - 1);
+    std::vector<double> scratch(4 * (p.width + 2 * reach));
+    AFA_SIMD_CALL(stencil_adjoint, p, begin, end, scratch.data());
+  });
+}
+
+void weight_grad_cpu(const StencilParams& p) {
+  parallel_rows(p.batch * p.height, 2 * row_work(p),
+                [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(stencil_weight_grad, p, begin, end); });
+}
+
+// ---- CUDA ---------------------------------------------------------------------------------------------------
+
+const bool* device_mask(const std::optional<Tensor>& class_mask) {
+  return class_mask ? static_cast<const bool*>(class_mask->const_data_ptr()) : nullptr;
+}
+
+std::optional<Tensor> dense_mask(const std::optional<Tensor>& class_mask) {
+  if (!class_mask) return std::nullopt;
+  return torch::stable::contiguous(*class_mask);
+}
+
+template <typename T>
+void fill_padded(const T* from, const Planes& to, const std::vector<int64_t>& planes, int64_t height,
+                 int64_t width) {
+  parallel_rows(static_cast<int64_t>(planes.size()), height * width, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t y = 0; y < height; ++y) {
+        const T* source = from + (planes[i] * height + y) * width;
+        T* row = static_cast<T*>(to.data) + planes[i] * to.plane_stride + y * to.row_stride;
+        std::fill(row - to.pad, row, source[0]);
+        std::copy(source, source + width, row);
+        std::fill(row + width, row + width + to.pad, source[width - 1]);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+PaddedPlanes::PaddedPlanes(const Tensor& like, int64_t reach) {
+  const Sizes s = sizes_of(like);
+  const int64_t pad = std::min(reach, s.width - 1);
+  const int64_t row = s.width + 2 * pad;
+  storage = empty(like, {s.batch * s.classes * s.height * row + kSlack}, sum_type(like));
+  char* first = static_cast<char*>(storage.mutable_data_ptr()) + pad * storage.element_size();
+  planes = {first, s.height * row, row, pad};
+}
+
+void PaddedPlanes::fill(const Tensor& source, const std::vector<int64_t>& which) {
+  const Sizes s = sizes_of(source);
+  if (source.scalar_type() == ScalarType::Double) {
+    fill_padded(static_cast<const double*>(source.const_data_ptr()), planes, which, s.height, s.width);
+  } else {
+    fill_padded(static_cast<const float*>(source.const_data_ptr()), planes, which, s.height, s.width);
+  }
+}
+
+Stencil ring_stencil(const std::vector<int64_t>& dilations) {
+  STD_TORCH_CHECK(!dilations.empty() && dilations.size() <= kMaxDilations, "dilations must hold 1 to ",
+                  kMaxDilations, " integers, got ", dilations.size());
+  Stencil stencil;
+  for (int64_t dilation : dilations) {
+    STD_TORCH_CHECK(dilation >= 1, "dilations' entries must be at least 1, got ", dilation);
+    const int64_t d = std::min(dilation, kMaxReach);
+    add_run(stencil, -d, -d, d, 3);
+    add_run(stencil, 0, -d, 2 * d, 2);
+    add_run(stencil, d, -d, d, 3);
+  }
+  return stencil;
+}
+
+Stencil window_stencil(int64_t radius, const std::string& window) {
+  const bool disc = window == "disc";
+  STD_TORCH_CHECK(disc || window == "square", "window must be 'square' or 'disc', got '", window, "'");
+  STD_TORCH_CHECK(radius >= (disc ? 1 : 0) && radius <= kMaxRadius, "radius must be between ", disc ? 1 : 0,
+                  " and ", kMaxRadius, ", got ", radius);
+  Stencil stencil;
+  for (int64_t dy = -radius; dy <= radius; ++dy) {
+    int64_t half = radius;
+    if (disc) {
+      while (half >= 0 && dy * dy + half * half >= radius * radius) --half;
+      if (half < 0) continue;
+    }
+    add_run(stencil, -dy, half, -1, 2 * half + 1);
+  }
+  return stencil;
+}
+
+Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& weights, const Tensor& planes,
+                         int64_t steps, const std::optional<Tensor>& class_mask) {
+  const Sizes s = sizes_of(planes);
+  check_class_mask(class_mask, planes);
+  STD_TORCH_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
+  if (planes.is_cuda()) {
+    const CudaScope scope(planes);
+    Tensor out = empty(planes, {s.batch, s.classes, s.height, s.width}, planes.scalar_type());
+    if (out.numel() == 0) return out;
+    const Tensor w = torch::stable::contiguous(weights);
+    const std::optional<Tensor> mask = dense_mask(class_mask);
+    StencilParams p = make_params(stencil, s, w);
+    p.class_mask = device_mask(mask);
+    const Tensor source = torch::stable::contiguous(planes);
+    Tensor other = steps > 1 ? torch::stable::empty_like(out) : out;
+    p.in = whole_planes(source);
+    for (int64_t t = 0; t < steps; ++t) {
+      p.out = whole_planes((steps - t) % 2 == 1 ? out : other);  // so that the last one writes out
+      AFA_CUDA_LAUNCH(op, stencil_step_cuda(p, scope.stream()));
+      p.in = p.out;
+    }
+    return out;
+  }
+  const ScalarType type = sum_type(planes);
+  Tensor out = class_mask ? zeros(planes, {s.batch, s.classes, s.height, s.width}, type)
+                          : empty(planes, {s.batch, s.classes, s.height, s.width}, type);
+  if (out.numel() > 0) {
+    const Tensor w = contiguous_as(weights, type);
+    const Active active(s, class_mask);
+    StencilParams p = make_params(stencil, s, w);
+    active.attach(p);
+    PaddedPlanes first(planes, stencil.reach_x);
+    std::optional<PaddedPlanes> second;
+    if (steps > 1) second.emplace(planes, stencil.reach_x);
+    first.fill(contiguous_as(planes, type), active.plane);
+    for (int64_t t = 0; t < steps; ++t) {
+      p.in = t % 2 == 0 ? first.planes : second->planes;
+      p.out = t + 1 == steps ? whole_planes(out) : (t % 2 == 0 ? second->planes : first.planes);
+      step_cpu(p);
+    }
+  }
+  return contiguous_as(out, planes.scalar_type());
+}
+
+Tensor stencil_propagate_backward(const char* op, const Stencil& stencil, const Tensor& grad,
+                                  const Tensor& weights, int64_t steps,
+                                  const std::optional<Tensor>& class_mask) {
+  const Sizes s = sizes_of(grad);
+  check_class_mask(class_mask, grad);
+  STD_TORCH_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
+  const bool cuda = grad.is_cuda();
+  const ScalarType type = cuda ? grad.scalar_type() : sum_type(grad);
+  std::optional<CudaScope> scope;
+  if (cuda) scope.emplace(grad);
+  Tensor out = class_mask ? zeros(grad, {s.batch, s.classes, s.height, s.width}, type)
+                          : empty(grad, {s.batch, s.classes, s.height, s.width}, type);
+  if (out.numel() > 0) {
+    const Tensor w = contiguous_as(weights, type);
+    const Tensor source = contiguous_as(grad, type);
+    const std::optional<Tensor> mask = dense_mask(class_mask);
+    const Tensor other = steps > 1 ? torch::stable::empty_like(out) : out;
+    StencilParams p = make_params(stencil, s, w);
+    std::optional<Active> active;
+    if (cuda) {
+      p.class_mask = device_mask(mask);
+    } else {
+      active.emplace(s, mask);
+      active->attach(p);
+    }
+    p.in = whole_planes(source);
+    for (int64_t t = 0; t < steps; ++t) {
+      p.out = whole_planes((steps - t) % 2 == 1 ? out : other);
+      if (cuda) {
+        AFA_CUDA_LAUNCH(op, stencil_adjoint_cuda(p, scope->stream()));
+      } else {
+        adjoint_cpu(p);
+      }
+      p.in = p.out;
+    }
+  }
+  return contiguous_as(out, grad.scalar_type());
+}
+
+Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Tensor& grad,
+                                const Tensor& weights, const Tensor& planes, int64_t steps,
+                                const std::optional<Tensor>& class_mask) {
+  const Sizes s = sizes_of(planes);
+  check_class_mask(class_mask, planes);
+  STD_TORCH_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
+  const bool cuda = planes.is_cuda();
+  const ScalarType type = cuda ? planes.scalar_type() : sum_type(planes);
+  std::optional<CudaScope> scope;
+  if (cuda) scope.emplace(planes);
+  Tensor out = zeros(weights, {s.batch, stencil.size, s.height, s.width}, sum_type(weights));
+  if (planes.numel() > 0) {
+    const Tensor w = contiguous_as(weights, type);
+    const Tensor source = contiguous_as(planes, type);
+    const Tensor outgoing = contiguous_as(grad, type);
+    const std::optional<Tensor> mask = dense_mask(class_mask);
+    StencilParams p = make_params(stencil, s, w);
+    p.grad_weights = out.mutable_data_ptr();
+
+    // The planes before each step, then the gradient after each step, last first.
+    std::vector<Tensor> dense;
+    std::vector<PaddedPlanes> padded;
+    std::optional<Active> active;
+    if (cuda) {
+      p.class_mask = device_mask(mask);
+      dense.push_back(source);
+    } else {
+      active.emplace(s, mask);
+      active->attach(p);
+      padded.emplace_back(planes, stencil.reach_x);
+      padded[0].fill(source, active->plane);
+    }
+    for (int64_t t = 0; t + 1 < steps; ++t) {
+      if (cuda) {
+        dense.push_back(torch::stable::empty_like(source));
+        p.in = whole_planes(dense[t]);
+        p.out = whole_planes(dense[t + 1]);
+        AFA_CUDA_LAUNCH(op, stencil_step_cuda(p, scope->stream()));
+      } else {
+        padded.emplace_back(planes, stencil.reach_x);
+        p.in = padded[t].planes;
+        p.out = padded[t + 1].planes;
+        step_cpu(p);
+      }
+    }
+    const Tensor buffers[2] = {torch::stable::empty_like(source), torch::stable::empty_like(source)};
+    Planes current = whole_planes(outgoing);
+    for (int64_t t = steps - 1; t >= 0; --t) {
+      p.in = cuda ? whole_planes(dense[t]) : padded[t].planes;
+      p.out = current;
+      if (cuda) {
+        AFA_CUDA_LAUNCH(op, stencil_weight_grad_cuda(p, scope->stream()));
+      } else {
+        weight_grad_cpu(p);
+      }
+      if (t == 0) break;
+      p.in = current;
+      p.out = whole_planes(buffers[t % 2]);
+      if (cuda) {
+        AFA_CUDA_LAUNCH(op, stencil_adjoint_cuda(p, scope->stream()));
+      } else {
+        adjoint_cpu(p);
+      }
+      current = p.out;
+    }
+  }
+  return contiguous_as(out, weights.scalar_type());
+}
+
+}  // namespace afa

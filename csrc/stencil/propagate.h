@@ -1,0 +1,39 @@
+// The stencil on tensors: what par.cpp and walk.cpp call once their arguments are checked.
+#pragma once
+
+#include <optional>
+
+#include "common/tensor.h"
+#include "stencil/stencil.h"
+
+namespace afa {
+
+// The 3x3 ring without its centre, at every dilation (at most kMaxDilations).
+Stencil ring_stencil(const std::vector<int64_t>& dilations);
+// What reaches a node of the grid: the offsets of a random walk's window, reversed, in the window's order.
+// `window` is "square" (Chebyshev radius) or "disc" (x^2 + y^2 < radius^2).
+Stencil window_stencil(int64_t radius, const std::string& window);
+
+// CPU: B * C planes with min(reach, W - 1) replicated columns on each side, in one allocation.
+struct PaddedPlanes {
+  Tensor storage;
+  Planes planes;
+
+  PaddedPlanes(const Tensor& like, int64_t reach);  // [B, C, H, W]
+  // Copies the planes `which` (b * C + c) of a contiguous float32 or float64 tensor.
+  void fill(const Tensor& source, const std::vector<int64_t>& which);
+};
+
+// weights [B, K, H, W], planes [B, C, H, W] of one type and device, class_mask bool [B, C] (false: output 0).
+Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& weights, const Tensor& planes,
+                         int64_t steps, const std::optional<Tensor>& class_mask);
+// The gradient with respect to planes of <grad, stencil_propagate(...)>.
+Tensor stencil_propagate_backward(const char* op, const Stencil& stencil, const Tensor& grad,
+                                  const Tensor& weights, int64_t steps,
+                                  const std::optional<Tensor>& class_mask);
+// The gradient with respect to weights. Keeps the planes of every step: steps * B * C * H * W values.
+Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Tensor& grad,
+                                const Tensor& weights, const Tensor& planes, int64_t steps,
+                                const std::optional<Tensor>& class_mask);
+
+}  // namespace afa
