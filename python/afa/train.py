@@ -33,6 +33,7 @@ from afa.files import atomic_path, write_text
 from afa.labels import par_labels, par_weights, walk_labels
 from afa.losses import affinity_labels, affinity_loss, classification_loss, segmentation_loss
 from afa.metrics import IGNORE
+from afa.model.backbone import one_line
 from afa.model.network import AFANet, build_model, normalize, save_checkpoint_weights
 
 PHASES = ("classify", "par", "walk")
@@ -428,7 +429,7 @@ def _load_checkpoint(folder: Path, trainer: Trainer) -> int:
         trainer.model.load_state_dict(tensors)
         trainer.optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
-        raise UserError(f"the checkpoint {folder} can't be read ({error}); delete it, or train without --resume") from error
+        raise UserError(f"the checkpoint {folder} can't be read ({one_line(error)}); delete it, or train without --resume") from error
     return int(state["iteration"])
 
 
@@ -464,7 +465,8 @@ def _trim_log(path: Path, iteration: int) -> None:
 
 def _put_aside(run: Path) -> None:
     """Move what an earlier run left here to run/previous, so that no old file passes for a new one."""
-    old = [run / name for name in ("config.yaml", "log.jsonl", "checkpoints", "model.safetensors", "metrics.json", "report.html")]
+    results = ("model.safetensors", "metrics.json", "samples.npz", "report.html")
+    old = [run / name for name in ("config.yaml", "log.jsonl", "checkpoints", *results)]
     old = [path for path in old if path.exists()]
     if not old:
         return

@@ -1,0 +1,384 @@
+"""The `afa` command: train, evaluate, predict, report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afa.errors import UserError, did_you_mean
+
+# torch and all that needs it are imported by the commands, so that --help answers at once.
+if TYPE_CHECKING:
+    import torch
+
+    from afa.config import Config
+    from afa.data import VOCDataset
+    from afa.evaluate import EvalResult
+
+ABOUT = """\
+Weakly-supervised semantic segmentation: learn masks from image tags alone
+(AFA, CVPR 2022).
+
+  afa train demo                    train on the embedded data set and measure
+  afa train voc data.root=FOLDER    the published recipe on PASCAL VOC 2012
+  afa predict runs/demo photo.jpg   masks for pictures of your own
+"""
+
+TRAIN = """\
+Check everything, train, measure on the validation split, and write into the run's folder:
+model.safetensors, metrics.json, report.html, log.jsonl and config.yaml.
+
+CONFIG is a ready configuration ({ready}) or the path of a YAML file. Any key of it can be
+set on the command line as section.key=value.
+
+examples:
+  afa train demo
+  afa train voc data.root=/data/VOCdevkit/VOC2012 train.batch_size=8
+  afa train voc --run runs/voc_small data.crop_size=320 labels.cam_scales=1,0.5
+  afa train runs/voc_small --resume                          go on after a stop
+"""
+
+EVALUATE = """\
+Measure a trained run again and rewrite its metrics.json and report.html.
+
+examples:
+  afa evaluate runs/voc
+  afa evaluate runs/voc eval.scales=1,0.5,0.75 eval.flip=true     several scales, as published
+  afa evaluate runs/voc data.root=/elsewhere/VOC2012 data.val_split=val
+"""
+
+PREDICT = """\
+Segment pictures: files, folders (searched to the bottom) and quoted glob patterns. Writes into --out
+  masks/NAME.png       class numbers in PASCAL VOC's palette
+  overlays/NAME.png    the classes laid over the picture
+  cams/NAME.png        where the classifier looked
+
+examples:
+  afa predict runs/demo photo.jpg
+  afa predict runs/voc holiday/ 'more/*.png' --out results
+"""
+
+REPORT = """\
+Write report.html of a measured run anew from its files, without the data or the model.
+
+example:
+  afa report runs/demo
+"""
+
+NAMES = {"cam": "CAM", "walk": "walk", "par": "PAR label", "seg": "segmentation"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser, commands = _parsers()
+    try:
+        if not arguments or arguments[0] not in commands:
+            if arguments and not arguments[0].startswith("-"):
+                hint = did_you_mean(arguments[0], commands)
+                raise UserError(f"'{arguments[0]}' is no command; the commands are {', '.join(commands)}{hint}")
+            parser.parse_args(arguments)
+            parser.print_help()
+            return 0
+        # Intermixed, as `afa train voc --run X train.lr=1e-4` has values on both sides of an option; argparse can't do
+        # that through its own sub-commands.
+        options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+        return 0
+    except UserError as error:
+        print("afa: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("afa: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away; without this Python complains once more while closing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    from afa.config import ready_names
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="afa", description=ABOUT, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=_version())
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(name: str, summary: str, text: str, command: Callable[[argparse.Namespace], None]) -> Any:
+        sub = subparsers.add_parser(name, help=summary, description=text, formatter_class=raw)
+        sub.set_defaults(command=command)
+        return sub
+
+    def common(sub: Any, overrides: str) -> None:
+        if overrides:
+            sub.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides)
+        sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    train = add("train", "train, measure and report", TRAIN.format(ready=", ".join(ready_names())), _train)
+    train.add_argument("config", metavar="CONFIG", help="name of a ready configuration, or a YAML file")
+    train.add_argument(
+        "--run", type=Path, metavar="DIR", help="folder to write to (default: runs/NAME, or the run given)"
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    common(train, "settings that differ from CONFIG")
+
+    evaluate = add("evaluate", "measure a trained run again", EVALUATE, _evaluate)
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    common(evaluate, "settings that differ from the run's, such as eval.flip=true")
+
+    predict = add("predict", "segment pictures with a trained run", PREDICT, _predict)
+    predict.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    predict.add_argument("paths", nargs="+", metavar="PATH", help="picture, folder or 'pattern*'")
+    predict.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("predictions"), help="folder to write to (default: predictions)"
+    )
+    predict.add_argument(
+        "--largest-side",
+        type=int,
+        default=1024,
+        metavar="PIXELS",
+        help="compute longer pictures at this size (default: 1024)",
+    )
+    common(predict, "")
+
+    report = add("report", "write a run's report.html anew", REPORT, _report)
+    report.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    return parser, {"train": train, "evaluate": evaluate, "predict": predict, "report": report}
+
+
+# ---- commands
+
+
+def _train(options: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    from afa.config import load_config, resolve
+
+    config = load_config(options.config, options.overrides)
+    path = resolve(options.config)
+    # The settings of an earlier run are all called config.yaml: its folder is their name, and where it goes on.
+    of_run = path.name == "config.yaml"
+    name = path.parent.name if of_run else path.stem
+    run = options.run or (path.parent if of_run else Path("runs") / name)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--run {run} is a file; give a folder")
+    progress = not options.quiet
+    device = _device(options.device)
+    _say("model", _describe_model(config))
+    _make_data(config, progress)
+    train_set, val_set = _datasets(config)
+    _say(
+        "data",
+        f"{config.data.root}: {len(train_set):,} images to train on, {len(val_set):,} to measure, "
+        f"{len(train_set.classes)} classes",
+    )
+    from afa.data import check_dataset
+    from afa.train import train
+
+    check_dataset(train_set, progress)
+    check_dataset(val_set, progress)
+    _say("run", f"{run}: {config.train.iterations:,} iterations of {config.train.batch_size} crops on {device}")
+    try:
+        train(config, run, resume=options.resume, device=device, progress=progress)
+    except KeyboardInterrupt:
+        if (run / "checkpoints").is_dir():
+            _say("stopped", f"go on with: afa train {run} --resume")
+        raise
+    trained = time.perf_counter() - started
+    _measure(config, run, val_set, device, progress, {"config": name, "train_seconds": trained}, started)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from afa.config import load_config
+    from afa.data import VOCDataset, check_dataset
+
+    _need_run(options.run)
+    config = load_config(options.run / "config.yaml", options.overrides)
+    progress = not options.quiet
+    device = _device(options.device)
+    _make_data(config, progress)
+    val_set = VOCDataset(config.data.root, config.data.val_split, train=False, with_mask=True)
+    check_dataset(val_set, progress)
+    kept: dict[str, Any] = {}
+    if (options.run / "metrics.json").is_file():
+        from afa.results import load_result
+
+        # What training took stays true however often the run is measured.
+        before = load_result(options.run)[2]
+        kept = {key: before[key] for key in ("config", "seconds", "train_seconds") if key in before}
+    _measure(config, options.run, val_set, device, progress, kept, None)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from afa.model import load_model
+    from afa.predict import find_images, predict
+
+    _need_run(options.run)
+    if options.largest_side < 32:
+        raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
+    images = find_images(options.paths)
+    model, classes, config = load_model(options.run / "model.safetensors", _device(options.device))
+    names = ["background", *classes]
+    results = predict(
+        model, classes, config, images, options.out, largest_side=options.largest_side, progress=not options.quiet
+    )
+    from tqdm import tqdm
+
+    width = min(max(map(len, images)), 40)
+    for result in results:
+        found = ", ".join(f"{_square(i)}{names[i]} {share:.0%}" for i, share in result.shares.items())
+        # Above the bar and not through it.
+        tqdm.write(f"{result.name:<{width}}  {found or 'background alone'}")
+    plural = "s" if len(images) > 1 else ""
+    _say("written", f"{len(images)} picture{plural} to {options.out}/masks, overlays and cams")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from afa.results import make_report
+
+    if not options.run.is_dir():
+        raise UserError(f"there is no run {options.run}; give a folder that `afa train` wrote")
+    _say("report", str(make_report(options.run)))
+
+
+# ---- their parts
+
+
+def _need_run(run: Path) -> None:
+    if not run.is_dir():
+        others = sorted(str(path.parent) for path in run.parent.glob("*/config.yaml"))
+        raise UserError(f"there is no run {run}; give a folder that `afa train` wrote{did_you_mean(str(run), others)}")
+    if not (run / "model.safetensors").is_file():
+        raise UserError(
+            f"the run {run} has no model.safetensors, so its training has not ended; "
+            f"finish it with `afa train {run} --resume`"
+        )
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got '{name}'") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu")
+    return device
+
+
+def _describe_model(config: Config) -> str:
+    """Build the model once before any long work: a wrong name, weights file or argument ends here."""
+    from afa.model import build_model
+
+    model = build_model(config.model, 1)
+    if config.data.crop_size % model.stride:
+        raise UserError(
+            f"data.crop_size must be a multiple of the stride of {config.model.backbone} ({model.stride}), "
+            f"got {config.data.crop_size}"
+        )
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    start = config.model.weights or "random"
+    return f"{config.model.backbone}, {millions:.1f} million parameters, {start} weights"
+
+
+def _make_data(config: Config, progress: bool) -> None:
+    root = Path(config.data.root)
+    if config.data.embedded and not root.exists():
+        from afa.data.synthetic import make_dataset
+
+        _say("data", f"making the embedded data set in {root}")
+        make_dataset(root, progress=progress)
+
+
+def _datasets(config: Config) -> tuple[VOCDataset, VOCDataset]:
+    from afa.data import VOCDataset
+
+    data = config.data
+    train_set = VOCDataset(
+        data.root, data.train_split, train=True, crop_size=data.crop_size, with_mask=False, flip=data.flip
+    )
+    return train_set, VOCDataset(data.root, data.val_split, train=False, with_mask=True)
+
+
+def _measure(
+    config: Config,
+    run: Path,
+    val_set: VOCDataset,
+    device: torch.device,
+    progress: bool,
+    facts: dict[str, Any],
+    started: float | None,
+) -> None:
+    from afa.evaluate import evaluate
+    from afa.model import load_model
+    from afa.results import environment, save_result
+
+    model, classes, _ = load_model(run / "model.safetensors", device)
+    if classes != val_set.classes:
+        raise UserError(
+            f"the run {run} knows the classes {', '.join(classes)}, but {config.data.root} has "
+            f"{', '.join(val_set.classes)}; set data.root to the data it was trained for"
+        )
+    result = evaluate(model, val_set, config, progress=progress, keep=config.eval.report_images)
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    facts = {**facts, "date": now, "environment": environment(device)}
+    if started is not None:
+        facts["seconds"] = time.perf_counter() - started
+    page = save_result(run, result, classes, config, facts)
+    print(_table(result, len(val_set)))
+    _say("report", str(page))
+
+
+def _table(result: EvalResult, images: int) -> str:
+    """The four rows as text, with bars."""
+    full, empty = ("█", "░") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", ".")
+    lines = ["", f"{'on ' + format(images, ',') + ' images':<16}{'mIoU':>7}  {'':24}{'pixels':>8}{'classes':>9}"]
+    for row, name in NAMES.items():
+        scores = getattr(result, row)
+        filled = round(24 * scores["miou"]) if scores["miou"] == scores["miou"] else 0
+        bar = full * filled + empty * (24 - filled)
+        line = f"{name:<16}{scores['miou']:>7.3f}  {bar}{scores['pixel_acc']:>8.3f}{scores['mean_acc']:>9.3f}"
+        lines.append(f"\033[1m{line}\033[0m" if row == "seg" and _coloured() else line)
+    return "\n".join([*lines, ""])
+
+
+def _coloured() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def _square(index: int) -> str:
+    """A square in the colour of the class, on a terminal."""
+    if not _coloured():
+        return ""
+    from afa.visualize import SCREEN_COLOURS
+
+    red, green, blue = SCREEN_COLOURS[index].tolist()
+    return f"\033[38;2;{red};{green};{blue}m■\033[0m "
+
+
+def _say(what: str, text: str) -> None:
+    print(f"{what:<8} {text}", flush=True)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"afa {version('afa-ext')}"
+    except PackageNotFoundError:
+        return "afa (not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

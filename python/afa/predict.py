@@ -1,0 +1,118 @@
+"""Masks, overlays and heat maps for pictures of one's own: `afa predict`."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from afa.cam import multi_scale_cam
+from afa.config import Config
+from afa.data.transforms import image_size, read_image
+from afa.data.voc import IMAGE_SUFFIXES
+from afa.errors import UserError
+from afa.evaluate import segment
+from afa.model import AFANet, normalize
+from afa.visualize import heat, overlay, save_mask, save_picture
+
+
+@dataclass
+class Prediction:
+    """What was found in one picture."""
+
+    path: Path
+    name: str
+    shares: dict[int, float]
+    """Class -> its share of the picture; background (0) left out, largest first."""
+
+
+def find_images(arguments: Sequence[str]) -> dict[str, Path]:
+    """Output name -> picture, of files, folders (searched to the bottom) and glob patterns, in order.
+
+    UserError names an argument that leads to no picture, and two pictures that would get one output name.
+    """
+    found: dict[str, Path] = {}
+    for argument in arguments:
+        for name, path in _expand(argument):
+            other = found.get(name)
+            if other is not None and other.resolve() != path.resolve():
+                raise UserError(
+                    f"{other} and {path} would both be written as '{name}'; predict them one by one into different "
+                    "folders (--out)"
+                )
+            found[name] = path
+    return found
+
+
+def _expand(argument: str) -> Iterator[tuple[str, Path]]:
+    path = Path(argument)
+    if path.is_dir():
+        inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        if not inside:
+            raise UserError(f"the folder {path} holds no picture ({', '.join(IMAGE_SUFFIXES)})")
+        yield from ((file.relative_to(path).with_suffix("").as_posix(), file) for file in inside)
+    elif path.is_file():
+        yield path.stem, path
+    else:
+        matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True)) if Path(match).is_file()]
+        if not matches:
+            raise UserError(f"'{argument}' is no file, no folder and matches nothing; give pictures to predict")
+        yield from ((match.stem, match) for match in matches)
+
+
+def predict(
+    model: AFANet,
+    classes: Sequence[str],
+    config: Config,
+    images: dict[str, Path],
+    out: str | Path,
+    *,
+    largest_side: int = 1024,
+    progress: bool = True,
+) -> Iterator[Prediction]:
+    """Write out/masks/<name>.png (VOC palette), out/overlays/<name>.png and out/cams/<name>.png; yields as it goes.
+
+    The CAM shown is the largest over the classes that the classifier or the mask finds. Pictures longer than
+    `largest_side` pixels are computed at that size and the mask is brought back to the picture's.
+    """
+    out = Path(out)
+    device = next(model.parameters()).device
+    for path in images.values():
+        image_size(path)  # a file that is no picture is named before any is computed
+    for name, path in tqdm(images.items(), desc="predicting", unit="img", disable=not progress, leave=False):
+        image = read_image(path)
+        small = image.copy()
+        small.thumbnail((largest_side, largest_side), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(small).transpose(2, 0, 1)[None].copy()).to(device)
+        mask = segment(model, pixels, config).argmax(1)[0]
+        cam = _cam(model, pixels, mask, config)
+        labels = np.asarray(
+            Image.fromarray(mask.cpu().numpy().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+        )
+        picture = np.asarray(image)
+        save_mask(out / "masks" / f"{name}.png", labels)
+        save_picture(out / "overlays" / f"{name}.png", overlay(picture, labels))
+        warm = np.asarray(Image.fromarray(cam).resize(image.size, Image.Resampling.BILINEAR))
+        save_picture(out / "cams" / f"{name}.png", heat(picture, warm))
+        counts = np.bincount(labels.reshape(-1), minlength=len(classes) + 1) / labels.size
+        order = [int(index) for index in np.argsort(-counts) if index and counts[index] > 0]
+        yield Prediction(path, name, {index: float(counts[index]) for index in order})
+
+
+@torch.inference_mode()
+def _cam(model: AFANet, pixels: torch.Tensor, mask: torch.Tensor, config: Config) -> np.ndarray:
+    """float32 [H,W] in [0,1]: the largest CAM over the classes found in uint8 pixels [1,3,H,W]."""
+    inputs = normalize(pixels)
+    logits = model(inputs, want=("class",)).class_logits
+    assert logits is not None
+    present = (logits > 0).float()
+    drawn = torch.bincount(mask.reshape(-1), minlength=present.shape[1] + 1)[1:] > 0
+    present[0, drawn] = 1
+    cams = multi_scale_cam(model, inputs, present, config.labels.cam_scales).cams
+    return cams[0].amax(0).float().cpu().numpy()
