@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from afa.config import Config
 
 CLASSES = ["square", "disc", "stripes"]
 
@@ -85,3 +89,51 @@ def make_voc_tree(tmp_path: Path) -> MakeTree:
 def voc_root(make_voc_tree: MakeTree) -> Path:
     """Root of the tiny tree: 6 train and 4 val images of 48 x 64 pixels, three classes."""
     return make_voc_tree()
+
+
+Golden = Callable[[str], dict[str, torch.Tensor]]
+TinyConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    """golden("name") -> arrays of tests/golden/name.npz: recorded inputs and outputs of published implementations."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        with np.load(Path(__file__).parent.parent / "golden" / f"{name}.npz") as file:
+            return {key: torch.from_numpy(file[key]) for key in file.files}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> TinyConfig:
+    """tiny_config(key=value, ...) -> a configuration small enough for tests; keys override its model section.
+
+    pvt_v2_b0 shrunk to 32 channels with random weights, crops of 64 pixels, 3 iterations a phase.
+    """
+
+    def make(**model: Any) -> Config:
+        config = Config()
+        config.model.backbone = "pvt_v2_b0"
+        config.model.backbone_args = {
+            "embed_dims": [8, 16, 24, 32],
+            "depths": [1, 1, 1, 2],
+            "num_heads": [1, 2, 3, 4],
+            "mlp_ratios": [2, 2, 2, 2],
+        }
+        config.model.weights = None
+        config.model.decoder_width = 16
+        for name, value in model.items():
+            setattr(config.model, name, value)
+        config.data.crop_size = 64
+        config.data.workers = 0
+        train = config.train
+        train.iterations, train.batch_size = 9, 3
+        train.classify_until, train.par_until, train.warmup = 3, 6, 2
+        train.lr, train.norm_lr_factor = 1e-3, 1.0
+        train.log_every, train.eval_every, train.checkpoint_every = 2, 1000, 1000
+        config.labels.par_dilations, config.labels.par_iterations = (1, 2, 4), 3
+        return config
+
+    return make

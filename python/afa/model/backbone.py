@@ -83,11 +83,17 @@ class Backbone(nn.Module):
             )
         info = getattr(self.net, "feature_info", None) or [{"reduction": 0}]
         self.pyramid = len({level["reduction"] for level in info}) > 1
+        self._least_side = info[-1]["reduction"] if self.pyramid else 1
         self.prefix_tokens = int(getattr(self.net, "num_prefix_tokens", 0))
         if self.pyramid:
             _unstride(self.net, name, [level["module"] for level in info], output_stride)
             last = info[-1]["module"] + "."
             attentions = {path: module for path, module in attentions.items() if path.startswith(last)}
+            if not attentions:
+                raise UserError(
+                    f"model.backbone: no attention can be read in the last stage of {name}; choose a Transformer such as "
+                    f"{WORKING}"
+                )
         self.attention_paths = self._choose(list(attentions), attention_blocks)
         self._probe(output_stride)
         # Frozen dropout and drop path of probability 0 do nothing: then a training forward's maps are those of
@@ -108,10 +114,10 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor, record: bool = False) -> Features:
         """Normalised images [B,3,H,W] -> feature maps, and queries and keys when `record`.
 
-        A plain ViT wants sides that are multiples of its patch: others are resized to the nearest multiple.
+        A plain ViT wants sides that are multiples of its patch: others are resized to the nearest multiple. A pyramid's
+        attention shrinks its keys, which needs a side of 32 pixels in the PVTv2 family: smaller images are enlarged.
         """
-        if not self.pyramid:
-            images = self._fit(images)
+        images = self._fit(images)
         if not record:
             return Features(self._maps(images))
         with self._recording() as recorded:
@@ -128,8 +134,11 @@ class Backbone(nn.Module):
         return self.net.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
 
     def _fit(self, images: Tensor) -> Tensor:
-        patch = self.reductions[-1]
-        size = [max(patch, round(side / patch) * patch) for side in images.shape[-2:]]
+        if self.pyramid:
+            size = [max(self._least_side, side) for side in images.shape[-2:]]
+        else:
+            patch = self.reductions[-1]
+            size = [max(patch, round(side / patch) * patch) for side in images.shape[-2:]]
         if size == list(images.shape[-2:]):
             return images
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
@@ -203,7 +212,7 @@ class Backbone(nn.Module):
                 raise ValueError(f"the chosen blocks have heads of different sizes {sorted(dims)}")
         except Exception as error:
             raise UserError(
-                f"model.backbone: the attention of {self.name} can't be read ({_one_line(error)}); choose a Transformer "
+                f"model.backbone: the attention of {self.name} can't be read ({one_line(error)}); choose a Transformer "
                 f"with plain global self-attention in its last blocks, such as {WORKING}"
             ) from error
         finally:
@@ -232,11 +241,11 @@ def create_timm(name: str, args: Mapping[str, Any], *, pretrained: bool = False)
     except Exception as error:
         if pretrained:
             raise UserError(
-                f"model.weights: timm's pretrained weights for {name} could not be had ({_one_line(error)}); check the "
+                f"model.weights: timm's pretrained weights for {name} could not be had ({one_line(error)}); check the "
                 "network, give a file by model.weights=PATH, or start from random weights with model.weights=null"
             ) from error
         raise UserError(
-            f"model.backbone_args: timm can't make {name} with {dict(args)} ({_one_line(error)}); correct them"
+            f"model.backbone_args: timm can't make {name} with {dict(args)} ({one_line(error)}); correct them"
         ) from error
 
 
@@ -303,7 +312,8 @@ def _is_stochastic(module: nn.Module) -> bool:
     return isinstance(drop, float) and drop > 0
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error of others, short enough to quote."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -356,7 +366,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{path} can't be read as weights ({_one_line(error)}); it must be a .safetensors file or a torch file holding "
+            f"{path} can't be read as weights ({one_line(error)}); it must be a .safetensors file or a torch file holding "
             "tensors alone"
         ) from error
     for wrapper in ("state_dict", "model", "state_dict_ema"):

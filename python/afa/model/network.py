@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from afa.config import Config, ModelConfig, from_dict, to_dict
 from afa.errors import UserError
 from afa.files import atomic_path
-from afa.model.backbone import Backbone, load_backbone_weights
+from afa.model.backbone import Backbone, load_backbone_weights, one_line
 from afa.model.heads import DECODERS, AffinityHead
 
 WANTS = frozenset({"class", "cam", "seg", "attention", "qk", "affinity"})
@@ -141,7 +141,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AF
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"the model {path} can't be read as a safetensors file ({error}); train it again") from error
+        raise UserError(f"the model {path} can't be read as a safetensors file ({one_line(error)}); train it again") from error
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a model of this program (its format is {metadata.get('format')!r}, expected {FORMAT!r}); "
@@ -153,7 +153,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AF
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit its own configuration: {error}") from error
+        raise UserError(f"{path} does not fit its own configuration ({one_line(error)}); train it again") from error
     return model.to(device).eval(), classes, config
 
 

@@ -1,0 +1,199 @@
+"""Backbones by timm name: attention read from hooks, strides, weights, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from afa.errors import UserError
+from afa.model.backbone import Backbone, load_backbone_weights
+
+PVT: dict[str, Any] = {
+    "embed_dims": (8, 16, 24, 32),
+    "depths": (1, 1, 1, 2),
+    "num_heads": (1, 2, 3, 4),
+    "mlp_ratios": (2, 2, 2, 2),
+}
+VIT: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+
+
+def pvt(**options: Any) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone("pvt_v2_b0", PVT, **options).eval()
+
+
+def vit(name: str = "vit_tiny_patch16_224", **args: Any) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(name, {**VIT, **args}).eval()
+
+
+BACKBONES = {
+    "pvt": pvt,
+    "vit": vit,
+    "vit with qk norm": lambda: vit(qk_norm=True),
+    "vit with registers": lambda: vit(reg_tokens=4),
+    "deit distilled": lambda: vit("deit_tiny_distilled_patch16_224"),
+}
+
+
+@pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
+def test_attention_logits_are_those_timm_computes(make: Any) -> None:
+    """timm's own probabilities, from its unfused path, are the softmax of scale times the logits read."""
+    backbone = make()
+    # Larger queries and keys than at initialisation: a flat softmax would hide mistakes.
+    for path in backbone.attention_paths:
+        for name, parameter in backbone.net.get_submodule(path).named_parameters():
+            if name.startswith(("q", "kv")) and name.endswith("weight") and parameter.dim() == 2:
+                parameter.data.mul_(20)
+    images = torch.randn(2, 3, 64, 96)
+    features = backbone(images, record=True)
+    logits = features.queries @ features.keys.transpose(-2, -1)
+
+    seen = []
+    for path in backbone.attention_paths:
+        module = backbone.net.get_submodule(path)
+        module.fused_attn = False
+        module.attn_drop.register_forward_hook(lambda _, __, out: seen.append(out))
+    backbone(images)
+    own = torch.cat(seen, 1)[:, :, backbone.prefix_tokens :, backbone.prefix_tokens :]
+    scaled = logits * backbone.net.get_submodule(backbone.attention_paths[0]).scale
+    assert logits.shape == (2, backbone.maps, 24, 24) == own.shape
+    assert own.std() > 0.01
+    # Dropping the class token leaves rows that do not sum to 1: both are compared as renormalised rows.
+    torch.testing.assert_close(scaled.softmax(-1), own / own.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+
+
+def test_recording_changes_nothing_and_leaves_nothing() -> None:
+    backbone = pvt()
+    images = torch.randn(1, 3, 64, 64)
+    plain, recorded = backbone(images), backbone(images, record=True)
+    for before, after in zip(plain.maps, recorded.maps, strict=True):
+        assert torch.equal(before, after)
+    assert plain.queries is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules())
+    twin = copy.deepcopy(backbone)
+    assert torch.equal(twin(images, record=True).keys, recorded.keys)
+
+
+def test_gradient_reaches_q_and_k_and_not_v() -> None:
+    backbone = pvt()
+    features = backbone(torch.randn(1, 3, 64, 64), record=True)
+    (features.queries @ features.keys.transpose(-2, -1)).sin().sum().backward()
+    attention = backbone.net.stages[-1].blocks[-1].attn
+    assert attention.q.weight.grad.abs().sum() > 0
+    key, value = attention.kv.weight.grad.chunk(2)
+    assert key.abs().sum() > 0
+    assert value.abs().sum() == 0  # the last block's values feed the map, which has no part in this loss
+
+
+@pytest.mark.parametrize(("stride", "grids"), [(32, (16, 8, 4, 2)), (16, (16, 8, 4, 4)), (8, (16, 8, 8, 8))])
+def test_output_stride_of_a_pyramid(stride: int, grids: tuple[int, ...]) -> None:
+    backbone = pvt(output_stride=stride)
+    features = backbone(torch.randn(1, 3, 64, 64), record=True)
+    assert tuple(level.shape[-1] for level in features.maps) == grids
+    assert tuple(level.shape[1] for level in features.maps) == backbone.channels == PVT["embed_dims"]
+    assert backbone.reductions == tuple(64 // side for side in grids)
+    assert features.queries.shape == (1, 8, grids[-1] ** 2, 8)  # 2 blocks x 4 heads of 8
+
+
+def test_pyramid_takes_any_size() -> None:
+    features = pvt()(torch.randn(1, 3, 75, 50), record=True)
+    assert features.maps[-1].shape[2:] == (5, 4)
+    assert features.queries.shape[2] == 20
+    tiny = pvt()(torch.randn(1, 3, 40, 17), record=True)
+    assert tiny.maps[-1].shape[2:] == (3, 2) and tiny.queries.shape[2] == 6
+
+
+def test_plain_vit() -> None:
+    backbone = vit()
+    features = backbone(torch.randn(2, 3, 70, 100), record=True)  # nearest multiples of 16: 64 x 96
+    assert backbone.channels == (48,) and backbone.reductions == (16,)
+    assert features.maps[0].shape == (2, 48, 4, 6)
+    assert backbone.maps == 6, "3 heads of the last 2 blocks"
+    assert Backbone("vit_tiny_patch16_224", VIT, attention_blocks=3).maps == 9
+
+
+def test_stochastic_backbone_is_known() -> None:
+    assert pvt().deterministic
+    assert not Backbone("pvt_v2_b0", {**PVT, "drop_path_rate": 0.1}).deterministic
+    assert not Backbone("vit_tiny_patch16_224", {**VIT, "attn_drop_rate": 0.1}).deterministic
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "options", "words"),
+    [
+        ("resnet18", {}, {}, ["resnet18", "self-attention", "pvt_v2_b1", "vit_small_patch16_224"]),
+        ("convnext_atto", {}, {}, ["convnext_atto", "self-attention", "pvt_v2_b1"]),
+        ("pvt_v2_b0", {**PVT, "linear": True}, {}, ["pvt_v2_b0", "49 tokens", "pvt_v2_b1"]),
+        ("pvt_v2_b0", {**PVT, "sr_ratios": (8, 4, 2, 2)}, {}, ["pvt_v2_b0", "4 tokens"]),
+        ("pvt_v2_b9", {}, {}, ["timm", "pvt_v2_b9", "did you mean"]),
+        ("pvt_v2_b0", {"embed_dim": 3}, {}, ["model.backbone_args", "embed_dim"]),
+        ("pvt_v2_b0", PVT, {"output_stride": 12}, ["model.output_stride", "4, 8, 16, 32", "12"]),
+        ("vit_tiny_patch16_224", VIT, {"output_stride": 8}, ["model.output_stride", "16"]),
+        ("pvt_v2_b0", PVT, {"attention_blocks": 3}, ["model.attention_blocks", "1 to 2", "3"]),
+    ],
+)
+def test_refused(name: str, args: dict[str, Any], options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        Backbone(name, args, **options)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class TestWeights:
+    @pytest.mark.parametrize("prefix", ["", "backbone.", "backbone.net."])
+    @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+    def test_round_trip(self, tmp_path: Path, suffix: str, prefix: str) -> None:
+        source, target = pvt(), Backbone("pvt_v2_b0", PVT)
+        state = {prefix + key: value for key, value in source.net.state_dict().items()}
+        state[prefix + "head.weight"] = torch.zeros(10, 32)  # a classifier is no mistake
+        path = tmp_path / f"weights.{suffix}"
+        save_file(state, path) if suffix == "safetensors" else torch.save({"model": state}, path)
+        load_backbone_weights(target, str(path))
+        for key, value in source.net.state_dict().items():
+            assert torch.equal(value, target.net.state_dict()[key])
+
+    def test_none_leaves_it_random(self) -> None:
+        backbone = pvt()
+        before = copy.deepcopy(backbone.state_dict())
+        load_backbone_weights(backbone, None)
+        assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+    def test_wrong_file_names_the_tensors(self, tmp_path: Path) -> None:
+        state = pvt().net.state_dict()
+        del state["patch_embed.proj.bias"]
+        state["stages.9.what"] = torch.zeros(1)
+        state["patch_embed.proj.weight"] = torch.zeros(1)
+        save_file(state, tmp_path / "w.safetensors")
+        with pytest.raises(UserError) as caught:
+            load_backbone_weights(pvt(), str(tmp_path / "w.safetensors"))
+        for word in ("w.safetensors", "1 missing (patch_embed.proj.bias)", "1 unexpected (stages.9.what)", "(1,)"):
+            assert word in str(caught.value)
+
+    def test_no_code_in_a_file_is_run(self, tmp_path: Path) -> None:
+        class Bomb:
+            def __reduce__(self) -> Any:
+                return Path.touch, (tmp_path / "ran",)
+
+        (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": Bomb()}))
+        torch.save({"a": Bomb()}, tmp_path / "w2.pth")
+        for name in ("w.pth", "w2.pth"):
+            with pytest.raises(UserError, match=name):
+                load_backbone_weights(pvt(), str(tmp_path / name))
+        assert not (tmp_path / "ran").exists()
+
+    def test_missing_files(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="nowhere.pth does not exist"):
+            load_backbone_weights(pvt(), str(tmp_path / "nowhere.pth"))
+        with pytest.raises(UserError, match="no bundled weights are named 'nothing'"):
+            load_backbone_weights(pvt(), "bundled:nothing")
+        (tmp_path / "half.safetensors").write_bytes(b"\x10")
+        with pytest.raises(UserError, match=r"half\.safetensors can't be read"):
+            load_backbone_weights(pvt(), str(tmp_path / "half.safetensors"))

@@ -1,0 +1,209 @@
+"""Pseudo labels against recorded outputs of the published code, and batches against single images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import afa_ext
+from afa.cam import ClassSet, pack_classes
+from afa.config import LabelConfig
+from afa.labels import (
+    box_mask,
+    cam_labels,
+    par_label_single,
+    par_labels,
+    par_weights,
+    refine_in_box,
+    threshold_labels,
+    walk_label_single,
+    walk_labels,
+    walk_scores,
+)
+
+CONFIG = LabelConfig()
+
+
+@pytest.fixture(scope="module")
+def gold(golden: Any) -> dict[str, Tensor]:
+    return golden("pseudo_label")
+
+
+@pytest.fixture(scope="module")
+def packed(gold: dict[str, Tensor]) -> tuple[ClassSet, Tensor]:
+    classes = pack_classes(gold["cls_labels"])
+    return classes, classes.gather(gold["cams"])
+
+
+Packed = tuple[ClassSet, Tensor]
+
+
+def test_par_label_golden(gold: dict[str, Tensor], packed: Packed) -> None:
+    classes, cams = packed
+    labels = par_labels(gold["images"], cams, classes, CONFIG, box=gold["img_box"])
+    wrong = (labels != gold["refined_label"]).sum()
+    assert wrong <= 2, f"{wrong} of {labels.numel()} pixels differ, and only ties may"
+    assert labels.unique().tolist() == gold["refined_label"].unique().tolist()
+
+
+def test_cam_label_golden(gold: dict[str, Tensor], packed: Packed) -> None:
+    classes, cams = packed
+    assert torch.equal(cam_labels(cams, classes, box=gold["img_box"]), gold["cam_label"].long())
+    assert torch.equal(threshold_labels(cams, classes, 0.45), gold["cam_label_nobox"].long())
+
+
+def test_refined_walk_golden(gold: dict[str, Tensor], packed: Packed) -> None:
+    """The recorded boxes differ: one is the whole image, one is not."""
+    classes, _ = packed
+    box = gold["img_box"]
+    maps = torch.cat([gold["walk_cams"][:, :1], classes.gather(gold["walk_cams"][:, 1:])], 1)
+    mask = F.pad(classes.valid, (1, 0), value=True)
+    refined = refine_in_box(gold["images"], maps, mask, CONFIG, box=box)
+    inside = box_mask(box, *refined.shape[2:])[:, None]
+    expected = gold["refined_walk_cams"]
+    expected = torch.cat([expected[:, :1], classes.gather(expected[:, 1:])], 1)
+    torch.testing.assert_close(refined * inside, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_whole_boxes_take_a_short_way_to_the_same(gold: dict[str, Tensor]) -> None:
+    images = gold["images"]
+    maps = torch.rand(2, 3, *images.shape[2:])
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    box = torch.tensor([[0, 64, 0, 80]] * 2)
+    short = refine_in_box(images, maps, mask, CONFIG, box=box)
+    long = refine_in_box(images, maps, mask, CONFIG, box=box, whole=False)
+    given = refine_in_box(images, maps, mask, CONFIG, whole=True, weights=par_weights(images, CONFIG))
+    torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-5)
+    assert torch.equal(short, given)
+
+
+@pytest.mark.parametrize("downscale", [1, 2, 3])
+def test_boxes_of_any_size_match_crops_one_by_one(downscale: int) -> None:
+    """Odd sizes, boxes smaller than a dilation, one pixel wide after shrinking."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, par_downscale=downscale, par_dilations=(1, 2, 12))
+    images = torch.randint(0, 256, (5, 3, 45, 38), dtype=torch.uint8)
+    maps = torch.rand(5, 2, 45, 38)
+    box = torch.tensor([[0, 45, 0, 38], [3, 40, 5, 22], [10, 17, 0, 9], [1, 44, 36, 38], [20, 45, 1, 38]])
+    refined = refine_in_box(images, maps, torch.ones(5, 2, dtype=torch.bool), config, box=box)
+    for i, (y0, y1, x0, x1) in enumerate(box.tolist()):
+        small = (max(1, (y1 - y0) // downscale), max(1, (x1 - x0) // downscale))
+        image = images[i : i + 1, :, y0:y1, x0:x1].float() / 255
+        image = F.interpolate(image, size=small, mode="bilinear", align_corners=False)
+        crop = afa_ext.par_refine(image, maps[i : i + 1, :, y0:y1, x0:x1], dilations=(1, 2, 12), num_iter=10)
+        crop = F.interpolate(crop, size=(y1 - y0, x1 - x0), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(refined[i : i + 1, :, y0:y1, x0:x1], crop, rtol=1e-4, atol=1e-4)
+
+
+def ragged() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """images, tags (0 to 3 an image), smooth CAMs, boxes, affinity on a 6 x 8 grid."""
+    torch.manual_seed(1)
+    images = F.interpolate(torch.rand(4, 3, 12, 16), size=(48, 64), mode="bicubic").clamp(0, 1).mul(255).byte()
+    tags = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1]]).float()
+    cams = F.interpolate(torch.rand(4, 5, 4, 5), size=(48, 64), mode="bicubic").clamp(0, 1)
+    box = torch.tensor([[0, 48, 0, 64], [4, 40, 0, 50], [0, 48, 0, 64], [11, 48, 7, 64]])
+    logits = torch.randn(4, 48, 48)
+    return images, tags, cams, box, torch.sigmoid(logits + logits.transpose(1, 2))
+
+
+def test_batch_is_its_images_one_by_one() -> None:
+    images, tags, cams, box, affinity = ragged()
+    config = dataclasses.replace(CONFIG, walk_radius=3, par_dilations=(1, 2, 4))
+    classes = pack_classes(tags)
+    maps = classes.gather(cams)
+    whole = {
+        "par": par_labels(images, maps, classes, config, box=box),
+        "walk": walk_labels(images, maps, affinity, (6, 8), classes, config, box=box),
+        "par single": par_label_single(images, maps, classes, config, 0.45),
+        "walk single": walk_label_single(maps, affinity, (6, 8), classes, config, 0.45),
+    }
+    for name in ("par", "walk"):
+        assert {0, 255} < set(whole[name].unique().tolist()), "the case must hold background, ignored and classes"
+    for i in range(4):
+        # Packed among all five classes instead: packing must not matter either.
+        one = pack_classes(tags[i : i + 1], 5)
+        arguments = one.gather(cams[i : i + 1]), one
+        alone = {
+            "par": par_labels(images[i : i + 1], *arguments, config, box=box[i : i + 1]),
+            "walk": walk_labels(
+                images[i : i + 1], arguments[0], affinity[i : i + 1], (6, 8), one, config, box=box[i : i + 1]
+            ),
+            "par single": par_label_single(images[i : i + 1], *arguments, config, 0.45),
+            "walk single": walk_label_single(arguments[0], affinity[i : i + 1], (6, 8), one, config, 0.45),
+        }
+        for name, labels in alone.items():
+            wrong = (labels[0] != whole[name][i]).sum()
+            assert wrong <= 1, f"{name}, image {i}: {wrong} pixels differ, and only a tie may"
+            present = set(labels.unique().tolist()) - {0, 255}
+            assert present <= {int(c) + 1 for c in tags[i].nonzero()}
+
+
+def test_walk_label_by_definition() -> None:
+    """Token grid, walk per threshold, full size, PAR on the crop at half size, argmax, three-way rule: one image."""
+    images, tags, cams, box, affinity = ragged()
+    i = 3
+    y0, y1, x0, x1 = box[i].tolist()
+    present = tags[i].nonzero()[:, 0]
+    tokens = F.interpolate(cams[i : i + 1], size=(6, 8), mode="bilinear", align_corners=False)
+    image = images[i : i + 1, :, y0:y1, x0:x1].float() / 255
+    image = F.interpolate(image, size=((y1 - y0) // 2, (x1 - x0) // 2), mode="bilinear", align_corners=False)
+    choices = []
+    for background in (CONFIG.high, CONFIG.low):
+        walked = afa_ext.propagate_cams(
+            tokens, affinity[i : i + 1], tags[i : i + 1] > 0, radius=8, background=background, eps=0.1
+        )
+        walked = walked[:, [0, *(present + 1).tolist()]]
+        walked = F.interpolate(walked, size=(48, 64), mode="bilinear", align_corners=False)[:, :, y0:y1, x0:x1]
+        refined = afa_ext.par_refine(image, walked)
+        refined = F.interpolate(refined, size=(y1 - y0, x1 - x0), mode="bilinear", align_corners=False)
+        choices.append(torch.cat([torch.zeros(1, dtype=torch.long), present + 1])[refined.argmax(1)[0]])
+    high, low = choices
+    expected = torch.full((48, 64), 255)
+    expected[y0:y1, x0:x1] = torch.where(high > 0, high, torch.where(low > 0, 255, 0))
+    classes = pack_classes(tags)
+    labels = walk_labels(images, classes.gather(cams), affinity, (6, 8), classes, CONFIG, box=box)
+    wrong = (labels[i] != expected).sum()
+    assert wrong <= 1, f"{wrong} pixels differ, and only a tie may"
+    assert len(expected.unique()) >= 3
+
+
+def test_walk_golden_through_packing(golden: Any) -> None:
+    walk = golden("walk_train")
+    classes = pack_classes(walk["cls_labels"])
+    config = dataclasses.replace(CONFIG, walk_radius=int(walk["radius"]))
+    cams = walk["cams"]
+    scores = walk_scores(
+        classes.gather(cams),
+        walk["affinity"],
+        (cams.shape[2], cams.shape[3]),
+        classes,
+        config,
+        float(walk["bkg_score"]),
+    )
+    ours = torch.cat([scores[:, :1], classes.scatter(scores[:, 1:], cams.shape[1])], 1)
+    torch.testing.assert_close(ours, walk["with_bkg"], rtol=1e-4, atol=1e-6)
+
+
+def test_image_without_tags_is_background() -> None:
+    images, tags, cams, _, affinity = ragged()
+    classes = pack_classes(tags)
+    maps = classes.gather(cams)
+    assert (par_labels(images, maps, classes, CONFIG)[2] == 0).all()
+    assert (walk_labels(images, maps, affinity, (6, 8), classes, CONFIG)[2] == 0).all()
+    assert (threshold_labels(maps, classes, 0.45)[2] == 0).all()
+
+
+def test_the_higher_threshold_never_adds_foreground() -> None:
+    _, tags, cams, _, _ = ragged()
+    classes = pack_classes(tags)
+    maps = classes.gather(cams)
+    low, high = (threshold_labels(maps, classes, score) > 0 for score in (0.35, 0.55))
+    assert (low | ~high).all()
+    three = cam_labels(maps, classes)
+    assert torch.equal(three == 255, low & ~high)
+    assert torch.equal((three > 0) & (three < 255), high)
