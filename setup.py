@@ -25,8 +25,6 @@ class CMakeBuild(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "native"
-        build.mkdir(parents=True, exist_ok=True)
         settings = {
             "CMAKE_BUILD_TYPE": "Release",
             "AFA_EXT_CUDA": os.environ.get("AFA_EXT_CUDA", "auto"),
@@ -39,16 +37,24 @@ class CMakeBuild(build_ext):
             "Python_INCLUDE_DIR": sysconfig.get_path("include"),
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        configure += [f"-D{key}={value}" for key, value in settings.items()]
-        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        if not (build / "build.ninja").exists():  # a cache left by a failed configure may hold stale choices
-            (build / "CMakeCache.txt").unlink(missing_ok=True)
+        # One folder for each Python, kept between builds: a second install compiles nothing. Settings that differ
+        # (an isolated build has its own cmake, ninja and torch, gone by the next time) start from a fresh cache.
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        arguments = [f"-D{key}={value}" for key, value in settings.items()]
+        arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        stamp = build / "settings.txt"
+        wanted = "\n".join([*arguments, os.environ.get("TORCH_CUDA_ARCH_LIST", "")])
+        known = stamp.exists() and stamp.read_text() == wanted
+        stamp.unlink(missing_ok=True)
+        configure = ["cmake", *([] if known else ["--fresh"]), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure += arguments
         # The cmake and ninja that pip installed lie beside its Python, which need not be on PATH.
         env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
         subprocess.run(configure, check=True, env=env)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True, env=env)
+        stamp.write_text(wanted)
 
 
 setup(

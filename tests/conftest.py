@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no GPU on this machine")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Any]]:
+    """golden(name): the arrays of tests/golden/<name>.npz; those of one element as numbers."""
+
+    def load(name: str) -> dict[str, Any]:
+        with np.load(GOLDEN / f"{name}.npz") as arrays:
+            return {k: v.item() if v.ndim == 0 else torch.from_numpy(v.copy()) for k, v in arrays.items()}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def assert_relative() -> Callable[..., None]:
+    """assert_relative(actual, expected, limit): the largest difference, relative to the largest value expected."""
+
+    def check(actual: Tensor, expected: Tensor, limit: float = 1e-4) -> None:
+        assert actual.shape == expected.shape
+        if expected.numel() == 0:
+            return
+        actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+        assert bool(actual.isfinite().all())
+        error = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        assert error <= limit, f"relative error {error:.3g} is over {limit:.3g}"
+
+    return check
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """threads(n) sets torch's thread count for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import afa_ext
+from afa_ext import reference
+
+CASES = ["par_flat", "par_same_size", "par_small", "par_two_dilations", "par_upsampled"]
+D6 = (1, 2, 4, 8, 12, 24)
+
+
+def smooth_images(batch, height, width, dtype=torch.float32, device="cpu"):
+    """Random colours that vary slowly, as in a photograph: on noise all weights are alike."""
+    coarse = torch.rand(batch, 3, max(2, height // 4), max(2, width // 4), dtype=torch.float64)
+    images = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
+    return (images + 0.02 * torch.rand_like(images)).to(device, dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case, golden, assert_relative, device):
+    g = golden(case)
+    for implementation in (afa_ext, reference):
+        masks = g["masks"].to(device).requires_grad_()
+        out = implementation.par_refine(
+            g["images"].to(device), masks, dilations=g["dilations"].tolist(), num_iter=g["num_iter"]
+        )
+        assert_relative(out, g["out"])
+        (grad,) = torch.autograd.grad((out * g["grad_out"].to(device)).sum(), masks)
+        assert_relative(grad, g["grad_masks"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_module_matches_golden(case, golden, assert_relative):
+    g = golden(case)
+    out = afa_ext.PAR(g["dilations"].tolist(), g["num_iter"])(g["images"], g["masks"])
+    assert_relative(out, g["out"])
+
+
+# Widths around the vector lengths, one pixel, dilations beyond the image, every class-block remainder.
+SHAPES = [(1, 1, 1, 1), (2, 2, 1, 5), (1, 3, 7, 3), (1, 4, 5, 16), (2, 5, 9, 17), (1, 6, 33, 31), (1, 9, 20, 70)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dilations", [D6, (1,), (3, 40)], ids=str)
+def test_matches_reference(shape, dilations, assert_relative, device):
+    batch, classes, height, width = shape
+    images = smooth_images(batch, height, width, torch.float64, device)
+    masks = torch.rand(batch, classes, height, width, dtype=torch.float64, device=device, requires_grad=True)
+    weights = afa_ext.par_affinity(images, dilations=dilations)
+    assert_relative(weights, reference.par_affinity(images, dilations=dilations), 1e-9)
+    assert_relative(
+        afa_ext.par_affinity(images.float(), dilations=dilations),
+        reference.par_affinity(images.float(), dilations=dilations),
+        2e-5,  # float32 both: sigma of a nearly flat neighbourhood loses digits in either
+    )
+    weights.requires_grad_()
+    results = []
+    for implementation in (afa_ext, reference):
+        out = implementation.par_propagate(weights, masks, dilations=dilations, num_iter=3)
+        results.append([out, *torch.autograd.grad((out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype,
+                                                                        device=device).view_as(out)).sum(),
+                                                  (masks, weights))])
+    for actual, expected in zip(*results, strict=True):
+        assert_relative(actual, expected, 1e-10)
+    single = afa_ext.par_propagate(weights.detach().float(), masks.detach().float(), dilations=dilations, num_iter=3)
+    assert_relative(single, results[1][0], 2e-6)
+
+
+def test_weights_sum_to_one_plus_w2(device):
+    for w2 in (0.0, 0.01, 0.3):
+        weights = afa_ext.par_affinity(smooth_images(1, 20, 30, device=device), w2=w2)
+        torch.testing.assert_close(weights.sum(1), torch.full_like(weights[:, 0], 1 + w2), rtol=2e-6, atol=0)
+
+
+def test_affine_change_of_a_channel_changes_nothing(device):
+    images = smooth_images(1, 24, 24, torch.float64, device)
+    changed = images * torch.tensor([3.0, 0.5, -2.0], device=device, dtype=torch.float64).view(1, 3, 1, 1) + 7
+    torch.testing.assert_close(afa_ext.par_affinity(changed), afa_ext.par_affinity(images), rtol=1e-5, atol=0)
+
+
+def test_flat_image_gives_uniform_colour_weights(device):
+    weights = afa_ext.par_affinity(torch.full((1, 3, 12, 12), 0.3, device=device), w2=0)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 48), rtol=1e-6, atol=0)
+
+
+def test_linear_in_masks(device):
+    weights = afa_ext.par_affinity(smooth_images(1, 16, 20, torch.float64, device))
+    a, b = torch.rand(2, 1, 3, 16, 20, dtype=torch.float64, device=device)
+    both = afa_ext.par_propagate(weights, 2 * a - b)
+    torch.testing.assert_close(both, 2 * afa_ext.par_propagate(weights, a) - afa_ext.par_propagate(weights, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype, device):
+    images, masks = smooth_images(2, 30, 37, device=device), torch.rand(2, 3, 30, 37, device=device)
+    exact = reference.par_refine(images.to(dtype).double(), masks.to(dtype).double())
+    out = afa_ext.par_refine(images.to(dtype), masks.to(dtype))
+    assert out.dtype == dtype
+    # PyTorch itself, storing weights at this precision, loses this much; CUDA also stores each iteration.
+    allowed = (reference.par_refine(images.to(dtype), masks.to(dtype)).double() - exact).abs().max()
+    assert (out.double() - exact).abs().max() <= (2 if device == "cpu" else 6) * allowed
+
+
+def test_low_precision_of_a_near_flat_image_stays_finite(device):
+    images = torch.full((1, 3, 16, 16), 0.5, dtype=torch.float16, device=device)
+    images[0, :, 8, 8] += 0.001
+    assert bool(afa_ext.par_affinity(images).isfinite().all())
+
+
+def test_mixed_types_are_promoted(device):
+    images = smooth_images(1, 9, 9, device=device)
+    masks = torch.rand(1, 2, 9, 9, dtype=torch.float16, device=device)
+    out = afa_ext.par_refine(images, masks)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, afa_ext.par_refine(images, masks.float()))
+
+
+def test_layouts(device):
+    images, masks = smooth_images(2, 18, 22, device=device), torch.rand(2, 4, 18, 22, device=device)
+    expected = afa_ext.par_refine(images, masks)
+    views = [
+        (images.to(memory_format=torch.channels_last), masks.to(memory_format=torch.channels_last)),
+        (images.mT.contiguous().mT, masks.mT.contiguous().mT),
+        (torch.cat([images, images], 1)[:, :3], torch.cat([masks, masks], 3)[..., :22]),
+    ]
+    for image, mask in views:
+        assert not (image.is_contiguous() and mask.is_contiguous())
+        torch.testing.assert_close(afa_ext.par_refine(image, mask), expected, rtol=0, atol=0)
+    shared = masks[:1].expand(2, -1, -1, -1)
+    torch.testing.assert_close(afa_ext.par_refine(images, shared), afa_ext.par_refine(images, shared.clone()))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0)], ids=str)
+def test_empty(shape, device):
+    batch, classes, height, width = shape
+    images = torch.rand(batch, 3, height, width, device=device)
+    masks = torch.rand(shape, device=device, requires_grad=True)
+    for implementation in (afa_ext, reference):
+        out = implementation.par_refine(images, masks)
+        assert out.shape == shape
+        out.sum().backward()
+
+
+def test_zero_iterations_return_the_masks(device):
+    images, masks = smooth_images(1, 8, 8, device=device), torch.rand(1, 2, 8, 8, device=device)
+    keep = torch.tensor([[True, False]], device=device)
+    for implementation in (afa_ext, reference):
+        assert torch.equal(implementation.par_refine(images, masks, num_iter=0), masks)
+        kept = implementation.par_refine(images, masks, num_iter=0, class_mask=keep)
+        assert torch.equal(kept[:, 0], masks[:, 0])
+        assert not kept[:, 1].any()
+
+
+def test_class_mask(device):
+    images = smooth_images(3, 19, 21, device=device)
+    masks = torch.rand(3, 7, 19, 21, device=device, requires_grad=True)
+    keep = torch.rand(3, 7, device=device) > 0.5
+    keep[1] = False
+    full = afa_ext.par_refine(images, masks)
+    out = afa_ext.par_refine(images, masks, class_mask=keep)
+    torch.testing.assert_close(out, full * keep[:, :, None, None], rtol=0, atol=0)
+    torch.testing.assert_close(out, reference.par_refine(images, masks, class_mask=keep), rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(out.square().sum(), masks, retain_graph=True)
+    assert not grad[~keep].any()
+    (expected,) = torch.autograd.grad((full * keep[:, :, None, None]).square().sum(), masks)
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_resize(device):
+    images, masks = smooth_images(2, 24, 32, device=device), torch.rand(2, 3, 12, 10, device=device)
+    for resize, size in (("mask_to_image", (24, 32)), ("image_to_mask", (12, 10))):
+        out = afa_ext.par_refine(images, masks, resize=resize)
+        assert out.shape == (2, 3, *size)
+        expected = reference.par_refine(images, masks, resize=resize)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 6, 7), (2, 5, 4, 9)], ids=str)
+@pytest.mark.parametrize("class_mask", [False, True])
+def test_gradcheck(shape, class_mask, device):
+    batch, classes, height, width = shape
+    keep = torch.rand(batch, classes, device=device) > 0.3 if class_mask else None
+    weights = afa_ext.par_affinity(smooth_images(batch, height, width, torch.float64, device), dilations=(1, 3))
+    masks = torch.rand(shape, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda w, m: afa_ext.par_propagate(w, m, dilations=(1, 3), num_iter=3, class_mask=keep),
+        (weights.requires_grad_(), masks),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic, device):
+    def loss(images, masks, keep):
+        return afa_ext.par_refine(images, masks, class_mask=keep).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for height in (10, 12):
+        images, keep = smooth_images(2, 20, 24, device=device), torch.tensor([[True, False]] * 2, device=device)
+        masks = torch.rand(2, 2, height, 12, device=device, requires_grad=True)
+        grads = [torch.autograd.grad(f(images, masks, keep), masks)[0] for f in (loss, compiled)]
+        torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_autocast(device):
+    images, masks = smooth_images(1, 16, 16, device=device), torch.rand(1, 2, 16, 16, device=device)
+    low = torch.float16 if device == "cuda" else torch.bfloat16
+    with torch.autocast(device, dtype=low):
+        out = afa_ext.par_refine(images, masks.to(low))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, afa_ext.par_refine(images, masks.to(low).float()))
+
+
+def test_threads_change_nothing(threads):
+    images, masks = smooth_images(2, 50, 61), torch.rand(2, 5, 50, 61)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        weights = afa_ext.par_affinity(images).requires_grad_()
+        leaf = masks.clone().requires_grad_()
+        out = afa_ext.par_propagate(weights, leaf)
+        results.append([weights.detach(), out, *torch.autograd.grad(out.square().sum(), (leaf, weights))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.cuda
+def test_side_stream_and_repeats():
+    images, masks = smooth_images(2, 64, 64, device="cuda"), torch.rand(2, 3, 64, 64, device="cuda")
+    expected = afa_ext.par_refine(images, masks)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = afa_ext.par_refine(images, masks)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+class TestModule:
+    def test_published_buffers_load(self):
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = torch.nn.Linear(2, 2)
+                self.par = afa_ext.PAR(dilations=[1, 2, 4, 8, 12, 24], num_iter=10)
+
+        model = Model()
+        old = {**Model().state_dict(), "par.kernel": torch.ones(8, 1, 3, 3)}
+        model.load_state_dict(old)
+        with pytest.raises(RuntimeError, match="typo"):
+            model.load_state_dict({**old, "typo": torch.ones(1)})
+        model.par.load_state_dict({"kernel": torch.ones(8, 1, 3, 3)})
+
+    def test_is_an_ordinary_module(self):
+        par = afa_ext.PAR([1, 2], 3).to(torch.float64).eval()
+        images, masks = smooth_images(1, 8, 8), torch.rand(1, 2, 8, 8)
+        expected = afa_ext.par_refine(images, masks, dilations=(1, 2), num_iter=3)
+        for twin in (par, copy.deepcopy(par), pickle.loads(pickle.dumps(par)), reference.PAR([1, 2], 3)):
+            torch.testing.assert_close(twin(images, masks), expected)
+        assert not list(par.parameters())
+        assert "num_iter=3" in repr(par)
+
+
+X, M = torch.rand(2, 3, 8, 8), torch.rand(2, 4, 8, 8)
+W = torch.rand(2, 48, 8, 8)
+KEEP = torch.ones(2, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("module", [afa_ext, reference], ids=["native", "reference"])
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.par_affinity(X.numpy()), TypeError, r"images must be a floating-point tensor \[B, 3, H, W\]"),
+        (lambda m: m.par_affinity(X[0]), ValueError, r"images must have 4 dimensions .* shape \(3, 8, 8\)"),
+        (lambda m: m.par_affinity(X.byte()), TypeError, r"images must be float32, .*torch.uint8.*images.float\(\)"),
+        (lambda m: m.par_affinity(X[:, :0]), ValueError, "images must have at least one colour channel"),
+        (lambda m: m.par_affinity(X, w1=0), ValueError, "w1 must be greater than 0, got 0"),
+        (lambda m: m.par_affinity(X, w1=float("nan")), ValueError, "w1 must be greater than 0, got nan"),
+        (lambda m: m.par_affinity(X, w1="a"), TypeError, r"w1 must be a number, got 'a' \(str\)"),
+        (lambda m: m.par_affinity(X, w2=-1.0), ValueError, "w2 must be 0 or more, got -1.0"),
+        (lambda m: m.par_affinity(X, dilations=()), ValueError, "dilations must hold 1 to 32 integers, got 0"),
+        (lambda m: m.par_affinity(X, dilations=[1] * 33), ValueError, "dilations must hold 1 to 32 integers, got 33"),
+        (lambda m: m.par_affinity(X, dilations=3), TypeError, "dilations must be a sequence of integers, got 3"),
+        (lambda m: m.par_affinity(X, dilations=(0,)), ValueError, "dilations' entries must be between 1 and"),
+        (lambda m: m.par_affinity(X, dilations=(1.5,)), TypeError, "dilations' entries must be an integer, got 1.5"),
+        (lambda m: m.par_propagate(W[0], M), ValueError, "weights must have 4 dimensions"),
+        (lambda m: m.par_propagate(W[:, :40], M), ValueError, "weights must have size 48 in dimension 1"),
+        (lambda m: m.par_propagate(W, M[:1]), ValueError, r"masks must have size 2 in dimension 0 \(the batch of"),
+        (lambda m: m.par_propagate(W, M[:, :, :7]), ValueError, r"masks must have size 8 in dimension 2 \(the height"),
+        (lambda m: m.par_propagate(W, M[..., :7]), ValueError, r"masks must have size 8 in dimension 3 \(the width"),
+        (lambda m: m.par_propagate(W, M.double()), TypeError, r"masks must have the type of weights \(torch.float32\)"),
+        (lambda m: m.par_propagate(W, M.to("meta")), ValueError, r"masks must be on the device of weights \(cpu\)"),
+        (lambda m: m.par_propagate(W, M, num_iter=-1), ValueError, "num_iter must be at least 0, got -1"),
+        (lambda m: m.par_propagate(W, M, num_iter=2.0), TypeError, "num_iter must be an integer, got 2.0"),
+        (lambda m: m.par_propagate(W, M, class_mask=KEEP.float()), TypeError, r"class_mask must be a bool tensor"),
+        (lambda m: m.par_propagate(W, M, class_mask=KEEP[:, :3]), ValueError, r"class_mask must have shape \(2, 4\)"),
+        (lambda m: m.par_refine(X, M[0]), ValueError, "masks must have 4 dimensions"),
+        (lambda m: m.par_refine(X, M.long()), TypeError, "masks must be float32"),
+        (lambda m: m.par_refine(X, M[:1]), ValueError, r"masks must have size 2 in dimension 0 \(the batch of images"),
+        (lambda m: m.par_refine(X, M.to("meta")), ValueError, "masks must be on the device of images"),
+        (lambda m: m.par_refine(X, M, resize="crop"), ValueError, "resize must be one of 'mask_to_image'.* got 'crop'"),
+        (lambda m: m.par_refine(X, M[..., :0]), ValueError, "masks and images must both have at least one pixel"),
+    ],
+)
+def test_errors(module, call, error, message):
+    with pytest.raises(error, match=message):
+        call(module)
+
+
+def test_images_have_no_gradient():
+    images = X.clone().requires_grad_()
+    for call in (lambda: afa_ext.par_affinity(images), lambda: afa_ext.par_refine(images, M)):
+        with pytest.raises(ValueError, match=r"images requires grad, .* pass images.detach\(\)"):
+            call()
+        with torch.no_grad():
+            call()
+    assert afa_ext.par_refine(images.detach(), M).shape == M.shape
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda o: o.par_affinity(X[0], [1], 0.3, 0.01), r"images must have shape .* got \[3, 8, 8\]"),
+        (lambda o: o.par_affinity(X.long(), [1], 0.3, 0.01), "images must be float32"),
+        (lambda o: o.par_affinity(X, [], 0.3, 0.01), "dilations must hold 1 to 32"),
+        (lambda o: o.par_affinity(X, [0], 0.3, 0.01), "dilations' entries must be at least 1"),
+        (lambda o: o.par_affinity(X, [1], 0.0, 0.01), "w1 must be greater than 0"),
+        (lambda o: o.par_propagate(W, M, [1], 1, None), "weights must have shape"),
+        (lambda o: o.par_propagate(W, M[:1], list(D6), 1, None), "masks must have shape"),
+        (lambda o: o.par_propagate(W, M.double(), list(D6), 1, None), "masks must have the type of weights"),
+        (lambda o: o.par_propagate(W, M, list(D6), 0, None), "number of steps must be at least 1"),
+        (lambda o: o.par_propagate(W, M, list(D6), 1, KEEP[:1]), "class_mask must have shape"),
+        (lambda o: o.par_propagate(W, M, list(D6), 1, KEEP.float()), "class_mask must be bool"),
+        (lambda o: o.par_propagate_backward_masks(M[:1], W, list(D6), 1, None), "grad must have shape"),
+        (lambda o: o.par_propagate_backward_weights(M[:1], W, M, list(D6), 1, None), "grad must have shape"),
+    ],
+)
+def test_errors_of_the_operators_themselves(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.ops.afa_ext)
