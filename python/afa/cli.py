@@ -172,6 +172,9 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError(f"--run {run} is a file; give a folder")
     progress = not options.quiet
     device = _device(options.device)
+    # What costs least is checked first: lists and tags, then the model, then, when they are made here, the images.
+    if not _to_be_made(config):
+        _datasets(config)
     _say("model", _describe_model(config))
     _make_data(config, progress)
     train_set, val_set = _datasets(config)
@@ -234,7 +237,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     width = min(max(map(len, images)), 40)
     for result in results:
-        found = ", ".join(f"{_square(i)}{names[i]} {share:.0%}" for i, share in result.shares.items())
+        found = ", ".join(f"{_square(i)}{names[i]} {_share(share)}" for i, share in result.shares.items())
         # Above the bar and not through it.
         tqdm.write(f"{result.name:<{width}}  {found or 'background alone'}")
     plural = "s" if len(images) > 1 else ""
@@ -292,11 +295,15 @@ def _describe_model(config: Config) -> str:
     return f"{config.model.backbone}, {millions:.1f} million parameters, {start} weights"
 
 
+def _to_be_made(config: Config) -> bool:
+    return config.data.embedded and not Path(config.data.root).exists()
+
+
 def _make_data(config: Config, progress: bool) -> None:
-    root = Path(config.data.root)
-    if config.data.embedded and not root.exists():
+    if _to_be_made(config):
         from afa.data.synthetic import make_dataset
 
+        root = Path(config.data.root)
         _say("data", f"making the embedded data set in {root}")
         make_dataset(root, progress=progress)
 
@@ -351,6 +358,10 @@ def _table(result: EvalResult, images: int) -> str:
         line = f"{name:<16}{scores['miou']:>7.3f}  {bar}{scores['pixel_acc']:>8.3f}{scores['mean_acc']:>9.3f}"
         lines.append(f"\033[1m{line}\033[0m" if row == "seg" and _coloured() else line)
     return "\n".join([*lines, ""])
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
 
 
 def _coloured() -> bool:

@@ -191,9 +191,7 @@ def from_dict(content: Any, *, where: str = "the configuration") -> Config:
         if values is None:
             continue
         if not isinstance(values, dict):
-            raise UserError(
-                f"'{section}' in {where} must be a section of key: value lines, got {_shown(values)}"
-            )
+            raise UserError(f"'{section}' in {where} must be a section of key: value lines, got {_shown(values)}")
         for name, value in values.items():
             _set(config, f"{section}.{name}", value, where)
     return config
@@ -209,8 +207,7 @@ def apply_override(config: Config, override: str) -> None:
     key = key.strip()
     if not equals or not key:
         raise UserError(
-            f"'{override}' is no override: write section.key=value, such as train.iterations=100, "
-            "without spaces"
+            f"'{override}' is no override: write section.key=value, such as train.iterations=100, without spaces"
         )
     text = text.strip()
     parts = key.split(".")
@@ -264,9 +261,7 @@ def validate(config: Config) -> None:
     def need(condition: bool, key: str, allowed: str, hint: str = "") -> None:
         if not condition:
             section, name = key.split(".")
-            raise UserError(
-                f"{key} must be {allowed}, got {_shown(getattr(getattr(config, section), name))}{hint}"
-            )
+            raise UserError(f"{key} must be {allowed}, got {_shown(getattr(getattr(config, section), name))}{hint}")
 
     def need_one_of(section: str, name: str, options: tuple[str, ...]) -> None:
         value = getattr(getattr(config, section), name)
@@ -299,9 +294,7 @@ def validate(config: Config) -> None:
     need(model.decoder_width >= 1, "model.decoder_width", "at least 1")
 
     for key in ("cam_scales", "scales"):
-        section, scales = (
-            ("labels", labels.cam_scales) if key == "cam_scales" else ("eval", evaluation.scales)
-        )
+        section, scales = ("labels", labels.cam_scales) if key == "cam_scales" else ("eval", evaluation.scales)
         need(bool(scales) and all(s > 0 for s in scales), f"{section}.{key}", "one or more factors above 0")
     for key in ("cam_threshold", "low", "high"):
         need(0 < getattr(labels, key) < 1, f"labels.{key}", "between 0 and 1")
@@ -353,9 +346,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{key}' stands twice", key_node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -420,9 +411,7 @@ def _unknown_key(key: str, where: str) -> UserError:
     leaf = key.rpartition(".")[2]
     twins = [known for known in keys if known.rpartition(".")[2] == leaf]
     if key in SECTIONS:
-        return UserError(
-            f"'{key}' in {where} is a section, not a key; set one of its keys, such as {_first(key)}"
-        )
+        return UserError(f"'{key}' in {where} is a section, not a key; set one of its keys, such as {_first(key)}")
     section = key.partition(".")[0]
     names = list(_hints(section)) if section in SECTIONS else [*SECTIONS, *keys]
     near = did_you_mean(leaf if section in SECTIONS else key, names)

@@ -31,9 +31,7 @@ class SegmentationMetrics:
         class and for nobody else.
         """
         if pred.shape != target.shape:
-            raise ValueError(
-                f"pred and target must have one shape, got {tuple(pred.shape)} and {tuple(target.shape)}"
-            )
+            raise ValueError(f"pred and target must have one shape, got {tuple(pred.shape)} and {tuple(target.shape)}")
         for name, labels in (("pred", pred), ("target", target)):
             if labels.dtype.is_floating_point or labels.dtype == torch.bool:
                 raise TypeError(f"{name} must hold integers, got {labels.dtype}")
@@ -47,9 +45,7 @@ class SegmentationMetrics:
         counts = torch.zeros((n + 1) ** 2, dtype=torch.int64, device=target.device)
         counts.scatter_add_(0, row * (n + 1) + column, torch.ones_like(row))
         counts = counts.view(n + 1, n + 1)[:n]
-        self.confusion = (
-            counts if self.confusion is None else self.confusion + counts.to(self.confusion.device)
-        )
+        self.confusion = counts if self.confusion is None else self.confusion + counts.to(self.confusion.device)
 
     def compute(self) -> dict[str, Any]:
         """`miou`, `iou` (a list, one a class), `pixel_acc`, `mean_acc` and `confusion` (rows true, columns
@@ -59,10 +55,8 @@ class SegmentationMetrics:
         means are over the classes present in the truth alone, as the published code takes them.
         """
         n = self.num_classes
-        if self.confusion is None:
-            counts = torch.zeros(n, n + 1, dtype=torch.float64)
-        else:
-            counts = self.confusion.cpu().double()
+        counts = torch.zeros(n, n + 1) if self.confusion is None else self.confusion.cpu()
+        counts = counts.double()
         hit = counts[:, :n].diagonal()
         present = counts.sum(1)
         union = present + counts[:, :n].sum(0) - hit
@@ -82,9 +76,7 @@ def classification_f1(scores: Tensor, tags: Tensor, threshold: float = 0.0) -> f
     An image with no tag scores 1 when nothing is predicted and 0 otherwise.
     """
     if scores.shape != tags.shape or scores.dim() != 2:
-        raise ValueError(
-            f"scores and tags must both be [B,C], got {tuple(scores.shape)} and {tuple(tags.shape)}"
-        )
+        raise ValueError(f"scores and tags must both be [B,C], got {tuple(scores.shape)} and {tuple(tags.shape)}")
     predicted = scores > threshold
     true = tags > 0.5
     both = (predicted & true).sum(1)

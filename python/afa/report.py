@@ -255,7 +255,7 @@ def _panel(
             f'height="{_HEIGHT - _TOP - _BOTTOM}"/>'
         )
         label = PHASES.get(phase, phase)
-        if width > 5.2 * len(label):
+        if width > 4.5 * len(label):
             parts.append(f'<text class="phase" x="{x(start) + 3:.1f}" y="{_TOP - 6}">{html.escape(label)}</text>')
     for tick in y_ticks:
         parts.append(

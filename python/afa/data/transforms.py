@@ -54,8 +54,7 @@ def read_image(path: str | Path) -> Image.Image:
             return to_rgb(image)
     except _DECODE_ERRORS as error:
         raise UserError(
-            f"the image {path} can't be decoded ({_reason(error)}); replace it, or take its name out "
-            "of the split list"
+            f"the image {path} can't be decoded ({_reason(error)}); replace it, or take its name out of the split list"
         ) from error
 
 

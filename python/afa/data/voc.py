@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -72,9 +73,7 @@ class VOCDataset(Dataset[Sample]):
         with_mask: bool,
     ) -> None:
         if train and with_mask:
-            raise ValueError(
-                "a training set has no masks: image-level labels are all it may see; set with_mask=False"
-            )
+            raise ValueError("a training set has no masks: image-level labels are all it may see; set with_mask=False")
         if train and crop_size is None:
             raise ValueError("a training set needs crop_size, the side of the crop in pixels")
         self.root = Path(root)
@@ -164,27 +163,14 @@ def train_loader(
     """
     if not dataset.train:
         raise ValueError("train_loader needs a dataset made with train=True")
-    loader = DataLoader(
-        dataset,
-        batch_sampler=_EndlessBatches(len(dataset), batch_size, seed, start_iteration),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-    )
-    return _iterate(loader)
+    return _iterate(dataset, _EndlessBatches(len(dataset), batch_size, seed, start_iteration), workers)
 
 
 def eval_loader(dataset: VOCDataset, batch_size: int, workers: int = 0) -> Iterator[Sample]:
     """The split in order, once; consecutive images of one size come as one batch of up to `batch_size`."""
     if dataset.train:
         raise ValueError("eval_loader needs a dataset made with train=False")
-    loader = DataLoader(
-        dataset,
-        batch_sampler=_same_size_batches(dataset.sizes, batch_size),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return _iterate(loader)
+    return _iterate(dataset, _same_size_batches(dataset.sizes, batch_size), workers)
 
 
 class _EndlessBatches(Sampler[list[tuple[int, tuple[int, int]]]]):
@@ -222,7 +208,17 @@ def _same_size_batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> lis
     return batches
 
 
-def _iterate(loader: DataLoader[Sample]) -> Iterator[Sample]:
+def _iterate(dataset: VOCDataset, batches: Iterable[list[Any]], workers: int) -> Iterator[Sample]:
+    with warnings.catch_warnings():
+        # More workers than cores is slower and no error, and the number comes from a file shared between machines.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[Sample] = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4 if workers else None,
+        )
     try:
         yield from loader
     except UserError as error:
@@ -270,14 +266,8 @@ def _read_split(root: Path, split: str) -> list[str]:
         )
     if not path.is_file():
         lists = sorted(file.stem for file in path.parent.glob("*.txt"))
-        there = (
-            f"the lists there are {', '.join(lists)}{did_you_mean(split, lists)}"
-            if lists
-            else "no list is there"
-        )
-        raise UserError(
-            f"the split list {path} does not exist: {there}; set data.train_split or data.val_split"
-        )
+        there = f"the lists there are {', '.join(lists)}{did_you_mean(split, lists)}" if lists else "no list is there"
+        raise UserError(f"the split list {path} does not exist: {there}; set data.train_split or data.val_split")
     names = [_stem(line.split()[0]) for line in _read_lines(path)]
     if not names:
         raise UserError(f"the split list {path} is empty; it must hold one image name a line")
@@ -302,9 +292,7 @@ def _read_classes(root: Path) -> list[str]:
 def _find_images(root: Path, names: Sequence[str], split: str) -> list[Path]:
     folder = root / "JPEGImages"
     if not folder.is_dir():
-        raise UserError(
-            f"the image folder {folder} does not exist; data.root must be a folder in PASCAL VOC layout"
-        )
+        raise UserError(f"the image folder {folder} does not exist; data.root must be a folder in PASCAL VOC layout")
     # One listing instead of a look per name and suffix, which takes long on network disks.
     files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES}
     for name in names:
@@ -381,8 +369,7 @@ def _xml_tags(root: Path) -> TagReader:
         path = folder / f"{name}.xml"
         if not path.is_file():
             raise UserError(
-                f"the image '{name}' has no tags: there is no {path} and no {root / 'tags.csv'}; add one "
-                "of them"
+                f"the image '{name}' has no tags: there is no {path} and no {root / 'tags.csv'}; add one of them"
             )
         try:
             tree = ElementTree.parse(path)

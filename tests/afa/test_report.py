@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from afa.config import Config
+from afa.errors import UserError
+from afa.evaluate import EvalResult
+from afa.report import nice_ticks, read_log, write_report
+from afa.results import duration, load_result, make_report, save_result
+from afa.visualize import PALETTE, class_colour, heat, overlay, save_mask
+from PIL import Image
+
+CLASSES = ["star", "<ring>"]
+
+
+def _row(value: float) -> dict[str, object]:
+    iou = [value, value / 2, math.nan]
+    return {"miou": value, "iou": iou, "pixel_acc": value + 0.01, "mean_acc": value + 0.02, "confusion": [[1]]}
+
+
+@pytest.fixture
+def result() -> EvalResult:
+    rng = np.random.default_rng(0)
+    samples = []
+    for index in range(3):
+        truth = np.zeros((20, 30), np.int64)
+        truth[5:12, 5:15] = 1
+        truth[4, 5:15] = 255
+        labels = {key: truth.copy() for key in ("cam_label", "walk_label", "par_label", "prediction")}
+        labels["prediction"][5:12, 5:10] = 2
+        image = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
+        cam = rng.random((20, 30)).astype(np.float32)
+        samples.append({"name": f"v{index}&", "image": image, "tags": ["star"], "cam": cam, "truth": truth, **labels})
+    return EvalResult(_row(0.4), _row(0.45), _row(0.5), _row(0.615), f1=0.9, seconds=3.0, images=40, samples=samples)
+
+
+def _log(run: Path) -> None:
+    rows = []
+    for i in range(10, 1010, 10):
+        phase = "classify" if i <= 200 else "par" if i <= 500 else "walk"
+        other = None if phase == "classify" else 1 / i
+        rows.append({"iteration": i, "phase": phase, "loss_cls": 5 / i, "loss_seg": other, "loss_aff": other})
+        if i in (500, 1000):
+            rows.append({"iteration": i, **{f"val_{row}_miou": i / 2000 for row in ("cam", "walk", "par", "seg")}})
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 1010, "lo')
+
+
+class _Page(HTMLParser):
+    """Tags that are open at the end or closed out of turn, addresses and text of a page."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "rect", "line", "path", "circle"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "data", "srcset")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page_is_whole_and_needs_nothing_else(tmp_path: Path, result: EvalResult) -> None:
+    _log(tmp_path)
+    path = write_report(tmp_path, result, CLASSES, facts={"Backbone": "a & b"}, title="Trial <1>")
+    assert path == tmp_path / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert re.search(r"url\(|@import|https?://", text) is None
+    assert "$" not in text  # every placeholder of the template was filled
+    assert len(page.addresses) == 3 * 6  # three rows: image, CAM, walk, PAR label, prediction, truth
+    picture = Image.open(io.BytesIO(base64.b64decode(page.addresses[0].partition(",")[2])))
+    assert picture.size == (30, 20)
+    for words in ("Trial <1>", "a & b", "<ring>", "v0&", "0.615", "+0.215", "0.400", "0.450", "0.500"):
+        assert words in page.text, words
+    for head in ("Image", "Tags", "CAM", "Walk", "PAR label", "Prediction", "Truth", "ignored"):
+        assert head in page.text
+    assert text.count(class_colour(1)) >= 4
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_curves(tmp_path: Path, result: EvalResult) -> None:
+    _log(tmp_path)
+    text = write_report(tmp_path, result, CLASSES).read_text(encoding="utf-8")
+    charts = re.findall(r"<svg.*?</svg>", text)
+    assert [re.search(r'aria-label="([^"]*)"', chart)[1] for chart in charts] == [  # type: ignore[index]
+        "Classification loss by iteration",
+        "Segmentation loss by iteration",
+        "Affinity loss by iteration",
+        "Validation mIoU by iteration",
+    ]
+    for chart in charts:
+        for label in ("tags only", "PAR labels", "walk labels"):
+            assert label in chart
+        assert all(f'class="phase-{number}"' in chart for number in range(3))
+        assert "NaN" not in chart
+        assert "nan" not in chart
+        spans = re.findall(r'<rect class="phase-\d" x="([\d.]+)" y="\d+" width="([\d.]+)"', chart)
+        edges = [(float(x), float(x) + float(width)) for x, width in spans]
+        # Both numbers are rounded to a tenth.
+        assert [end for _, end in edges[:-1]] == pytest.approx([start for start, _ in edges[1:]], abs=0.11)
+    first = [float(re.search(r'class="raw"[^>]* d="M([\d.]+)', chart)[1]) for chart in charts[:3]]  # type: ignore[index]
+    assert first[0] < first[1] == first[2]  # the other two losses begin with their phase
+    assert charts[3].count("<circle") == 8
+
+
+def test_page_without_log_and_samples(tmp_path: Path, result: EvalResult) -> None:
+    result.samples = []
+    page = _Page(write_report(tmp_path, result, CLASSES).read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "no log of its training" in page.text
+    assert "eval.report_images" in page.text
+
+
+def test_read_log_merges_and_passes_over_a_cut_line(tmp_path: Path) -> None:
+    _log(tmp_path)
+    rows = read_log(tmp_path / "log.jsonl")
+    assert [row["iteration"] for row in rows] == list(range(10, 1010, 10))
+    assert rows[-1]["val_seg_miou"] == 0.5
+    assert rows[-1]["loss_cls"] == 0.005
+    assert read_log(tmp_path / "none.jsonl") == []
+
+
+def test_result_survives_the_disk(tmp_path: Path, result: EvalResult) -> None:
+    _log(tmp_path)
+    save_result(tmp_path, result, CLASSES, Config(), {"seconds": 100.0, "config": "demo", "environment": {}})
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert [metrics[f"{row}_miou"] for row in ("cam", "walk", "par", "seg")] == [0.4, 0.45, 0.5, 0.615]
+    assert metrics["seconds"] == 100.0
+    assert metrics["per_class"]["seg"] == {"background": 0.615, "star": 0.3075, "<ring>": None}
+    again, classes, _ = load_result(tmp_path)
+    assert classes == CLASSES
+    assert again.seg["iou"][:2] == result.seg["iou"][:2]
+    assert math.isnan(again.seg["iou"][2])
+    assert again.samples[1]["tags"] == ["star"]
+    for key in ("image", "truth", "prediction", "walk_label"):
+        assert np.array_equal(again.samples[1][key], result.samples[1][key])
+    assert np.abs(again.samples[1]["cam"] - result.samples[1]["cam"]).max() < 1e-3
+    before = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "report.html").unlink()
+    make_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_unmeasured_and_damaged_runs_are_named(tmp_path: Path, result: EvalResult) -> None:
+    with pytest.raises(UserError, match=r"metrics\.json does not exist.*afa evaluate"):
+        make_report(tmp_path)
+    save_result(tmp_path, result, CLASSES, Config(), {})
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match=r"metrics\.json.*damaged.*afa evaluate"):
+        make_report(tmp_path)
+
+
+def test_failing_write_leaves_the_old_file(tmp_path: Path, result: EvalResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_result(tmp_path, result, CLASSES, Config(), {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def broken(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", broken)
+    with pytest.raises(OSError, match="no space"):
+        save_result(tmp_path, result, CLASSES, Config(), {"seconds": 1.0})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_mask_file_is_a_voc_palette_png(tmp_path: Path) -> None:
+    mask = np.array([[0, 1, 20], [255, 2, 0]])
+    save_mask(tmp_path / "deep/mask.png", mask)
+    image = Image.open(tmp_path / "deep/mask.png")
+    assert image.mode == "P"
+    assert np.array_equal(np.asarray(image), mask)
+    assert np.array_equal(np.asarray(image.convert("RGB")), PALETTE[mask])
+
+
+def test_overlay_and_heat() -> None:
+    picture = np.full((8, 8, 3), 100, np.uint8)
+    mask = np.zeros((8, 8), np.int64)
+    mask[2:7, 2:7] = 1  # VOC's class 1 is red
+    laid = overlay(picture, mask)
+    assert laid[4, 4, 0] > laid[4, 4, 1] + 50
+    assert (laid[0, 0] < 100).all()
+    assert laid[2, 4].min() > 180  # a light outline
+    warm = heat(picture, np.linspace(0, 1, 64).reshape(8, 8))
+    brightness = warm.astype(int).sum(-1).reshape(-1)
+    assert (np.diff(brightness) >= -2).all()
+    stacked = np.stack([np.zeros((8, 8)), np.linspace(0, 1, 64).reshape(8, 8)])
+    assert np.array_equal(heat(picture, stacked), warm)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0, 1, [0, 0.5, 1.0]), (0, 0.7, [0, 0.2, 0.4, 0.6]), (10, 20000, [5000, 10000, 15000, 20000])],
+)
+def test_nice_ticks(low: float, high: float, ticks: list[float]) -> None:
+    assert nice_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(48.2, "48 s"), (59.9, "1 min 0 s"), (400, "6 min 40 s"), (33240, "9 h 14 min")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
