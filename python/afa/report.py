@@ -32,7 +32,7 @@ LOSSES = {
     "loss_seg": ("Segmentation", "pixels against pseudo labels", "--seg"),
     "loss_aff": ("Affinity", "pairs of tokens, same class or not", "--par"),
 }
-PHASES = {"classify": "tags only", "par": "PAR labels", "walk": "walk labels"}
+PHASES = {"classify": "tags", "par": "PAR labels", "walk": "walk labels"}
 
 
 def write_report(
@@ -255,7 +255,7 @@ def _panel(
             f'height="{_HEIGHT - _TOP - _BOTTOM}"/>'
         )
         label = PHASES.get(phase, phase)
-        if width > 4.5 * len(label):
+        if width > 5.2 * len(label):
             parts.append(f'<text class="phase" x="{x(start) + 3:.1f}" y="{_TOP - 6}">{html.escape(label)}</text>')
     for tick in y_ticks:
         parts.append(

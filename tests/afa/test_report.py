@@ -119,7 +119,7 @@ def test_curves(tmp_path: Path, result: EvalResult) -> None:
         "Validation mIoU by iteration",
     ]
     for chart in charts:
-        for label in ("tags only", "PAR labels", "walk labels"):
+        for label in (">tags<", ">PAR labels<", ">walk labels<"):
             assert label in chart
         assert all(f'class="phase-{number}"' in chart for number in range(3))
         assert "NaN" not in chart

@@ -219,8 +219,9 @@ def _iterate(dataset: VOCDataset, batches: Iterable[list[Any]], workers: int) ->
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if workers else None,
         )
+        iterator = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except UserError as error:
         # A worker's exception arrives with its traceback as the message; the sentence is the last part of it.
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
