@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from afa.model.network import AFANet
 
 
-class ClassSet(NamedTuple):
+@dataclass(frozen=True)
+class ClassSet:
     """The tagged classes of each image, packed to the left: what a batch computes on in place of all C classes."""
 
     index: Tensor

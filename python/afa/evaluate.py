@@ -41,9 +41,7 @@ class EvalResult:
     par_label, prediction and truth, each integer [H,W], for images evenly spread over the split."""
 
 
-def evaluate(
-    model: AFANet, dataset: VOCDataset, config: Config, *, progress: bool = True, keep: int = 0
-) -> EvalResult:
+def evaluate(model: AFANet, dataset: VOCDataset, config: Config, *, progress: bool = True, keep: int = 0) -> EvalResult:
     """Measure `model` on `dataset` (made with train=False, with_mask=True) and keep samples of `keep` images.
 
     The three label rows use one background score, labels.cam_threshold, since a label that may be ignored can't be
@@ -127,19 +125,18 @@ def measure_batch(
     background = config.labels.cam_threshold
     labels = {
         "cam": threshold_labels(result.cams, classes, background),
-        "walk": walk_label_single(
-            result.cams, result.affinity, result.grid, classes, config.labels, background
-        ),
+        "walk": walk_label_single(result.cams, result.affinity, result.grid, classes, config.labels, background),
         "par": par_label_single(images, result.cams, classes, config.labels, background),
-        "seg": segmentation.argmax(1),
+        "seg": segmentation.max(1).indices,
     }
     return labels, result.cams, out.class_logits.float()
 
 
 def segment(model: AFANet, images: Tensor, config: Config) -> Tensor:
     """uint8 images [B, 3, H, W] -> segmentation logits [B, C+1, H, W] at eval.scales: what prediction uses, no tags."""
-    with torch.inference_mode(), torch.autocast(
-        images.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
+    with (
+        torch.inference_mode(),
+        torch.autocast(images.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"),
     ):
         return _segment(model, normalize(images), None, config)
 

@@ -205,9 +205,7 @@ class Trainer:
         return segmentation, pairs
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"
-        )
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
 
 def train(
@@ -299,7 +297,7 @@ def _summary(record: Record) -> str:
 
 @dataclass
 class _Log:
-    """Gathers losses on the device and writes their means every log_every iterations: one wait for the device a line."""
+    """Gathers losses on the device and writes their means every log_every iterations: a wait for the device a line."""
 
     path: Path
     config: Config
@@ -429,7 +427,9 @@ def _load_checkpoint(folder: Path, trainer: Trainer) -> int:
         trainer.model.load_state_dict(tensors)
         trainer.optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
-        raise UserError(f"the checkpoint {folder} can't be read ({one_line(error)}); delete it, or train without --resume") from error
+        raise UserError(
+            f"the checkpoint {folder} can't be read ({one_line(error)}); delete it, or train without --resume"
+        ) from error
     return int(state["iteration"])
 
 
@@ -475,5 +475,3 @@ def _put_aside(run: Path) -> None:
     previous.mkdir(parents=True)
     for path in old:
         path.rename(previous / path.name)
-
-

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from afa.config import Config
+from PIL import Image
 
 CLASSES = ["square", "disc", "stripes"]
 

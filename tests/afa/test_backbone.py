@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from afa.errors import UserError
 from afa.model.backbone import Backbone, load_backbone_weights
+from safetensors.torch import save_file
 
 PVT: dict[str, Any] = {
     "embed_dims": (8, 16, 24, 32),
@@ -190,7 +189,7 @@ class TestWeights:
         assert not (tmp_path / "ran").exists()
 
     def test_missing_files(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="nowhere.pth does not exist"):
+        with pytest.raises(UserError, match=r"nowhere\.pth does not exist"):
             load_backbone_weights(pvt(), str(tmp_path / "nowhere.pth"))
         with pytest.raises(UserError, match="no bundled weights are named 'nothing'"):
             load_backbone_weights(pvt(), "bundled:nothing")

@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-
 from afa.config import Config
 from afa.errors import UserError
 from afa.model import AFANet, affinity_from_attention, build_model, load_model, normalize, save_checkpoint_weights
 from afa.model.heads import MLPDecoder
-
+from safetensors.torch import load_file, save_file
 
 Make = Callable[..., tuple[AFANet, Config]]
 
@@ -95,9 +93,7 @@ def test_mlp_decoder_is_the_plain_one() -> None:
 
 
 def test_plain_vit_model(tiny_config: Any) -> None:
-    config = tiny_config(
-        backbone="vit_tiny_patch16_224", backbone_args={"embed_dim": 48, "depth": 2, "num_heads": 3}
-    )
+    config = tiny_config(backbone="vit_tiny_patch16_224", backbone_args={"embed_dim": 48, "depth": 2, "num_heads": 3})
     out = build_model(config.model, 3)(torch.randn(1, 3, 64, 64), want=("cam", "seg", "affinity"))
     assert out.cam.shape == (1, 3, 4, 4) and out.seg_logits.shape == (1, 4, 4, 4)
     assert out.affinity.shape == (1, 16, 16)

@@ -7,16 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import afa.train
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
-import afa.train
 from afa.config import Config, TrainConfig, load_config
 from afa.errors import UserError
 from afa.model import build_model, load_model
 from afa.train import Trainer, learning_rate_factor, parameter_groups, phase_of, train
+from safetensors.torch import load_file
+from torch import Tensor
 
 
 @pytest.fixture
@@ -93,7 +92,9 @@ def test_frozen_norms_stay(tiny_config: Any) -> None:
         trainer.step(batch_of(), iteration)
     after = trainer.model.state_dict()
     assert torch.equal(after["backbone.net.stages.0.norm.weight"], before["backbone.net.stages.0.norm.weight"])
-    assert not torch.equal(after["backbone.net.patch_embed.proj.weight"], before["backbone.net.patch_embed.proj.weight"])
+    assert not torch.equal(
+        after["backbone.net.patch_embed.proj.weight"], before["backbone.net.patch_embed.proj.weight"]
+    )
 
 
 @pytest.mark.parametrize("boxes", ["whole", "ragged"])
@@ -160,10 +161,8 @@ def test_stochastic_backbone_makes_labels_without_noise(tiny_config: Any) -> Non
     assert all(module.training for module in trainer.model.modules())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_learns_a_batch_by_heart(tiny_config: Any, precision: str) -> None:
+def test_learns_a_batch_by_heart(tiny_config: Any) -> None:
     config = tiny_config()
-    config.train.precision = precision
     config.train.iterations, config.train.classify_until, config.train.par_until = 70, 30, 60
     config.train.poly_power, config.train.weight_seg, config.train.weight_affinity = 0.0, 1.0, 1.0
     torch.manual_seed(0)
@@ -175,7 +174,20 @@ def test_learns_a_batch_by_heart(tiny_config: Any, precision: str) -> None:
     assert losses[27:30, 0].mean() < 0.1
     assert (losses[:30, 1:] == 0).all()
     assert losses[57:60, 1].mean() < 0.7 * losses[30, 1]
-    assert losses[57:60, 2].mean() < losses[30, 2]; print(losses)
+    assert losses[57:60, 2].mean() < losses[30, 2]
+
+
+def test_bf16_is_near_fp32(tiny_config: Any) -> None:
+    """In the first step of each phase, from the same weights; labels may flip at ties, so no closer."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config = tiny_config()
+        config.train.precision = precision
+        torch.manual_seed(0)
+        trainer = Trainer(build_model(config.model, 3), config)
+        found[precision] = torch.stack([trainer.losses(batch_of(), phase)[0].losses for phase in ("classify", "par")])
+        assert trainer.step(batch_of(), 7).losses.isfinite().all()
+    torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0.05, atol=0.01)
 
 
 class TestRun:
@@ -221,9 +233,10 @@ class TestRun:
             return real(self, batch, iteration)
 
         run = tmp_path / "run"
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(Trainer, "step", killed)
-            run_train(config, run)
+            with pytest.raises(KeyboardInterrupt):
+                run_train(config, run)
         assert not (run / "model.safetensors").exists()
         assert [path.name for path in (run / "checkpoints").iterdir()] == [f"{killed_at // 3 * 3:08d}"]
         with open(run / "log.jsonl", "a") as file:
@@ -255,7 +268,7 @@ class TestRun:
         config.train.lr = 1e-3
         state = next((tmp_path / "run" / "checkpoints").iterdir()) / "state.pt"
         state.write_bytes(state.read_bytes()[:100])
-        with pytest.raises(UserError, match="the checkpoint .* can't be read"):
+        with pytest.raises(UserError, match=r"the checkpoint .* can't be read"):
             run_train(config, tmp_path / "run", resume=True)
 
     def test_earlier_run_is_put_aside(self, config: Config, tmp_path: Path) -> None:
@@ -269,9 +282,7 @@ class TestRun:
         assert_equal(load_file(run / "previous" / "model.safetensors"), first)
         assert len((run / "log.jsonl").read_text().splitlines()) == 1
 
-    @pytest.mark.parametrize(
-        ("name", "column"), [("classification", 0), ("segmentation", 1), ("affinity", 2)]
-    )
+    @pytest.mark.parametrize(("name", "column"), [("classification", 0), ("segmentation", 1), ("affinity", 2)])
     def test_loss_that_is_not_finite_is_named(
         self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, column: int
     ) -> None:

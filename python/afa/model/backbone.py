@@ -8,7 +8,7 @@ checked once, when the backbone is made: softmax(scale * q @ k^T) @ v must give 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +73,8 @@ class Backbone(nn.Module):
         attentions = _find_attentions(self.net)
         if not attentions:
             raise UserError(
-                f"model.backbone: {name} has no self-attention that can be read (no q and k layers were found), and AFA "
-                f"learns its affinity from attention; choose a Transformer such as {WORKING}"
+                f"model.backbone: {name} has no self-attention that can be read (no q and k layers were found), and "
+                f"AFA learns its affinity from attention; choose a Transformer such as {WORKING}"
             )
         if not hasattr(self.net, "forward_intermediates"):
             raise UserError(
@@ -91,8 +91,8 @@ class Backbone(nn.Module):
             attentions = {path: module for path, module in attentions.items() if path.startswith(last)}
             if not attentions:
                 raise UserError(
-                    f"model.backbone: no attention can be read in the last stage of {name}; choose a Transformer such as "
-                    f"{WORKING}"
+                    f"model.backbone: no attention can be read in the last stage of {name}; choose a Transformer "
+                    f"such as {WORKING}"
                 )
         self.attention_paths = self._choose(list(attentions), attention_blocks)
         self._probe(output_stride)
@@ -129,9 +129,10 @@ class Backbone(nn.Module):
         return Features(maps, queries, keys)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
+        forward: Callable[..., list[Tensor]] = self.net.forward_intermediates  # type: ignore[assignment]
         if self.pyramid:
-            return self.net.forward_intermediates(images, intermediates_only=True)
-        return self.net.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+            return forward(images, intermediates_only=True)
+        return forward(images, indices=1, norm=True, intermediates_only=True)
 
     def _fit(self, images: Tensor) -> Tensor:
         if self.pyramid:
@@ -145,7 +146,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def _recording(self) -> Iterator[dict[str, _Recorded]]:
-        """Hooks that live for one forward: nothing stays behind on the module, so it copies and saves like any other."""
+        """Hooks that live for one forward: nothing stays on the module, so it copies and saves like any other."""
         recorded = {path: _Recorded() for path in self.attention_paths}
         with ExitStack() as stack:
             for path in self.attention_paths:
@@ -202,9 +203,11 @@ class Backbone(nn.Module):
                         f"not among the {tokens} of the last feature map"
                     )
                 own = inputs[path].reshape(1, tokens, -1)
-                ours = (query @ key.transpose(-2, -1) * module.scale).softmax(-1) @ value
+                ours = (query @ key.transpose(-2, -1) * float(module.scale)).softmax(-1) @ value  # type: ignore[arg-type]
                 ours = ours.transpose(1, 2).reshape(1, tokens, -1)
-                if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-4 * own.abs().max()):
+                if own.shape != ours.shape or not torch.allclose(
+                    own, ours, rtol=1e-3, atol=1e-4 * float(own.abs().max())
+                ):
                     raise ValueError(f"softmax(q k^T) v differs from what {path} computes")
                 heads += query.shape[1]
                 dims.add(query.shape[3])
@@ -220,8 +223,8 @@ class Backbone(nn.Module):
         self.maps, self.head_dim = heads, dims.pop()
         if self.reductions[-1] != output_stride:
             raise UserError(
-                f"model.output_stride is {output_stride}, but {self.name} has {self.reductions[-1]} pixels a token and a "
-                f"plain ViT can't change that; set model.output_stride={self.reductions[-1]} or take another backbone"
+                f"model.output_stride is {output_stride}, but {self.name} has {self.reductions[-1]} pixels a token and "
+                f"a plain ViT can't change that; set model.output_stride={self.reductions[-1]} or take another backbone"
             )
 
 
@@ -280,8 +283,8 @@ def _split_heads(module: nn.Module, outputs: Mapping[str, Tensor]) -> tuple[Tens
 
 
 def _unstride(net: nn.Module, name: str, stages: list[str], output_stride: int) -> None:
-    """Set the last stages' downsampling convolutions to stride 1 until the last map has `output_stride` pixels a token."""
-    reductions = [level["reduction"] for level in net.feature_info]  # type: ignore[union-attr, index]
+    """Set the last stages' downsampling to stride 1 until the last map has `output_stride` pixels a token."""
+    reductions = [level["reduction"] for level in net.feature_info]  # type: ignore[union-attr]
     if output_stride not in reductions:
         raise UserError(
             f"model.output_stride must be one of {', '.join(map(str, reductions))} for {name}, got {output_stride}"
@@ -297,8 +300,8 @@ def _unstride(net: nn.Module, name: str, stages: list[str], output_stride: int) 
         ]
         if len(strided) != 1 or strided[0].kernel_size != (3, 3):
             raise UserError(
-                f"model.output_stride: {name} has no overlapping patch embedding in {stages[level]} whose stride could be "
-                f"taken out; set model.output_stride={reductions[-1]}"
+                f"model.output_stride: {name} has no overlapping patch embedding in {stages[level]} whose stride could "
+                f"be taken out; set model.output_stride={reductions[-1]}"
             )
         strided[0].stride = (1, 1)
 
@@ -350,8 +353,8 @@ def _weights_path(weights: str) -> Path:
     path = Path(weights).expanduser()
     if not path.is_file():
         raise UserError(
-            f"model.weights: the file {weights} does not exist; give 'timm', 'bundled:<name>', the path of a .safetensors "
-            "or .pth file, or null"
+            f"model.weights: the file {weights} does not exist; give 'timm', 'bundled:<name>', the path of a "
+            ".safetensors or .pth file, or null"
         )
     return path
 
@@ -366,8 +369,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{path} can't be read as weights ({one_line(error)}); it must be a .safetensors file or a torch file holding "
-            "tensors alone"
+            f"{path} can't be read as weights ({one_line(error)}); it must be a .safetensors file or a torch file "
+            "holding tensors alone"
         ) from error
     for wrapper in ("state_dict", "model", "state_dict_ema"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -403,7 +406,9 @@ def _load_strict(backbone: Backbone, state: dict[str, Tensor], source: str) -> N
     ]
     if problems:
         raise UserError(
-            f"model.weights: {source} does not fit {backbone.name}: of its {len(own)} tensors " + ", ".join(problems) + "; "
+            f"model.weights: {source} does not fit {backbone.name}: of its {len(own)} tensors "
+            + ", ".join(problems)
+            + "; "
             "give the file that belongs to this backbone, or set model.backbone and model.backbone_args to match it"
         )
     backbone.net.load_state_dict({key: state[key] for key in own})

@@ -32,6 +32,7 @@ class MLPDecoder(nn.Module):
         slices = self.fuse.weight.flatten(1).chunk(len(self.linears), dim=1)
         by_size: dict[tuple[int, int], Tensor] = {}
         for level, linear, part in zip(maps, self.linears, slices, strict=True):
+            assert isinstance(linear, nn.Linear)
             weight, bias = part @ linear.weight, part @ linear.bias
             out = F.conv2d(level, weight[:, :, None, None], bias)
             size = (out.shape[2], out.shape[3])
