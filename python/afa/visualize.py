@@ -36,7 +36,7 @@ def class_colour(index: int) -> str:
 def save_mask(path: str | Path, mask: NDArray[np.integer]) -> None:
     """Write a class map [H,W] as the palette PNG that VOC's own masks are; whole or not at all."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
-    image.putpalette(PALETTE.reshape(-1).tolist())
+    image.putpalette(PALETTE.tobytes())
     with atomic_path(path) as temporary:
         image.save(temporary)
 

@@ -54,7 +54,7 @@ def _write_one(folder: Path, split: str, size: int, seed: int, number: int) -> s
     image, mask = draw_labelled(split, number, size, seed)
     Image.fromarray(image).save(folder / "JPEGImages" / f"{name}.jpg", quality=92)
     paletted = Image.fromarray(mask, mode="P")
-    paletted.putpalette(voc_palette())
+    paletted.putpalette(voc_palette().tobytes())
     paletted.save(folder / "SegmentationClass" / f"{name}.png")
     present = [CLASSES[c - 1] for c in np.unique(mask) if c]
     (folder / "Annotations" / f"{name}.xml").write_text(_annotation(name, size, present), encoding="utf-8")
