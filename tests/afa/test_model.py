@@ -115,6 +115,8 @@ class TestFile:
         assert classes == ["a", "b", "c"] and back == config and not loaded.training
         assert torch.equal(loaded(images).seg_logits, model.eval()(images).seg_logits)
         assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+        save_checkpoint_weights(tmp_path / "n.safetensors", loaded, back, classes)
+        assert (tmp_path / "n.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
 
     def test_refused(self, make: Make, tmp_path: Path) -> None:
         path = tmp_path / "m.safetensors"
@@ -130,11 +132,7 @@ class TestFile:
         save_checkpoint_weights(path, model, config, ["a", "b", "c"])
         tensors = load_file(path)
         tensors.pop("classifier.weight")
-        metadata = {
-            "format": "afa-model-1",
-            "config": json.dumps({"model": vars(config.model)}),
-            "classes": json.dumps(["a", "b", "c"]),
-        }
-        save_file(tensors, path, metadata)
+        content = {"format": "afa-model-1", "config": {"model": vars(config.model)}, "classes": ["a", "b", "c"]}
+        save_file(tensors, path, {"afa": json.dumps(content)})
         with pytest.raises(UserError, match=r"does not fit its own configuration.*classifier\.weight"):
             load_model(path)

@@ -122,9 +122,10 @@ def save_checkpoint_weights(path: str | Path, model: AFANet, config: Config, cla
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    metadata = {"format": FORMAT, "config": json.dumps(to_dict(config)), "classes": json.dumps(list(classes))}
+    content = {"format": FORMAT, "config": to_dict(config), "classes": list(classes)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        # One key: safetensors writes several in random order, and equal models should be equal files.
+        save_file(tensors, temporary, {"afa": json.dumps(content)})
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AFANet, list[str], Config]:
@@ -139,7 +140,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AF
         raise UserError(f"the model {path} does not exist; `afa train` writes it at the end of a run")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("afa", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise UserError(
@@ -150,8 +151,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AF
             f"{path} is not a model of this program (its format is {metadata.get('format')!r}, expected {FORMAT!r}); "
             "give the model.safetensors of a run"
         )
-    config = from_dict(json.loads(metadata["config"]), where=str(path))
-    classes = json.loads(metadata["classes"])
+    config = from_dict(metadata["config"], where=str(path))
+    classes = metadata["classes"]
     model = build_model(_without_weights(config.model), len(classes))
     try:
         model.load_state_dict(tensors)
