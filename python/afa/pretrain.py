@@ -58,6 +58,22 @@ class Tagger(nn.Module):
         return 0.5 * (scores.amax((2, 3)) + scores.mean((2, 3)))
 
 
+def tag_loss(logits: Tensor, tags: Tensor) -> Tensor:
+    """Cross-entropy of the outlines and of the textures against targets shared evenly among an image's tags.
+
+    From random weights this learns many times faster than a binary loss a tag, whose gradient most images spend on the
+    tags they do not have (compare Mahajan et al., ECCV 2018, section 3).
+    """
+    groups = (len(PRETRAIN_SHAPES), len(PRETRAIN_TEXTURES))
+    return sum(
+        (
+            F.cross_entropy(part, target / target.sum(1, keepdim=True).clamp(min=1))
+            for part, target in zip(logits.split(groups, 1), tags.split(groups, 1), strict=True)
+        ),
+        start=logits.new_zeros(()),
+    )
+
+
 @torch.no_grad()
 def mean_average_precision(model: nn.Module, images: Tensor, tags: Tensor, batch: int = 64) -> float:
     """Mean over tags of the area under the precision-recall curve; images [N, 3, H, W] uint8, tags [N, T]."""
@@ -71,7 +87,7 @@ def mean_average_precision(model: nn.Module, images: Tensor, tags: Tensor, batch
 
 _CARD = """# {name}
 
-A {backbone} of timm's with `{args}`: {parameters:.2f} million parameters, stored in half precision under timm's own names.
+A {backbone} of timm's with `{args}`: {parameters:.2f} million parameters, in half precision under timm's own names.
 
 **What it is for.** A start for the embedded demo and for tests, where no ImageNet weights can be fetched. It has never
 seen a photograph: use timm's ImageNet weights for real images.
@@ -113,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         default=math.inf,
         help="end the schedule after this time, even with fewer images",
     )
-    parser.add_argument("--crop", type=int, default=96, help="image side, pixels (default: %(default)s)")
+    parser.add_argument("--crop", type=int, default=80, help="image side, pixels (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -159,13 +175,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress = max(seen / args.images, elapsed / (60 * args.minutes))
         if progress >= 1:
             break
-        lr = args.lr * min(1.0, (step + 1) / 500) * 0.5 * (1 + math.cos(math.pi * progress))
+        lr = args.lr * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = F.multilabel_soft_margin_loss(model(images.to(args.device)), tags.to(args.device))
+        loss = tag_loss(model(images.to(args.device)), tags.to(args.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         seen, step = seen + len(images), step + 1
         if step % 20 == 0:
@@ -173,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             running = value if math.isnan(running) else 0.95 * running + 0.05 * value
             bar.update(seen - bar.n)
             bar.set_postfix(loss=f"{running:.4f}", lr=f"{lr:.1e}")
-        if time.monotonic() - last_save > 300:
+        if time.monotonic() - last_save > 120:
             last_save = time.monotonic()
             score = mean_average_precision(model, test_images, test_tags)
             _save(model, args.out, {"images": seen, "mean_average_precision": score})
