@@ -38,9 +38,7 @@ def check_float_tensor(name: str, value: Tensor, layout: str) -> None:
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
-        raise ValueError(
-            f"{name} must be on the device of {other_name} ({other.device}), got one on {value.device}"
-        )
+        raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got one on {value.device}")
 
 
 def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -164,9 +162,7 @@ def check_random_walk(
     if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
         raise TypeError(f"grid must be the two sizes (h, w), got {_describe(grid)}")
     if tuple(scores.shape[2:]) != tuple(grid):
-        raise ValueError(
-            f"{scores_name} must have spatial size {tuple(grid)} (grid), got shape {tuple(scores.shape)}"
-        )
+        raise ValueError(f"{scores_name} must have spatial size {tuple(grid)} (grid), got shape {tuple(scores.shape)}")
     check_size("affinity", affinity, 0, scores.shape[0], f"the batch of {scores_name}")
     nodes = grid[0] * grid[1]
     check_size("affinity", affinity, 1, nodes, "h*w of grid")

@@ -145,9 +145,7 @@ class PAR(nn.Module):
 
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
         """imgs [B, 3, H, W], masks [B, C, Hm, Wm] -> [B, C, H, W]; see :func:`par_refine`."""
-        return par_refine(
-            imgs, masks, dilations=self.dilations, num_iter=self.num_iter, w1=self.w1, w2=self.w2
-        )
+        return par_refine(imgs, masks, dilations=self.dilations, num_iter=self.num_iter, w1=self.w1, w2=self.w2)
 
     def extra_repr(self) -> str:
         return f"dilations={self.dilations}, num_iter={self.num_iter}"
@@ -163,16 +161,12 @@ def _(images: Tensor, dilations: Sequence[int], w1: float, w2: float) -> Tensor:
 
 
 @torch.library.register_fake("afa_ext::par_propagate")
-def _(
-    weights: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, class_mask: Tensor | None
-) -> Tensor:
+def _(weights: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, class_mask: Tensor | None) -> Tensor:
     return masks.new_empty(masks.shape)
 
 
 @torch.library.register_fake("afa_ext::par_propagate_backward_masks")
-def _(
-    grad: Tensor, weights: Tensor, dilations: Sequence[int], num_iter: int, class_mask: Tensor | None
-) -> Tensor:
+def _(grad: Tensor, weights: Tensor, dilations: Sequence[int], num_iter: int, class_mask: Tensor | None) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
@@ -204,6 +198,4 @@ def _propagate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_weights, grad_masks, None, None, None
 
 
-torch.library.register_autograd(
-    "afa_ext::par_propagate", _propagate_backward, setup_context=_propagate_context
-)
+torch.library.register_autograd("afa_ext::par_propagate", _propagate_backward, setup_context=_propagate_context)

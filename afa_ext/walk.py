@@ -143,9 +143,7 @@ def _transition(
 ) -> Tensor:
     """[B, window, h, w] by target node: what each takes from the node that its k-th offset leads here from."""
     by_column = normalize == "column"
-    p: Tensor = _ops.walk_transition(
-        affinity, height, width, radius, window, float(power), by_column, float(eps)
-    )
+    p: Tensor = _ops.walk_transition(affinity, height, width, radius, window, float(power), by_column, float(eps))
     if normalize == "row":
         return _normalize_rows(p, radius, window, eps)
     if normalize == "sinkhorn":
@@ -158,7 +156,7 @@ def _transition(
 
 def _normalize_rows(p: Tensor, radius: int, window: str, eps: float) -> Tensor:
     rows = _ops.walk_transpose(p, radius, window)
-    return _ops.walk_transpose(rows / (rows.sum(dim=1, keepdim=True) + eps), radius, window)  # type: ignore[no-any-return]
+    return _ops.walk_transpose(rows / (rows.sum(dim=1, keepdim=True) + eps), radius, window)
 
 
 def _transition_fake(affinity: Tensor, height: int, width: int, radius: int, window: str) -> Tensor:
@@ -192,16 +190,12 @@ def _(transition: Tensor, radius: int, window: str) -> Tensor:
 
 
 @torch.library.register_fake("afa_ext::walk_propagate")
-def _(
-    scores: Tensor, transition: Tensor, radius: int, window: str, steps: int, class_mask: Tensor | None
-) -> Tensor:
+def _(scores: Tensor, transition: Tensor, radius: int, window: str, steps: int, class_mask: Tensor | None) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
 @torch.library.register_fake("afa_ext::walk_propagate_backward_scores")
-def _(
-    grad: Tensor, transition: Tensor, radius: int, window: str, steps: int, class_mask: Tensor | None
-) -> Tensor:
+def _(grad: Tensor, transition: Tensor, radius: int, window: str, steps: int, class_mask: Tensor | None) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
@@ -252,12 +246,6 @@ def _propagate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_scores, grad_transition, None, None, None, None
 
 
-torch.library.register_autograd(
-    "afa_ext::walk_transition", _transition_backward, setup_context=_transition_context
-)
-torch.library.register_autograd(
-    "afa_ext::walk_transpose", _transpose_backward, setup_context=_transpose_context
-)
-torch.library.register_autograd(
-    "afa_ext::walk_propagate", _propagate_backward, setup_context=_propagate_context
-)
+torch.library.register_autograd("afa_ext::walk_transition", _transition_backward, setup_context=_transition_context)
+torch.library.register_autograd("afa_ext::walk_transpose", _transpose_backward, setup_context=_transpose_context)
+torch.library.register_autograd("afa_ext::walk_propagate", _propagate_backward, setup_context=_propagate_context)

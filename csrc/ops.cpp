@@ -13,35 +13,37 @@
 // One line an operator: X(name, "arguments -> results"). Shapes: images [B, 3, H, W]; masks, scores and their
 // gradients [B, C, H, W]; weights [B, 8*len(dilations), H, W]; affinity [B, N, N or window];
 // transition [B, window, h, w]; class_mask bool [B, C].
-#define AFA_OPERATORS(X)                                                                                         \
-  X(par_affinity, "(Tensor images, int[] dilations, float w1, float w2) -> Tensor")                              \
-  X(par_propagate,                                                                                               \
-    "(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? class_mask) -> Tensor")               \
-  X(par_propagate_backward_masks,                                                                                \
-    "(Tensor grad, Tensor weights, int[] dilations, int num_iter, Tensor? class_mask) -> Tensor")                \
-  X(par_propagate_backward_weights,                                                                              \
-    "(Tensor grad, Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? class_mask) -> Tensor")  \
-  X(walk_transition,                                                                                             \
-    "(Tensor affinity, SymInt height, SymInt width, int radius, str window, float power, bool normalize, "       \
-    "float eps) -> Tensor")                                                                                      \
-  X(walk_transition_backward,                                                                                    \
-    "(Tensor grad, Tensor affinity, SymInt height, SymInt width, int radius, str window, float power, "          \
-    "bool normalize, float eps) -> Tensor")                                                                      \
-  X(walk_transpose, "(Tensor transition, int radius, str window) -> Tensor")                                     \
-  X(walk_propagate,                                                                                              \
-    "(Tensor scores, Tensor transition, int radius, str window, int steps, Tensor? class_mask) -> Tensor")       \
-  X(walk_propagate_backward_scores,                                                                              \
-    "(Tensor grad, Tensor transition, int radius, str window, int steps, Tensor? class_mask) -> Tensor")         \
-  X(walk_propagate_backward_transition,                                                                          \
-    "(Tensor grad, Tensor scores, Tensor transition, int radius, str window, int steps, "                        \
+#define AFA_OPERATORS(X)                                                                                   \
+  X(par_affinity, "(Tensor images, int[] dilations, float w1, float w2) -> Tensor")                        \
+  X(par_propagate,                                                                                         \
+    "(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? class_mask) -> Tensor")         \
+  X(par_propagate_backward_masks,                                                                          \
+    "(Tensor grad, Tensor weights, int[] dilations, int num_iter, Tensor? class_mask) -> Tensor")          \
+  X(par_propagate_backward_weights,                                                                        \
+    "(Tensor grad, Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? class_mask) -> "   \
+    "Tensor")                                                                                              \
+  X(walk_transition,                                                                                       \
+    "(Tensor affinity, SymInt height, SymInt width, int radius, str window, float power, bool normalize, " \
+    "float eps) -> Tensor")                                                                                \
+  X(walk_transition_backward,                                                                              \
+    "(Tensor grad, Tensor affinity, SymInt height, SymInt width, int radius, str window, float power, "    \
+    "bool normalize, float eps) -> Tensor")                                                                \
+  X(walk_transpose, "(Tensor transition, int radius, str window) -> Tensor")                               \
+  X(walk_propagate,                                                                                        \
+    "(Tensor scores, Tensor transition, int radius, str window, int steps, Tensor? class_mask) -> Tensor") \
+  X(walk_propagate_backward_scores,                                                                        \
+    "(Tensor grad, Tensor transition, int radius, str window, int steps, Tensor? class_mask) -> Tensor")   \
+  X(walk_propagate_backward_transition,                                                                    \
+    "(Tensor grad, Tensor scores, Tensor transition, int radius, str window, int steps, "                  \
     "Tensor? class_mask) -> Tensor")
 
 #define AFA_DEFINE(name, schema) m.def(#name schema);
 #define AFA_IMPLEMENT(name, schema) m.impl(#name, TORCH_BOX(&afa::name));
 
-STABLE_TORCH_LIBRARY(afa_ext, m) { AFA_OPERATORS(AFA_DEFINE) }
-STABLE_TORCH_LIBRARY_IMPL(afa_ext, CPU, m) { AFA_OPERATORS(AFA_IMPLEMENT) }
-STABLE_TORCH_LIBRARY_IMPL(afa_ext, CUDA, m) { AFA_OPERATORS(AFA_IMPLEMENT) }
+STABLE_TORCH_LIBRARY(afa_ext, m){AFA_OPERATORS(AFA_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(afa_ext, CPU, m){
+    AFA_OPERATORS(AFA_IMPLEMENT)} STABLE_TORCH_LIBRARY_IMPL(afa_ext, CUDA, m) {
+  AFA_OPERATORS(AFA_IMPLEMENT)
+}
 
 namespace {
 
@@ -72,9 +74,10 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operators of afa_ext, registered as torch.ops.afa_ext.*";
-  m.def("build_info", &build_info,
-        "How this library was built: compiler, CUDA version and architectures (None without CUDA), the version "
-        "of the torch headers, the SIMD levels it holds and the one in use.");
+  m.def(
+      "build_info", &build_info,
+      "How this library was built: compiler, CUDA version and architectures (None without CUDA), the version "
+      "of the torch headers, the SIMD levels it holds and the one in use.");
   m.def(
       "operators",
       [] {

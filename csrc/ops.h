@@ -25,8 +25,8 @@ Tensor walk_transition_backward(const Tensor& grad, const Tensor& affinity, int6
                                 int64_t radius, const std::string& window, double power, bool normalize,
                                 double eps);
 Tensor walk_transpose(const Tensor& transition, int64_t radius, const std::string& window);
-Tensor walk_propagate(const Tensor& scores, const Tensor& transition, int64_t radius, const std::string& window,
-                      int64_t steps, const std::optional<Tensor>& class_mask);
+Tensor walk_propagate(const Tensor& scores, const Tensor& transition, int64_t radius,
+                      const std::string& window, int64_t steps, const std::optional<Tensor>& class_mask);
 Tensor walk_propagate_backward_scores(const Tensor& grad, const Tensor& transition, int64_t radius,
                                       const std::string& window, int64_t steps,
                                       const std::optional<Tensor>& class_mask);

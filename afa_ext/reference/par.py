@@ -101,9 +101,7 @@ def par_refine(
             images = F.interpolate(images, size=masks.shape[2:], mode="bilinear", align_corners=True)
     dtype = torch.promote_types(images.dtype, masks.dtype)
     weights = par_affinity(images, dilations=dilations, w1=w1, w2=w2).to(dtype)
-    return par_propagate(
-        weights, masks.to(dtype), dilations=dilations, num_iter=num_iter, class_mask=class_mask
-    )
+    return par_propagate(weights, masks.to(dtype), dilations=dilations, num_iter=num_iter, class_mask=class_mask)
 
 
 class PAR(nn.Module):

@@ -32,9 +32,13 @@ def dense_affinity(affinity: Tensor, grid: tuple[int, int], radius: int, window:
     return dense.scatter(2, target.expand(batch, -1, -1), affinity)[:, :, :nodes]
 
 
-def transition_matrix(affinity: Tensor, power: float, normalize: str | None, eps: float) -> Tensor:
-    """Elementwise power, then normalisation, of a dense [B, N, N]."""
+def transition_matrix(
+    affinity: Tensor, power: float, normalize: str | None, eps: float, inside: Tensor | None = None
+) -> Tensor:
+    """Elementwise power of a dense [B, N, N], 0 where ``inside`` [N, N] is False, then normalisation."""
     p = affinity**power
+    if inside is not None:
+        p = p.masked_fill(~inside, 0)
     if normalize == "column":
         p = p / (p.sum(dim=1, keepdim=True) + eps)
     elif normalize == "row":
@@ -63,13 +67,12 @@ def random_walk(
     check_random_walk(scores, affinity, grid, radius, window, power, steps, normalize, eps)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     dense = affinity.to(wide)
+    inside = None
     if radius is not None:
-        nodes = grid[0] * grid[1]
-        if affinity.shape[2] != nodes:
+        inside = window_mask(grid, radius, window, scores.device)
+        if affinity.shape[2] != inside.shape[1]:
             dense = dense_affinity(dense, grid, radius, window)
-        else:
-            dense = dense * window_mask(grid, radius, window, scores.device)
-    p = transition_matrix(dense, power, normalize, eps)
+    p = transition_matrix(dense, power, normalize, eps, inside)
     maps = scores.to(wide).flatten(2)
     for _ in range(steps):
         maps = maps @ p
@@ -78,7 +81,7 @@ def random_walk(
 
 def class_scores(cams: Tensor, class_labels: Tensor, background: float) -> tuple[Tensor, Tensor]:
     """[B, C+1, h, w], a constant background map and the present classes' maps, softmax over those; bool [B, C+1]."""
-    scores = torch.cat([torch.full_like(cams[:, :1], background), cams], dim=1)
+    scores = F.pad(cams, (0, 0, 0, 0, 1, 0), value=background)
     present = F.pad(class_labels != 0, (1, 0), value=True)
     return scores.masked_fill(~present[:, :, None, None], float("-inf")).softmax(dim=1), present
 
@@ -100,7 +103,5 @@ def propagate_cams(
     check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, "cams")
     wide = torch.float64 if cams.dtype == torch.float64 else torch.float32
     scores, _ = class_scores(cams.to(wide), class_labels, background)
-    walked = random_walk(
-        scores, affinity.to(wide), grid=grid, radius=radius, power=power, steps=steps, eps=eps
-    )
+    walked = random_walk(scores, affinity.to(wide), grid=grid, radius=radius, power=power, steps=steps, eps=eps)
     return walked.to(cams.dtype)

@@ -1,5 +1,5 @@
-// What every .cu file needs: the launch macro, types, grid sizes. No torch header, so that these files compile
-// fast and also run on a CPU under a small shim of the CUDA runtime (AFA_CUDA_ON_HOST).
+// What every .cu file needs: the launch macro, types, grid sizes. No torch header, so that these files
+// compile fast and also run on a CPU under a small shim of the CUDA runtime (AFA_CUDA_ON_HOST).
 #pragma once
 
 #ifdef AFA_CUDA_ON_HOST
@@ -8,7 +8,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-// Kernels are launched through this alone; a template's name goes in parentheses: AFA_LAUNCH((f<float, 4>), ...).
+// Kernels are launched through this alone; a template's name goes in parentheses: AFA_LAUNCH((f<float, 4>),
+// ...).
 #define AFA_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #endif
@@ -22,17 +23,24 @@ constexpr int kThreads = 128;
 constexpr int64_t kMaxGridX = int64_t{1} << 30;
 constexpr int64_t kMaxGridY = 65535;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
-// One thread an item in x; y for images, planes or groups of them. Kernels stride over what a grid can't hold.
+// One thread an item in x; y for images, planes or groups of them. Kernels stride over what a grid can't
+// hold.
 inline dim3 grid_for(int64_t items, int64_t groups) {
   const int64_t x = ceil_div(items, kThreads);
   return dim3(static_cast<unsigned>(x < kMaxGridX ? x : kMaxGridX),
               static_cast<unsigned>(groups < kMaxGridY ? groups : kMaxGridY));
 }
 
-__device__ inline int64_t first_item() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
-__device__ inline int64_t item_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+__device__ inline int64_t first_item() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ inline int64_t item_stride() {
+  return static_cast<int64_t>(gridDim.x) * blockDim.x;
+}
 
 // The type sums are formed in.
 template <typename T>
@@ -57,10 +65,18 @@ __device__ inline T from_sum(Sum value) {
 template <typename F>
 void with_type(Kind kind, const F& f) {
   switch (kind) {
-    case Kind::f32: f(float{}); break;
-    case Kind::f64: f(double{}); break;
-    case Kind::f16: f(__half{}); break;
-    case Kind::bf16: f(__nv_bfloat16{}); break;
+    case Kind::f32:
+      f(float{});
+      break;
+    case Kind::f64:
+      f(double{});
+      break;
+    case Kind::f16:
+      f(__half{});
+      break;
+    case Kind::bf16:
+      f(__nv_bfloat16{});
+      break;
   }
 }
 

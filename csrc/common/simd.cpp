@@ -35,7 +35,8 @@ SimdLevel choose() {
                                "; unset it or choose baseline");
     }
   }
-  throw std::runtime_error(std::string("AFA_EXT_SIMD must be baseline, avx2 or avx512, got '") + wanted + "'");
+  throw std::runtime_error(std::string("AFA_EXT_SIMD must be baseline, avx2 or avx512, got '") + wanted +
+                           "'");
 }
 
 }  // namespace
@@ -51,9 +52,12 @@ bool simd_compiled(SimdLevel level) {
 
 const char* simd_name(SimdLevel level) {
   switch (level) {
-    case SimdLevel::avx512: return "avx512";
-    case SimdLevel::avx2: return "avx2";
-    default: return "baseline";
+    case SimdLevel::avx512:
+      return "avx512";
+    case SimdLevel::avx2:
+      return "avx2";
+    default:
+      return "baseline";
   }
 }
 

@@ -15,20 +15,33 @@ bool simd_compiled(SimdLevel level);
 }  // namespace afa
 
 #ifdef AFA_SIMD_X86
-#define AFA_SIMD_DECLARE(...)         \
-  namespace baseline { __VA_ARGS__; } \
-  namespace avx2 { __VA_ARGS__; }     \
-  namespace avx512 { __VA_ARGS__; }
-#define AFA_SIMD_CALL(function, ...)                                       \
-  do {                                                                     \
-    switch (::afa::simd_level()) {                                         \
-      case ::afa::SimdLevel::avx512: avx512::function(__VA_ARGS__); break; \
-      case ::afa::SimdLevel::avx2: avx2::function(__VA_ARGS__); break;     \
-      default: baseline::function(__VA_ARGS__);                            \
-    }                                                                      \
+#define AFA_SIMD_DECLARE(...) \
+  namespace baseline {        \
+  __VA_ARGS__;                \
+  }                           \
+  namespace avx2 {            \
+  __VA_ARGS__;                \
+  }                           \
+  namespace avx512 {          \
+  __VA_ARGS__;                \
+  }
+#define AFA_SIMD_CALL(function, ...)     \
+  do {                                   \
+    switch (::afa::simd_level()) {       \
+      case ::afa::SimdLevel::avx512:     \
+        avx512::function(__VA_ARGS__);   \
+        break;                           \
+      case ::afa::SimdLevel::avx2:       \
+        avx2::function(__VA_ARGS__);     \
+        break;                           \
+      default:                           \
+        baseline::function(__VA_ARGS__); \
+    }                                    \
   } while (0)
 #else
 #define AFA_SIMD_DECLARE(...) \
-  namespace baseline { __VA_ARGS__; }
+  namespace baseline {        \
+  __VA_ARGS__;                \
+  }
 #define AFA_SIMD_CALL(function, ...) baseline::function(__VA_ARGS__)
 #endif

@@ -16,12 +16,18 @@ std::string shape_string(const Tensor& t) {
 
 const char* type_name(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Bool: return "bool";
-    default: return "another type";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another type";
   }
 }
 
@@ -35,31 +41,33 @@ void check_shape(const Tensor& t, const char* name, const char* layout,
     expected += (d > 0 ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
     ++d;
   }
-  STD_TORCH_CHECK(same, name, " must have shape ", layout, " = ", expected, "], got ", shape_string(t));
+  AFA_CHECK(same, name, " must have shape ", layout, " = ", expected, "], got ", shape_string(t));
 }
 
 void check_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
-  STD_TORCH_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), name,
-                  " must be on the device of ", other_name, ", got another");
+  AFA_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), name,
+            " must be on the device of ", other_name, ", got another");
 }
 
 void check_like(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
   check_device(t, name, other, other_name);
-  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the type of ", other_name, " (",
-                  type_name(other.scalar_type()), "), got ", type_name(t.scalar_type()));
+  AFA_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the type of ", other_name, " (",
+            type_name(other.scalar_type()), "), got ", type_name(t.scalar_type()));
 }
 
 Kind kind_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Kind::f32;
-    case ScalarType::Double: return Kind::f64;
-    case ScalarType::Half: return Kind::f16;
-    case ScalarType::BFloat16: return Kind::bf16;
+    case ScalarType::Float:
+      return Kind::f32;
+    case ScalarType::Double:
+      return Kind::f64;
+    case ScalarType::Half:
+      return Kind::f16;
+    case ScalarType::BFloat16:
+      return Kind::bf16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, float16 or bfloat16, got ",
-                      type_name(t.scalar_type()));
+      throw_message(name, " must be float32, float64, float16 or bfloat16, got ", type_name(t.scalar_type()));
   }
-  return Kind::f32;
 }
 
 ScalarType sum_type(const Tensor& t) {
@@ -79,20 +87,19 @@ Tensor contiguous_as(const Tensor& t, ScalarType type) {
 }
 
 CudaScope::CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "this torch has no CUDA support, so that no CUDA tensor can reach afa_ext");
+  AFA_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+            "this torch has no CUDA support, so that no CUDA tensor can reach afa_ext");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
 }
 
 void check_launch(const char* error, const char* op) {
-  STD_TORCH_CHECK(error == nullptr, "afa_ext::", op, ": the CUDA kernel could not be launched: ", error);
+  AFA_CHECK(error == nullptr, "afa_ext::", op, ": the CUDA kernel could not be launched: ", error);
 }
 
 void built_without_cuda(const char* op) {
-  STD_TORCH_CHECK(false, "afa_ext::", op,
-                  ": the tensors are on a GPU, but afa_ext was built without CUDA (no nvcc was found, or "
-                  "AFA_EXT_CUDA=off); move the tensors to the CPU, or reinstall with nvcc on PATH");
-  __builtin_unreachable();
+  throw_message("afa_ext::", op,
+                ": the tensors are on a GPU, but afa_ext was built without CUDA (no nvcc was found, or "
+                "AFA_EXT_CUDA=off); move the tensors to the CPU, or reinstall with nvcc on PATH");
 }
 
 }  // namespace afa

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -19,6 +21,20 @@ namespace afa {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Throws what Python sees as a RuntimeError; the message is the parts alone (torch's own macro puts the
+// source file's path in front).
+#define AFA_CHECK(condition, ...)                        \
+  do {                                                   \
+    if (!(condition)) ::afa::throw_message(__VA_ARGS__); \
+  } while (0)
+
+template <typename... Parts>
+[[noreturn]] void throw_message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
 
 std::string shape_string(const Tensor& t);
 const char* type_name(ScalarType type);

@@ -11,7 +11,8 @@
 namespace afa {
 namespace {
 
-// w2 * softmax over all neighbours of -(p / ((sigma_p + 1e-8) * w1))^2 with p = d (edge) or sqrt(2) * d (corner).
+// w2 * softmax over all neighbours of -(p / ((sigma_p + 1e-8) * w1))^2 with p = d (edge) or sqrt(2) * d
+// (corner).
 void position_weights(const std::vector<int64_t>& dilations, double w1, double w2, ParAffinityParams& p) {
   const double count = 8.0 * static_cast<double>(dilations.size());
   const double corner = std::sqrt(2.0);
@@ -19,7 +20,8 @@ void position_weights(const std::vector<int64_t>& dilations, double w1, double w
   for (int64_t d : dilations) mean += 4 * static_cast<double>(d) * (1 + corner) / count;
   double squares = 0;
   for (int64_t d : dilations) {
-    squares += 4 * std::pow(static_cast<double>(d) - mean, 2) + 4 * std::pow(static_cast<double>(d) * corner - mean, 2);
+    squares += 4 * std::pow(static_cast<double>(d) - mean, 2) +
+               4 * std::pow(static_cast<double>(d) * corner - mean, 2);
   }
   const double scale = 1 / ((std::sqrt(squares / (count - 1)) + 1e-8) * w1);
   auto logit = [&](double distance) { return -std::pow(distance * scale, 2); };
@@ -47,9 +49,9 @@ void check_propagate(const Stencil& stencil, const Tensor& weights, const Tensor
 
 Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2) {
   check_shape(images, "images", "[B, 3, H, W]", {-1, -1, -1, -1});
-  STD_TORCH_CHECK(images.size(1) >= 1, "images must have at least one colour channel, got shape ",
-                  shape_string(images));
-  STD_TORCH_CHECK(w1 > 0, "w1 must be greater than 0, got ", w1);
+  AFA_CHECK(images.size(1) >= 1, "images must have at least one colour channel, got shape ",
+            shape_string(images));
+  AFA_CHECK(w1 > 0, "w1 must be greater than 0, got ", w1);
   ParAffinityParams p;
   p.stencil = ring_stencil(dilations);
   position_weights(dilations, w1, w2, p);
@@ -102,7 +104,8 @@ Tensor par_propagate_backward_masks(const Tensor& grad, const Tensor& weights,
                                     const std::optional<Tensor>& class_mask) {
   const Stencil stencil = ring_stencil(dilations);
   check_propagate(stencil, weights, grad, "grad");
-  return stencil_propagate_backward("par_propagate_backward_masks", stencil, grad, weights, num_iter, class_mask);
+  return stencil_propagate_backward("par_propagate_backward_masks", stencil, grad, weights, num_iter,
+                                    class_mask);
 }
 
 Tensor par_propagate_backward_weights(const Tensor& grad, const Tensor& weights, const Tensor& masks,

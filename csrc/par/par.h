@@ -12,7 +12,8 @@ struct ParAffinityParams {
   Stencil stencil;
   Kind kind = Kind::f32;
   int64_t batch = 0, channels = 0, height = 0, width = 0;
-  const void* images = nullptr;  // [B, channels, H, W], unit stride in x; CPU: rows padded as for stencil_step
+  const void* images =
+      nullptr;  // [B, channels, H, W], unit stride in x; CPU: rows padded as for stencil_step
   int64_t image_stride_b = 0, image_stride_c = 0, image_stride_y = 0;
   int64_t image_pad = 0;
   void* weights = nullptr;  // [B, K, H, W] contiguous

@@ -1,8 +1,9 @@
 // PAR's affinity on the CPU; compiled once per SIMD level.
 //
-// One vector of pixels at a time: three passes over the neighbours for each colour channel (mean, variance, logits;
-// the mean first, as a sum of squares alone loses the small deviations that matter), then the softmax over the
-// neighbours with the logits in a local array (K * 64 bytes). Reads 3 channels, writes K weights a pixel.
+// One vector of pixels at a time: three passes over the neighbours for each colour channel (mean, variance,
+// logits; the mean first, as a sum of squares alone loses the small deviations that matter), then the softmax
+// over the neighbours with the logits in a local array (K * 64 bytes). Reads 3 channels, writes K weights a
+// pixel.
 #include "common/vec.h"
 #include "par/par.h"
 

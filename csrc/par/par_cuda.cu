@@ -1,7 +1,7 @@
-// PAR's affinity on CUDA: a thread owns one pixel. Four passes over the neighbours, served by L1: mean and variance for
-// each channel, the largest logit with the sum of exponentials (rescaled as the largest grows), the weights.
-// Logits are formed again in the last pass rather than stored: the only memory written is the K weights a pixel,
-// and a half-precision store could not hold a logit.
+// PAR's affinity on CUDA: a thread owns one pixel. Four passes over the neighbours, served by L1: mean and
+// variance for each channel, the largest logit with the sum of exponentials (rescaled as the largest grows),
+// the weights. Logits are formed again in the last pass rather than stored: the only memory written is the K
+// weights a pixel, and a half-precision store could not hold a logit.
 #include "common/cuda.cuh"
 #include "par/par.h"
 
@@ -14,7 +14,8 @@ __device__ void each_neighbour(const ParAffinityParams& p, int64_t y, int64_t x,
   for (int r = 0; r < p.stencil.runs; ++r) {
     const Run run = p.stencil.run[r];
     const int64_t row = clamp_index(y + run.dy, p.height) * p.image_stride_y;
-    for (int j = 0; j < run.count; ++j) f(k++, row + clamp_index(x + run.dx + int64_t{j} * run.step, p.width));
+    for (int j = 0; j < run.count; ++j)
+      f(k++, row + clamp_index(x + run.dx + int64_t{j} * run.step, p.width));
   }
 }
 

@@ -10,11 +10,13 @@ struct Sizes {
   int64_t batch, classes, height, width;
 };
 
-Sizes sizes_of(const Tensor& planes) { return {planes.size(0), planes.size(1), planes.size(2), planes.size(3)}; }
+Sizes sizes_of(const Tensor& planes) {
+  return {planes.size(0), planes.size(1), planes.size(2), planes.size(3)};
+}
 
 void add_run(Stencil& stencil, int64_t dy, int64_t dx, int64_t step, int64_t count) {
-  stencil.run[stencil.runs++] = {static_cast<int32_t>(dy), static_cast<int32_t>(dx), static_cast<int32_t>(step),
-                                 static_cast<int32_t>(count)};
+  stencil.run[stencil.runs++] = {static_cast<int32_t>(dy), static_cast<int32_t>(dx),
+                                 static_cast<int32_t>(step), static_cast<int32_t>(count)};
   stencil.size += static_cast<int32_t>(count);
   stencil.reach_x = std::max(stencil.reach_x, static_cast<int32_t>(std::abs(dx)));
 }
@@ -22,9 +24,9 @@ void add_run(Stencil& stencil, int64_t dy, int64_t dx, int64_t step, int64_t cou
 void check_class_mask(const std::optional<Tensor>& class_mask, const Tensor& planes) {
   if (!class_mask) return;
   check_shape(*class_mask, "class_mask", "[B, C]", {planes.size(0), planes.size(1)});
-  STD_TORCH_CHECK(class_mask->scalar_type() == ScalarType::Bool, "class_mask must be bool, got ",
-                  type_name(class_mask->scalar_type()));
-  STD_TORCH_CHECK(class_mask->is_cuda() == planes.is_cuda(), "class_mask must be on the device of the masks");
+  AFA_CHECK(class_mask->scalar_type() == ScalarType::Bool, "class_mask must be bool, got ",
+            type_name(class_mask->scalar_type()));
+  AFA_CHECK(class_mask->is_cuda() == planes.is_cuda(), "class_mask must be on the device of the masks");
 }
 
 StencilParams make_params(const Stencil& stencil, const Sizes& s, const Tensor& weights) {
@@ -42,9 +44,12 @@ StencilParams make_params(const Stencil& stencil, const Sizes& s, const Tensor& 
   return p;
 }
 
-Planes whole_planes(const Tensor& t) { return {t.mutable_data_ptr(), t.size(2) * t.size(3), t.size(3), 0}; }
+Planes whole_planes(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.size(2) * t.size(3), t.size(3), 0};
+}
 
-// ---- CPU ----------------------------------------------------------------------------------------------------
+// ---- CPU
+// ----------------------------------------------------------------------------------------------------
 
 // The planes that class_mask leaves, image by image.
 struct Active {
@@ -92,7 +97,8 @@ void weight_grad_cpu(const StencilParams& p) {
                 [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(stencil_weight_grad, p, begin, end); });
 }
 
-// ---- CUDA ---------------------------------------------------------------------------------------------------
+// ---- CUDA
+// ---------------------------------------------------------------------------------------------------
 
 const bool* device_mask(const std::optional<Tensor>& class_mask) {
   return class_mask ? static_cast<const bool*>(class_mask->const_data_ptr()) : nullptr;
@@ -140,11 +146,11 @@ void PaddedPlanes::fill(const Tensor& source, const std::vector<int64_t>& which)
 }
 
 Stencil ring_stencil(const std::vector<int64_t>& dilations) {
-  STD_TORCH_CHECK(!dilations.empty() && dilations.size() <= kMaxDilations, "dilations must hold 1 to ",
-                  kMaxDilations, " integers, got ", dilations.size());
+  AFA_CHECK(!dilations.empty() && dilations.size() <= kMaxDilations, "dilations must hold 1 to ",
+            kMaxDilations, " integers, got ", dilations.size());
   Stencil stencil;
   for (int64_t dilation : dilations) {
-    STD_TORCH_CHECK(dilation >= 1, "dilations' entries must be at least 1, got ", dilation);
+    AFA_CHECK(dilation >= 1, "dilations' entries must be at least 1, got ", dilation);
     const int64_t d = std::min(dilation, kMaxReach);
     add_run(stencil, -d, -d, d, 3);
     add_run(stencil, 0, -d, 2 * d, 2);
@@ -155,9 +161,9 @@ Stencil ring_stencil(const std::vector<int64_t>& dilations) {
 
 Stencil window_stencil(int64_t radius, const std::string& window) {
   const bool disc = window == "disc";
-  STD_TORCH_CHECK(disc || window == "square", "window must be 'square' or 'disc', got '", window, "'");
-  STD_TORCH_CHECK(radius >= (disc ? 1 : 0) && radius <= kMaxRadius, "radius must be between ", disc ? 1 : 0,
-                  " and ", kMaxRadius, ", got ", radius);
+  AFA_CHECK(disc || window == "square", "window must be 'square' or 'disc', got '", window, "'");
+  AFA_CHECK(radius >= (disc ? 1 : 0) && radius <= kMaxRadius, "radius must be between ", disc ? 1 : 0,
+            " and ", kMaxRadius, ", got ", radius);
   Stencil stencil;
   for (int64_t dy = -radius; dy <= radius; ++dy) {
     int64_t half = radius;
@@ -174,7 +180,7 @@ Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& w
                          int64_t steps, const std::optional<Tensor>& class_mask) {
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
-  STD_TORCH_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
+  AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
   if (planes.is_cuda()) {
     const CudaScope scope(planes);
     Tensor out = empty(planes, {s.batch, s.classes, s.height, s.width}, planes.scalar_type());
@@ -219,7 +225,7 @@ Tensor stencil_propagate_backward(const char* op, const Stencil& stencil, const 
                                   const std::optional<Tensor>& class_mask) {
   const Sizes s = sizes_of(grad);
   check_class_mask(class_mask, grad);
-  STD_TORCH_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
+  AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
   const bool cuda = grad.is_cuda();
   const ScalarType type = cuda ? grad.scalar_type() : sum_type(grad);
   std::optional<CudaScope> scope;
@@ -258,7 +264,7 @@ Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Te
                                 const std::optional<Tensor>& class_mask) {
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
-  STD_TORCH_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
+  AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
   const bool cuda = planes.is_cuda();
   const ScalarType type = cuda ? planes.scalar_type() : sum_type(planes);
   std::optional<CudaScope> scope;

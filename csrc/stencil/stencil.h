@@ -1,6 +1,6 @@
-// out[c, y, x] = sum_k weights[k, y, x] * in[c, clamp(y + dy_k), clamp(x + dx_k)], repeated: the one computation
-// under PAR (rings of neighbours, borders replicated) and under the windowed random walks (whose weights are 0
-// where a neighbour would lie outside, so that the clamped value doesn't matter).
+// out[c, y, x] = sum_k weights[k, y, x] * in[c, clamp(y + dy_k), clamp(x + dx_k)], repeated: the one
+// computation under PAR (rings of neighbours, borders replicated) and under the windowed random walks (whose
+// weights are 0 where a neighbour would lie outside, so that the clamped value doesn't matter).
 #pragma once
 
 #include <cstdint>
@@ -20,21 +20,22 @@ struct Planes {
 
 struct StencilParams {
   Stencil stencil;
-  Kind kind = Kind::f32;                     // type of weights and planes
+  Kind kind = Kind::f32;  // type of weights and planes
   int64_t batch = 0, classes = 0, height = 0, width = 0;
-  const void* weights = nullptr;             // [B, K, H, W], unit stride in x
+  const void* weights = nullptr;  // [B, K, H, W], unit stride in x
   int64_t weight_stride_b = 0, weight_stride_k = 0, weight_stride_y = 0;
-  Planes in;                                 // [B * C] planes
-  Planes out;                                // [B * C] planes
-  void* grad_weights = nullptr;              // [B, K, H, W] contiguous, in the type sums are formed in
-  const bool* class_mask = nullptr;          // CUDA: [B, C] on the device, or null for all
-  const int64_t* active = nullptr;           // CPU: the active planes, in order
-  const int64_t* active_begin = nullptr;     // CPU: [B + 1] where each image's begin
+  Planes in;                              // [B * C] planes
+  Planes out;                             // [B * C] planes
+  void* grad_weights = nullptr;           // [B, K, H, W] contiguous, in the type sums are formed in
+  const bool* class_mask = nullptr;       // CUDA: [B, C] on the device, or null for all
+  const int64_t* active = nullptr;        // CPU: the active planes, in order
+  const int64_t* active_begin = nullptr;  // CPU: [B + 1] where each image's begin
 };
 
 // CPU: rows `begin` to `end` of the batch's B * H rows, float32 and float64. The planes stencil_step and
-// stencil_weight_grad read are padded by min(reach_x, W - 1) columns and followed by kSlack readable elements.
-// stencil_weight_grad takes the incoming gradient as `out`. `scratch` holds 4 * (W + 2 * reach_x) values.
+// stencil_weight_grad read are padded by min(reach_x, W - 1) columns and followed by kSlack readable
+// elements. stencil_weight_grad takes the incoming gradient as `out`. `scratch` holds 4 * (W + 2 * reach_x)
+// values.
 constexpr int64_t kSlack = 16;  // a vector's worth: short rows are read by whole vectors
 AFA_SIMD_DECLARE(void stencil_step(const StencilParams& p, int64_t begin, int64_t end))
 AFA_SIMD_DECLARE(void stencil_adjoint(const StencilParams& p, int64_t begin, int64_t end, void* scratch))

@@ -1,11 +1,12 @@
 // The stencil on the CPU; compiled once per SIMD level.
 //
-// A tile is a few vectors of one row. Its weights (48 * 256 bytes for PAR with AVX-512) stay in the first-level
-// cache while the classes pass in blocks of four, so that a weight is loaded once for four sums held in
-// registers: 1.25 loads a multiply-add, the limit of this kernel. The planes carry replicated columns on both
-// sides, which leaves no border case in the loops; a row that is no multiple of the vector's length ends with
-// an overlapping vector, and only rows shorter than one vector take the path by elements. Every pixel is the same
-// sequence of operations whatever the tile or thread, so results don't depend on the number of threads.
+// A tile is a few vectors of one row. Its weights (48 * 256 bytes for PAR with AVX-512) stay in the
+// first-level cache while the classes pass in blocks of four, so that a weight is loaded once for four sums
+// held in registers: 1.25 loads a multiply-add, the limit of this kernel. The planes carry replicated columns
+// on both sides, which leaves no border case in the loops; a row that is no multiple of the vector's length
+// ends with an overlapping vector, and only rows shorter than one vector take the path by elements. Every
+// pixel is the same sequence of operations whatever the tile or thread, so results don't depend on the number
+// of threads.
 #include "common/vec.h"
 #include "stencil/stencil.h"
 
@@ -22,8 +23,8 @@ inline T* row_of(const Planes& planes, int64_t plane, int64_t y) {
 
 // `weights` and the sources point at (row, x) of the tile; `offset(k)` is shared by all classes.
 template <typename T, int CLASSES, int VECTORS, bool PARTIAL>
-inline void tile(const StencilParams& p, int64_t y, const T* weights, const T* const* source, T* const* target,
-                 int64_t count) {
+inline void tile(const StencilParams& p, int64_t y, const T* weights, const T* const* source,
+                 T* const* target, int64_t count) {
   using V = typename Vec<T>::type;
   V sum[CLASSES][VECTORS] = {};
   for (int r = 0; r < p.stencil.runs; ++r) {
@@ -36,7 +37,8 @@ inline void tile(const StencilParams& p, int64_t y, const T* weights, const T* c
         weight[v] = PARTIAL ? load_first<T>(weights, count) : load<T>(weights + v * kLanes<T>);
       }
       for (int c = 0; c < CLASSES; ++c) {
-        for (int v = 0; v < VECTORS; ++v) sum[c][v] += weight[v] * load<T>(source[c] + offset + v * kLanes<T>);
+        for (int v = 0; v < VECTORS; ++v)
+          sum[c][v] += weight[v] * load<T>(source[c] + offset + v * kLanes<T>);
       }
       weights += p.weight_stride_k;
     }
@@ -65,10 +67,17 @@ inline void classes_of_tile(const StencilParams& p, int64_t b, int64_t y, int64_
       target[c] = row_of<T>(p.out, p.active[i + c], y) + x;
     }
     switch (block) {
-      case 1: tile<T, 1, VECTORS, PARTIAL>(p, y, weights, source, target, count); break;
-      case 2: tile<T, 2, VECTORS, PARTIAL>(p, y, weights, source, target, count); break;
-      case 3: tile<T, 3, VECTORS, PARTIAL>(p, y, weights, source, target, count); break;
-      default: tile<T, kClassBlock, VECTORS, PARTIAL>(p, y, weights, source, target, count);
+      case 1:
+        tile<T, 1, VECTORS, PARTIAL>(p, y, weights, source, target, count);
+        break;
+      case 2:
+        tile<T, 2, VECTORS, PARTIAL>(p, y, weights, source, target, count);
+        break;
+      case 3:
+        tile<T, 3, VECTORS, PARTIAL>(p, y, weights, source, target, count);
+        break;
+      default:
+        tile<T, kClassBlock, VECTORS, PARTIAL>(p, y, weights, source, target, count);
     }
   }
 }
@@ -103,8 +112,8 @@ void step_rows(const StencilParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Row y of the adjoint gathers from every row that step reads row y from: one row inside, several at the borders.
-// Sums run over x beyond both ends; what lies there belongs to the border columns.
+// Row y of the adjoint gathers from every row that step reads row y from: one row inside, several at the
+// borders. Sums run over x beyond both ends; what lies there belongs to the border columns.
 template <typename T>
 void adjoint_rows(const StencilParams& p, int64_t begin, int64_t end, T* scratch) {
   const int64_t reach = p.stencil.reach_x < p.width ? p.stencil.reach_x : p.width - 1;

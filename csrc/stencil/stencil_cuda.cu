@@ -1,10 +1,10 @@
-// The stencil on CUDA: step, adjoint and the gradient of the weights. All three gather, so that no atomics are
-// needed and results are the same every time.
+// The stencil on CUDA: step, adjoint and the gradient of the weights. All three gather, so that no atomics
+// are needed and results are the same every time.
 //
 // step: a thread owns one pixel of up to four classes; a weight is read once, coalesced, for the four, whose
-// neighbours come from L1/L2 as vectors of 32 pixels. Reads K weights a pixel for every four classes and K values a
-// pixel and class. adjoint: the same, over the pixels that read this one (one a neighbour, more along the
-// borders). weight gradient: a thread owns one pixel and one neighbour, and sums over the classes.
+// neighbours come from L1/L2 as vectors of 32 pixels. Reads K weights a pixel for every four classes and K
+// values a pixel and class. adjoint: the same, over the pixels that read this one (one a neighbour, more
+// along the borders). weight gradient: a thread owns one pixel and one neighbour, and sums over the classes.
 #include "common/cuda.cuh"
 #include "stencil/stencil.h"
 
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kThreads) stencil_kernel(const __grid_constant
             for (int64_t wy = ys.begin; wy < ys.end; ++wy) {
               for (int64_t wx = xs.begin; wx < xs.end; ++wx) {
                 const Sum weight = to_sum<Sum>(weights[wy * p.weight_stride_y + wx]);
-                const int64_t at = ADJOINT ? wy * p.in.row_stride + wx : source_y * p.in.row_stride + source_x;
+                const int64_t at =
+                    ADJOINT ? wy * p.in.row_stride + wx : source_y * p.in.row_stride + source_x;
 #pragma unroll
                 for (int c = 0; c < kClassBlock; ++c) {
                   if (g.on[c]) sum[c] += weight * to_sum<Sum>(plane_of<T>(p.in, p, g, c)[at]);

@@ -19,13 +19,13 @@ WalkParams make_params(const Tensor& affinity, int64_t height, int64_t width, in
   p.power = power;
   p.normalize = normalize;
   p.eps = eps;
-  STD_TORCH_CHECK(height >= 0 && width >= 0, "grid must not be negative, got ", height, " x ", width);
+  AFA_CHECK(height >= 0 && width >= 0, "grid must not be negative, got ", height, " x ", width);
   check_shape(affinity, "affinity", "[B, N, N or window]", {-1, height * width, -1});
   p.batch = affinity.size(0);
   p.dense = affinity.size(2) == height * width;
-  STD_TORCH_CHECK(p.dense || affinity.size(2) == p.stencil.size, "affinity must have size ", height * width,
-                  " (dense) or ", p.stencil.size, " (windowed) in dimension 2, got ", shape_string(affinity));
-  STD_TORCH_CHECK(power > 0, "power must be greater than 0, got ", power);
+  AFA_CHECK(p.dense || affinity.size(2) == p.stencil.size, "affinity must have size ", height * width,
+            " (dense) or ", p.stencil.size, " (windowed) in dimension 2, got ", shape_string(affinity));
+  AFA_CHECK(power > 0, "power must be greater than 0, got ", power);
   const bool whole = power <= kMaxWholePower && power == static_cast<int32_t>(power);
   p.whole_power = whole ? static_cast<int32_t>(power) : 0;
   kind_of(affinity, "affinity");
@@ -33,11 +33,16 @@ WalkParams make_params(const Tensor& affinity, int64_t height, int64_t width, in
 }
 
 // CPU kernels work in the type sums are formed in, CUDA kernels in the tensor's own.
-ScalarType work_type(const Tensor& t) { return t.is_cuda() ? t.scalar_type() : sum_type(t); }
+ScalarType work_type(const Tensor& t) {
+  return t.is_cuda() ? t.scalar_type() : sum_type(t);
+}
 
-int64_t row_work(const WalkParams& p) { return 4 * p.width * p.stencil.size; }
+int64_t row_work(const WalkParams& p) {
+  return 4 * p.width * p.stencil.size;
+}
 
-void check_transition(const Stencil& stencil, const Tensor& transition, const Tensor& planes, const char* name) {
+void check_transition(const Stencil& stencil, const Tensor& transition, const Tensor& planes,
+                      const char* name) {
   check_shape(transition, "transition", "[B, window, h, w]", {-1, stencil.size, -1, -1});
   check_shape(planes, name, "[B, C, h, w]", {transition.size(0), -1, transition.size(2), transition.size(3)});
   kind_of(transition, "transition");
@@ -75,8 +80,8 @@ Tensor walk_transition_backward(const Tensor& grad, const Tensor& affinity, int6
                                 double eps) {
   WalkParams p = make_params(affinity, height, width, radius, window, power, normalize, eps);
   check_shape(grad, "grad", "[B, window, h, w]", {p.batch, p.stencil.size, height, width});
-  STD_TORCH_CHECK(grad.scalar_type() == sum_type(affinity), "grad must have the type of the transition (",
-                  type_name(sum_type(affinity)), "), got ", type_name(grad.scalar_type()));
+  AFA_CHECK(grad.scalar_type() == sum_type(affinity), "grad must have the type of the transition (",
+            type_name(sum_type(affinity)), "), got ", type_name(grad.scalar_type()));
   check_device(grad, "grad", affinity, "affinity");
   const bool cuda = affinity.is_cuda();
   std::optional<CudaScope> scope;
@@ -123,16 +128,15 @@ Tensor walk_transpose(const Tensor& transition, int64_t radius, const std::strin
     if (cuda) {
       AFA_CUDA_LAUNCH("walk_transpose", walk_transpose_cuda(p, scope->stream()));
     } else {
-      parallel_rows(p.batch * p.height, row_work(p), [&](int64_t begin, int64_t end) {
-        AFA_SIMD_CALL(walk_transpose_rows, p, begin, end);
-      });
+      parallel_rows(p.batch * p.height, row_work(p),
+                    [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(walk_transpose_rows, p, begin, end); });
     }
   }
   return contiguous_as(out, transition.scalar_type());
 }
 
-Tensor walk_propagate(const Tensor& scores, const Tensor& transition, int64_t radius, const std::string& window,
-                      int64_t steps, const std::optional<Tensor>& class_mask) {
+Tensor walk_propagate(const Tensor& scores, const Tensor& transition, int64_t radius,
+                      const std::string& window, int64_t steps, const std::optional<Tensor>& class_mask) {
   const Stencil stencil = window_stencil(radius, window);
   check_transition(stencil, transition, scores, "scores");
   return stencil_propagate("walk_propagate", stencil, transition, scores, steps, class_mask);
@@ -153,8 +157,8 @@ Tensor walk_propagate_backward_transition(const Tensor& grad, const Tensor& scor
   const Stencil stencil = window_stencil(radius, window);
   check_transition(stencil, transition, scores, "scores");
   check_transition(stencil, transition, grad, "grad");
-  return stencil_weights_backward("walk_propagate_backward_transition", stencil, grad, transition, scores, steps,
-                                  class_mask);
+  return stencil_weights_backward("walk_propagate_backward_transition", stencil, grad, transition, scores,
+                                  steps, class_mask);
 }
 
 }  // namespace afa

@@ -1,6 +1,7 @@
-// The walk's transition on the CPU; compiled once per SIMD level. A thread owns rows of target nodes: it reads
-// each affinity entry of their windows once (those of one source are adjacent, and stay in the first-level
-// cache while the offsets pass), so that the N x N matrix is touched only inside the window, and nothing is shared.
+// The walk's transition on the CPU; compiled once per SIMD level. A thread owns rows of target nodes: it
+// reads each affinity entry of their windows once (those of one source are adjacent, and stay in the
+// first-level cache while the offsets pass), so that the N x N matrix is touched only inside the window, and
+// nothing is shared.
 #include <cmath>
 
 #include "common/vec.h"
@@ -10,8 +11,12 @@ namespace afa {
 namespace AFA_SIMD {
 namespace {
 
-inline float power_of(float value, double power) { return ::powf(value, static_cast<float>(power)); }
-inline double power_of(double value, double power) { return ::pow(value, power); }
+inline float power_of(float value, double power) {
+  return ::powf(value, static_cast<float>(power));
+}
+inline double power_of(double value, double power) {
+  return ::pow(value, power);
+}
 
 template <typename T>
 inline T raised(const WalkParams& p, T value) {
@@ -21,10 +26,12 @@ inline T raised(const WalkParams& p, T value) {
 template <typename T>
 inline T raised_derivative(const WalkParams& p, T value) {
   const T outer = static_cast<T>(p.power);
-  return p.whole_power > 0 ? outer * whole_power(value, p.whole_power - 1) : outer * power_of(value, p.power - 1);
+  return p.whole_power > 0 ? outer * whole_power(value, p.whole_power - 1)
+                           : outer * power_of(value, p.power - 1);
 }
 
-// f(k, source row, dx, first x, end x): the targets of row y whose k-th source lies in the grid (none: end = first).
+// f(k, source row, dx, first x, end x): the targets of row y whose k-th source lies in the grid (none: end =
+// first).
 template <typename F>
 inline void each_neighbour(const WalkParams& p, int64_t y, const F& f) {
   int64_t k = 0;

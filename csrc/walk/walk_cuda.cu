@@ -1,15 +1,19 @@
-// The walk's transition on CUDA. transition and its backward: a thread owns one target node, reads the entries of
-// its window twice (the sum first; the second time from cache) and writes K coalesced weights. Neighbouring
-// targets read neighbouring entries of neighbouring sources, so a source's line serves a warp as the offsets pass.
-// transpose: a thread owns one entry. Nothing outside the window is read.
+// The walk's transition on CUDA. transition and its backward: a thread owns one target node, reads the
+// entries of its window twice (the sum first; the second time from cache) and writes K coalesced weights.
+// Neighbouring targets read neighbouring entries of neighbouring sources, so a source's line serves a warp as
+// the offsets pass. transpose: a thread owns one entry. Nothing outside the window is read.
 #include "common/cuda.cuh"
 #include "walk/walk.h"
 
 namespace afa {
 namespace {
 
-__device__ inline float power_of(float value, double power) { return powf(value, static_cast<float>(power)); }
-__device__ inline double power_of(double value, double power) { return pow(value, power); }
+__device__ inline float power_of(float value, double power) {
+  return powf(value, static_cast<float>(power));
+}
+__device__ inline double power_of(double value, double power) {
+  return pow(value, power);
+}
 
 template <typename Sum>
 __device__ Sum raised(const WalkParams& p, Sum value) {
@@ -113,7 +117,9 @@ __global__ void __launch_bounds__(kThreads) walk_transpose_kernel(const __grid_c
   }
 }
 
-dim3 node_grid(const WalkParams& p) { return grid_for(p.height * p.width, p.batch); }
+dim3 node_grid(const WalkParams& p) {
+  return grid_for(p.height * p.width, p.batch);
+}
 
 }  // namespace
 

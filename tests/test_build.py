@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import afa_ext
+
+PACKAGE = Path(afa_ext.__file__).parent
+LIBRARY = Path(afa_ext._native._C.__file__)
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd="/", check=False)
+
+
+def test_build_info():
+    info = afa_ext.build_info()
+    assert set(info) == {
+        "compiler",
+        "build_type",
+        "torch_headers",
+        "cuda",
+        "cuda_architectures",
+        "simd_levels",
+        "simd",
+    }
+    assert re.match(r"\w+ \d+\.\d+", info["compiler"])
+    assert re.match(r"\d+\.\d+\.\d+", info["torch_headers"])
+    assert info["simd_levels"][0] == "baseline"
+    assert info["simd"] in info["simd_levels"]
+    if info["cuda"] is None:
+        assert info["cuda_architectures"] == ""
+    else:
+        assert re.match(r"\d+\.\d+", info["cuda"])
+        assert re.search(r"\d\d", info["cuda_architectures"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where CUDA can't be used")
+def test_cuda_kernels_are_built_wherever_nvcc_is_found():
+    if os.environ.get("AFA_EXT_CUDA", "auto") in ("off", "0"):
+        pytest.skip("AFA_EXT_CUDA turns them off")
+    if shutil.which("nvcc") is None:
+        assert afa_ext.build_info()["cuda"] is None
+    else:
+        assert afa_ext.build_info()["cuda"] is not None
+
+
+def test_metadata():
+    assert importlib.metadata.version("afa-ext") == afa_ext.__version__
+    required = [r for r in importlib.metadata.requires("afa-ext") or [] if "extra ==" not in r]
+    assert sorted(re.split(r"[<>=! ]", r)[0] for r in required) == ["numpy", "torch"]
+    assert (PACKAGE / "py.typed").exists()
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
+def test_library_binds_to_no_particular_torch():
+    dynamic = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    needed = set(re.findall(r"Shared library: \[(.*?)\]", dynamic))
+    system = r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so.*|ld-linux.*"
+    torch_libraries = {name for name in needed if not re.fullmatch(system, name)}
+    assert torch_libraries <= {"libtorch_cpu.so", "libc10.so"}
+    symbols = subprocess.run(["nm", "-DC", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    foreign = [line for line in symbols.splitlines() if re.search(r" U (at|c10|torch)::", line)]
+    assert not foreign, "symbols outside torch's stable ABI"
+
+
+def copy_package(folder: Path, library: bytes | None) -> Path:
+    shutil.copytree(PACKAGE, folder / "afa_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if library is not None:
+        (folder / "afa_ext" / LIBRARY.name).write_bytes(library)
+    return folder
+
+
+# The finder of an editable install precedes sys.path, so the copy is named as the only place to look.
+IMPORT_COPY = (
+    "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+    "sys.path.insert(0, {folder!r}); import afa_ext"
+)
+
+
+def test_missing_library_is_its_own_error(tmp_path):
+    result = run_python(IMPORT_COPY.format(folder=str(copy_package(tmp_path, None))))
+    assert result.returncode != 0
+    assert "ImportError: afa_ext's native library is missing" in result.stderr
+    assert "pip install ." in result.stderr
+
+
+def test_broken_library_shows_the_original_error(tmp_path):
+    result = run_python(IMPORT_COPY.format(folder=str(copy_package(tmp_path, b"not a library"))))
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "is there but can't be loaded" in last
+    assert re.search(r"file too short|invalid ELF header", last)
+
+
+COMPUTE = """
+import sys, numpy, torch, afa_ext
+folder, want = sys.argv[1] if len(sys.argv) > 1 else {golden!r}, {level!r}
+assert afa_ext.build_info()["simd"] == want
+def relative(a, b):
+    return float((a - torch.from_numpy(b)).abs().max() / abs(b).max())
+for name in ("par_same_size", "par_small", "par_flat"):
+    g = numpy.load(f"{{folder}}/{{name}}.npz")
+    masks = torch.from_numpy(g["masks"]).requires_grad_()
+    out = afa_ext.par_refine(torch.from_numpy(g["images"]), masks, dilations=g["dilations"].tolist())
+    (out * torch.from_numpy(g["grad_out"])).sum().backward()
+    assert relative(out.detach(), g["out"]) < 1e-4
+    assert relative(masks.grad, g["grad_masks"]) < 1e-4
+for name in ("walk_square", "walk_train"):
+    g = numpy.load(f"{{folder}}/{{name}}.npz")
+    cams = torch.from_numpy(g["cams"])
+    out = afa_ext.random_walk(cams, torch.from_numpy(g["affinity"]), grid=cams.shape[2:], radius=int(g["radius"]))
+    assert relative(out, g["plain_windowed"]) < 1e-4
+print("computed")
+"""
+
+
+@pytest.mark.parametrize("level", afa_ext.build_info()["simd_levels"])
+def test_every_simd_level_computes_the_golden_cases(level):
+    result = run_python(COMPUTE.format(golden=str(GOLDEN), level=level), AFA_EXT_SIMD=level)
+    if "this processor lacks these instructions" in result.stderr:
+        pytest.skip(f"this processor has no {level}")
+    assert result.stdout.strip() == "computed", result.stderr
+
+
+def test_unknown_simd_level_is_refused():
+    code = "import afa_ext; afa_ext.build_info()"
+    result = run_python(code, AFA_EXT_SIMD="mmx")
+    assert "AFA_EXT_SIMD must be baseline, avx2 or avx512, got 'mmx'" in result.stderr
+
+
+@pytest.mark.skipif(afa_ext.build_info()["cuda"] is not None, reason="this build has CUDA kernels")
+@pytest.mark.cuda
+def test_cpu_build_says_so_for_gpu_tensors():
+    with pytest.raises(RuntimeError, match="built without CUDA"):
+        afa_ext.par_affinity(torch.rand(1, 3, 8, 8, device="cuda"))

@@ -1,0 +1,95 @@
+"""Every registered operator goes through torch's own opcheck: schema, autograd, fakes, AOTAutograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from afa_ext import _native
+
+DILATIONS = [1, 3]
+WALK = (4, 5, 1, "disc")  # height, width, radius, window: 1 offset
+SQUARE = (4, 5, 2, "square")  # 25 offsets
+
+Make = Callable[..., Tensor]
+
+
+def keep(make: Make) -> Tensor:
+    return torch.tensor([[True, False, True]] * 2, device=make(1).device)
+
+
+# For each operator, argument lists made by make(*shape): a random leaf of the device and type under test.
+CASES: dict[str, Callable[[Make], list[tuple]]] = {
+    "par_affinity": lambda make: [(make(2, 3, 6, 7).detach(), DILATIONS, 0.3, 0.01)],
+    "par_propagate": lambda make: [
+        (make(2, 16, 6, 7), make(2, 3, 6, 7), DILATIONS, 2, None),
+        (make(2, 16, 6, 7), make(2, 3, 7, 6).mT, DILATIONS, 1, keep(make)),
+    ],
+    "par_propagate_backward_masks": lambda make: [
+        (make(2, 3, 6, 7).detach(), make(2, 16, 6, 7).detach(), DILATIONS, 2, keep(make)),
+    ],
+    "par_propagate_backward_weights": lambda make: [
+        (make(2, 3, 6, 7).detach(), make(2, 16, 6, 7).detach(), make(2, 3, 6, 7).detach(), DILATIONS, 2, keep(make)),
+    ],
+    "walk_transition": lambda make: [
+        (make(2, 20, 20), *SQUARE, 2.0, True, 0.1),
+        (make(2, 20, 1), *WALK, 1.5, False, 0.1),
+    ],
+    "walk_transition_backward": lambda make: [
+        (make(2, 25, 4, 5).detach(), make(2, 20, 20).detach(), *SQUARE, 2.0, True, 0.1),
+    ],
+    "walk_transpose": lambda make: [(make(2, 25, 4, 5), 2, "square")],
+    "walk_propagate": lambda make: [
+        (make(2, 3, 4, 5), make(2, 25, 4, 5), 2, "square", 2, None),
+        (make(2, 3, 4, 5), make(2, 25, 4, 5), 2, "square", 1, keep(make)),
+    ],
+    "walk_propagate_backward_scores": lambda make: [
+        (make(2, 3, 4, 5).detach(), make(2, 25, 4, 5).detach(), 2, "square", 2, None),
+    ],
+    "walk_propagate_backward_transition": lambda make: [
+        (make(2, 3, 4, 5).detach(), make(2, 3, 4, 5).detach(), make(2, 25, 4, 5).detach(), 2, "square", 2, None),
+    ],
+}
+
+
+def test_every_registered_operator_has_a_case():
+    registered = {
+        name.partition("::")[2].partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("afa_ext::")
+    }
+    assert registered == set(_native._C.operators()), "an operator is registered outside csrc/ops.cpp"
+    assert registered == set(CASES), "an operator lacks an opcheck case, or a case its operator"
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_has_kernels_for_both_devices(name):
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"afa_ext::{name}", key)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(name, dtype, device):
+    def make(*shape: int) -> Tensor:
+        return torch.rand(*shape, device=device, dtype=dtype).requires_grad_()
+
+    operator = getattr(torch.ops.afa_ext, name).default
+    for arguments in CASES[name](make):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fakes_agree_in_low_precision(name, dtype, device):
+    wide = name == "walk_transition_backward"  # its incoming gradient is float32 for these types
+
+    def make(*shape: int) -> Tensor:
+        return torch.rand(*shape, device=device).to(torch.float32 if wide and len(shape) == 4 else dtype)
+
+    operator = getattr(torch.ops.afa_ext, name).default
+    for arguments in CASES[name](make):
+        torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
