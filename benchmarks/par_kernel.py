@@ -1,0 +1,136 @@
+"""Times par_refine against plain PyTorch and torch.compile.
+
+    python benchmarks/par_kernel.py                           # the standard sizes, about two minutes on 2 cores
+    python benchmarks/par_kernel.py --quick                   # small sizes, some seconds
+    python benchmarks/par_kernel.py --size 1x21x320x320 --size 8x3x160x160 --device cuda --dtype float16
+
+A size is batch x classes x height x width. The plain-PyTorch reference is the published way: neighbours fetched by
+a convolution with one-hot kernels over a padded copy, for every dilation and iteration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+import afa_ext
+from afa_ext import reference
+from benchmarks.timing import RESULTS, print_table, time_candidates, write_results
+
+STANDARD = ["1x21x320x320", "1x3x160x160", "2x5x64x64"]
+QUICK = ["1x3x80x80", "1x5x40x40"]
+ITERATIONS = 10
+NEIGHBOURS = 48
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def parse_size(text: str) -> tuple[int, int, int, int]:
+    try:
+        batch, classes, height, width = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a size is batch x classes x height x width, as 1x21x320x320, got '{text}'"
+        ) from None
+    return batch, classes, height, width
+
+
+def inputs(size: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Smooth images with a little noise, so that the weights differ as a photograph's do."""
+    batch, classes, height, width = size
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(batch, 3, max(2, height // 16), max(2, width // 16), generator=generator)
+    images = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
+    images = images + 0.02 * torch.rand(batch, 3, height, width, generator=generator)
+    masks = torch.rand(batch, classes, height, width, generator=generator)
+    return [images.to(device, dtype), masks.to(device, dtype)]
+
+
+def validate(name: str, actual: torch.Tensor, expected: torch.Tensor, limit: float) -> float:
+    error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+    if not error <= limit:
+        raise SystemExit(f"{name} is wrong: relative error {error:.3g} is over {limit:.3g}; nothing was timed")
+    return error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes and short rounds")
+    parser.add_argument("--size", type=parse_size, action="append", help="batch x classes x height x width")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "float16", "bfloat16"])
+    parser.add_argument("--seconds", type=float, default=None, help="time for each candidate and size")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (its first run is slow)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    options = parser.parse_args()
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    sizes = options.size or [parse_size(s) for s in (QUICK if options.quick else STANDARD)]
+    seconds = options.seconds or (0.3 if options.quick else 2.0)
+
+    rows = []
+    for size in sizes:
+        images, masks = inputs(size, device, dtype)
+        weights = afa_ext.par_affinity(images)
+        candidates: dict[str, Callable[[], torch.Tensor]] = {
+            "afa_ext.par_refine": lambda: afa_ext.par_refine(images, masks),  # noqa: B023
+            "plain PyTorch": lambda: reference.par_refine(images, masks),  # noqa: B023
+        }
+        if not options.no_compile:
+            torch._dynamo.reset()
+            compiled = torch.compile(reference.par_refine)
+            candidates["torch.compile"] = lambda: compiled(images, masks)  # noqa: B023
+        with torch.no_grad():
+            expected = candidates["plain PyTorch"]()
+            error = validate("afa_ext.par_refine", candidates["afa_ext.par_refine"](), expected, TOLERANCE[dtype])
+            timings = time_candidates(candidates, device, seconds)
+            timings |= time_candidates(
+                {
+                    "  its affinity": lambda: afa_ext.par_affinity(images),  # noqa: B023
+                    "  its iterations": lambda: afa_ext.par_propagate(weights, masks),  # noqa: B023
+                },
+                device,
+                seconds / 2,
+            )
+        multiply_adds = masks.numel() * NEIGHBOURS * ITERATIONS
+        ours = timings["afa_ext.par_refine"].median
+        table = []
+        for name, timing in timings.items():
+            iterates = "affinity" not in name
+            rate = multiply_adds / timing.median / 1e6 if iterates else None
+            compared = not name.startswith(" ")
+            rows.append(
+                {
+                    "candidate": name.strip(),
+                    "size": "x".join(map(str, size)),
+                    "dtype": options.dtype,
+                    "median_ms": timing.median,
+                    "spread_ms": timing.spread,
+                    "rounds": timing.rounds,
+                    "gfma_per_s": rate,
+                    "times_ours": timing.median / ours if compared else None,
+                }
+            )
+            table.append(
+                {
+                    "": name,
+                    "median ms": f"{timing.median:.3f}",
+                    "± ms": f"{timing.spread:.3f}",
+                    "rounds": str(timing.rounds),
+                    "GFMA/s": f"{rate:.2f}" if rate else "",
+                    "time over ours": f"{timing.median / ours:.1f}" if compared else "",
+                }
+            )
+        title = f"par_refine {'x'.join(map(str, size))} {options.dtype} on {device.type}, {ITERATIONS} iterations"
+        print_table(f"{title}; validated, relative error {error:.1e}", table)
+    print(f"\nwritten to {write_results('par_kernel', device, rows, options.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Shared by all benchmarks: timing on CPU and CUDA, the machine's description, tables and JSON.
+
+Candidates are timed in turn, round after round, so that a machine that slows down slows all alike. CUDA rounds are
+timed by events with the second-level cache flushed before each; CPU rounds by the wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import afa_ext
+
+RESULTS = Path(__file__).parent / "results"
+FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one candidate: median, and half the spread between the quartiles."""
+
+    median: float
+    spread: float
+    rounds: int
+
+
+def _once(run: Callable[[], object], device: torch.device, flush: torch.Tensor | None) -> float:
+    if flush is not None:
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    run()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def time_candidates(
+    candidates: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, max_rounds: int = 200
+) -> dict[str, Timing]:
+    """Times each candidate in turn until ``seconds`` for it are spent, after a warm-up.
+
+    At least 3 rounds; 2 for one whose warm-up alone took over 5 s.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    least = {}
+    for name, run in candidates.items():  # warm-up: allocation, compilation, clocks
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        least[name] = 2 if time.perf_counter() - begin > 5 else 3
+    while True:
+        due = [
+            name
+            for name, taken in samples.items()
+            if len(taken) < least[name] or (sum(taken) < seconds * 1e3 and len(taken) < max_rounds)
+        ]
+        if not due:
+            break
+        for name in due:
+            samples[name].append(_once(candidates[name], device, flush))
+    timings = {}
+    for name, taken in samples.items():
+        quartiles = statistics.quantiles(taken, n=4)
+        timings[name] = Timing(statistics.median(taken), (quartiles[2] - quartiles[0]) / 2, len(taken))
+    return timings
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on: device, torch, CUDA, commit, threads, instruction set."""
+    info = afa_ext.build_info()
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "commit": _commit(),
+        "threads": torch.get_num_threads(),
+        "simd": None if cuda else info["simd"],
+        "compiler": info["compiler"],
+    }
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Rows of equal keys as aligned columns; the first column to the left, the others to the right."""
+    columns = list(rows[0])
+    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    print(f"\n{title}")
+    for row in [dict(zip(columns, columns, strict=True)), *rows]:
+        cells = [row[c].ljust(widths[c]) if c == columns[0] else row[c].rjust(widths[c]) for c in columns]
+        print("  " + "  ".join(cells).rstrip())
+
+
+def write_results(benchmark: str, device: torch.device, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+    """<folder>/<benchmark>-<device>.json, whole or not at all."""
+    about = machine(device)
+    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark}-{slug}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"benchmark": benchmark, "machine": about, "rows": list(rows)}, indent=1) + "\n")
+    partial.replace(path)
+    return path

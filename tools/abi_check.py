@@ -1,0 +1,114 @@
+"""Shows that the library built here loads and computes under an older torch than it was built with.
+
+    python tools/abi_check.py                        # makes an environment with torch 2.13.0 under build/, then checks
+    python tools/abi_check.py --torch 2.10.0         # another version
+    python tools/abi_check.py --python /path/to/python   # an environment that is there already (torch and numpy)
+
+The package is copied, library included and nothing rebuilt, and the recorded cases of tests/golden are computed by the
+other interpreter, once for each SIMD level of the processor. The interpreter must be of the same Python version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CHECK = r"""
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+
+import afa_ext
+
+folder, built_with = Path(sys.argv[1]), afa_ext.build_info()["torch_headers"]
+assert Path(afa_ext.__file__).is_relative_to(sys.argv[2]), f"another afa_ext was imported: {afa_ext.__file__}"
+
+
+def close(name, actual, expected):
+    error = float((actual.detach() - expected).abs().max() / expected.abs().max())
+    assert error <= 1e-4, f"{name}: relative error {error:.3g}"
+    return error
+
+
+worst = 0.0
+cases = 0
+for path in sorted(folder.glob("*.npz")):
+    g = {k: v.item() if v.ndim == 0 else torch.from_numpy(v) for k, v in numpy.load(path).items()}
+    if path.stem.startswith("par_"):
+        masks = g["masks"].requires_grad_()
+        out = afa_ext.par_refine(g["images"], masks, dilations=g["dilations"].tolist(), num_iter=g["num_iter"])
+        (out * g["grad_out"]).sum().backward()
+        errors = close(path.stem, out, g["out"]), close(path.stem, masks.grad, g["grad_masks"])
+    elif path.stem.startswith("walk_"):
+        cams, grid, radius = g["cams"], tuple(g["cams"].shape[2:]), g["radius"]
+        walked = afa_ext.random_walk(cams, g["affinity"], grid=grid, radius=radius)
+        labelled = afa_ext.propagate_cams(
+            cams, g["affinity"], g["cls_labels"], radius=radius, background=g["bkg_score"]
+        )
+        errors = close(path.stem, walked, g["plain_windowed"]), close(path.stem, labelled, g["with_bkg"])
+    else:
+        continue
+    worst, cases = max(worst, *errors), cases + 1
+assert cases, f"no recorded case in {folder}"
+try:
+    torch.ops.afa_ext.par_affinity(torch.rand(3, 8, 8), [1], 0.3, 0.01)
+except RuntimeError as error:
+    assert "images must have shape" in str(error), error
+else:
+    raise AssertionError("a wrong shape was accepted")
+print(f"built with torch {built_with}, running under torch {torch.__version__}, {afa_ext.build_info()['simd']}: "
+      f"{cases} recorded cases, largest relative error {worst:.1e}")
+"""
+
+
+def make_environment(version: str, pip_arguments: list[str]) -> Path:
+    """A virtual environment under build/, kept for the next time, with this torch and numpy."""
+    folder = ROOT / "build" / f"abi-torch-{version}"
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        print(f"making {folder.relative_to(ROOT)} with torch {version} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", *pip_arguments]
+        subprocess.run([*install, f"torch=={version}", "numpy"], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--torch", default="2.13.0", help="version to check under, at least 2.10")
+    parser.add_argument("--python", type=Path, help="interpreter of an environment to use as it is")
+    parser.add_argument("--pip-args", default="", help="more arguments for pip, such as an index of CPU builds")
+    options = parser.parse_args()
+
+    libraries = sorted((ROOT / "afa_ext").glob("_C.*.so"))
+    if not libraries:
+        sys.exit("afa_ext/_C*.so is not there; build it first with `pip install -e .`")
+    python = options.python or make_environment(options.torch, shlex.split(options.pip_args))
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "afa_ext", Path(folder) / "afa_ext", ignore=shutil.ignore_patterns("__pycache__"))
+        command = [str(python), "-c", CHECK, str(ROOT / "tests" / "golden"), str(Path(folder).resolve())]
+        for level in ("baseline", "avx2", "avx512"):
+            env = {**os.environ, "PYTHONPATH": folder, "AFA_EXT_SIMD": level}
+            result = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
+            if result.returncode == 0:
+                print(result.stdout.strip(), flush=True)
+            elif "this processor lacks" in result.stderr or "this build does not hold" in result.stderr:
+                print(f"{level}: not on this machine")
+            else:
+                sys.exit(f"the library does not work under {python}:\n{result.stderr.strip()}")
+    print("abi-check passed")
+
+
+if __name__ == "__main__":
+    main()
