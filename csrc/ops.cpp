@@ -1,8 +1,6 @@
 // The only place operators are registered, and the Python module afa_ext._C.
 #include "ops.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -40,10 +38,19 @@
 #define AFA_DEFINE(name, schema) m.def(#name schema);
 #define AFA_IMPLEMENT(name, schema) m.impl(#name, TORCH_BOX(&afa::name));
 
+#ifdef AFA_CUDA_ON_HOST
+// The CUDA kernels, compiled for the CPU by the tests, under a name of their own.
+STABLE_TORCH_LIBRARY(afa_ext_cuda_on_host,
+                     m){AFA_OPERATORS(AFA_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(afa_ext_cuda_on_host, CPU,
+                                                                             m){AFA_OPERATORS(AFA_IMPLEMENT)}
+#else
 STABLE_TORCH_LIBRARY(afa_ext, m){AFA_OPERATORS(AFA_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(afa_ext, CPU, m){
     AFA_OPERATORS(AFA_IMPLEMENT)} STABLE_TORCH_LIBRARY_IMPL(afa_ext, CUDA, m) {
   AFA_OPERATORS(AFA_IMPLEMENT)
 }
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 namespace {
 
@@ -87,3 +94,4 @@ PYBIND11_MODULE(_C, m) {
       },
       "The names of all registered operators.");
 }
+#endif

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(AFA_CUDA_ON_HOST)
+#ifdef __CUDACC__
 #define AFA_HOST_DEVICE __host__ __device__
 #else
 #define AFA_HOST_DEVICE

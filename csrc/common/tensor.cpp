@@ -86,7 +86,9 @@ Tensor contiguous_as(const Tensor& t, ScalarType type) {
   return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
-CudaScope::CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
+CudaScope::CudaScope(const Tensor& t) {
+  if (!t.is_cuda()) return;  // the kernels run on the CPU: see on_cuda
+  guard_.emplace(t.get_device_index());
   AFA_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
             "this torch has no CUDA support, so that no CUDA tensor can reach afa_ext");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));

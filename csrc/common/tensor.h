@@ -62,6 +62,16 @@ void parallel_rows(int64_t items, int64_t work, const F& f) {
   torch::stable::parallel_for(0, items, grain, f);
 }
 
+// Whether the CUDA kernels compute on t. In the build that runs them on the CPU, for the tests, they always
+// do.
+inline bool on_cuda([[maybe_unused]] const Tensor& t) {
+#ifdef AFA_CUDA_ON_HOST
+  return true;
+#else
+  return t.is_cuda();
+#endif
+}
+
 // Makes the tensor's device current for this scope, and gives torch's current stream on it as a handle.
 class CudaScope {
  public:
@@ -69,7 +79,7 @@ class CudaScope {
   void* stream() const { return stream_; }
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   void* stream_ = nullptr;
 };
 
@@ -77,7 +87,7 @@ class CudaScope {
 void check_launch(const char* error, const char* op);
 [[noreturn]] void built_without_cuda(const char* op);
 
-#ifdef AFA_WITH_CUDA
+#if defined(AFA_WITH_CUDA) || defined(AFA_CUDA_ON_HOST)
 #define AFA_CUDA_LAUNCH(op, call) ::afa::check_launch(call, op)
 #else
 #define AFA_CUDA_LAUNCH(op, call) ::afa::built_without_cuda(op)

@@ -60,7 +60,7 @@ Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations,
   p.channels = images.size(1);
   p.height = images.size(2);
   p.width = images.size(3);
-  const bool cuda = images.is_cuda();
+  const bool cuda = on_cuda(images);
   kind_of(images, "images");
   std::optional<CudaScope> scope;
   if (cuda) scope.emplace(images);

@@ -181,7 +181,7 @@ Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& w
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
   AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
-  if (planes.is_cuda()) {
+  if (on_cuda(planes)) {
     const CudaScope scope(planes);
     Tensor out = empty(planes, {s.batch, s.classes, s.height, s.width}, planes.scalar_type());
     if (out.numel() == 0) return out;
@@ -226,7 +226,7 @@ Tensor stencil_propagate_backward(const char* op, const Stencil& stencil, const 
   const Sizes s = sizes_of(grad);
   check_class_mask(class_mask, grad);
   AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
-  const bool cuda = grad.is_cuda();
+  const bool cuda = on_cuda(grad);
   const ScalarType type = cuda ? grad.scalar_type() : sum_type(grad);
   std::optional<CudaScope> scope;
   if (cuda) scope.emplace(grad);
@@ -265,7 +265,7 @@ Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Te
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
   AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
-  const bool cuda = planes.is_cuda();
+  const bool cuda = on_cuda(planes);
   const ScalarType type = cuda ? planes.scalar_type() : sum_type(planes);
   std::optional<CudaScope> scope;
   if (cuda) scope.emplace(planes);

@@ -34,7 +34,7 @@ WalkParams make_params(const Tensor& affinity, int64_t height, int64_t width, in
 
 // CPU kernels work in the type sums are formed in, CUDA kernels in the tensor's own.
 ScalarType work_type(const Tensor& t) {
-  return t.is_cuda() ? t.scalar_type() : sum_type(t);
+  return on_cuda(t) ? t.scalar_type() : sum_type(t);
 }
 
 int64_t row_work(const WalkParams& p) {
@@ -54,7 +54,7 @@ void check_transition(const Stencil& stencil, const Tensor& transition, const Te
 Tensor walk_transition(const Tensor& affinity, int64_t height, int64_t width, int64_t radius,
                        const std::string& window, double power, bool normalize, double eps) {
   WalkParams p = make_params(affinity, height, width, radius, window, power, normalize, eps);
-  const bool cuda = affinity.is_cuda();
+  const bool cuda = on_cuda(affinity);
   std::optional<CudaScope> scope;
   if (cuda) scope.emplace(affinity);
   const Tensor out = empty(affinity, {p.batch, p.stencil.size, height, width}, sum_type(affinity));
@@ -83,7 +83,7 @@ Tensor walk_transition_backward(const Tensor& grad, const Tensor& affinity, int6
   AFA_CHECK(grad.scalar_type() == sum_type(affinity), "grad must have the type of the transition (",
             type_name(sum_type(affinity)), "), got ", type_name(grad.scalar_type()));
   check_device(grad, "grad", affinity, "affinity");
-  const bool cuda = affinity.is_cuda();
+  const bool cuda = on_cuda(affinity);
   std::optional<CudaScope> scope;
   if (cuda) scope.emplace(affinity);
   const ScalarType type = work_type(affinity);
@@ -115,7 +115,7 @@ Tensor walk_transpose(const Tensor& transition, int64_t radius, const std::strin
   p.batch = transition.size(0);
   p.height = transition.size(2);
   p.width = transition.size(3);
-  const bool cuda = transition.is_cuda();
+  const bool cuda = on_cuda(transition);
   std::optional<CudaScope> scope;
   if (cuda) scope.emplace(transition);
   const ScalarType type = work_type(transition);

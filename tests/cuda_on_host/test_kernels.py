@@ -1,0 +1,100 @@
+"""Every CUDA kernel, run on the CPU, against the recorded cases and the CPU kernels (themselves held to the
+plain-PyTorch reference by tests/test_par.py and tests/test_walk.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from afa_ext import _native
+
+D6 = [1, 2, 4, 8, 12, 24]
+NATIVE = torch.ops.afa_ext
+LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+
+
+@pytest.mark.parametrize("case", ["par_flat", "par_same_size", "par_small", "par_two_dilations"])
+def test_par_golden(case, kernels, golden, assert_relative):
+    g = golden(case)
+    dilations, num_iter = g["dilations"].tolist(), g["num_iter"]
+    weights = kernels.par_affinity(g["images"], dilations, 0.3, 0.01)
+    assert_relative(kernels.par_propagate(weights, g["masks"], dilations, num_iter, None), g["out"])
+    grad = kernels.par_propagate_backward_masks(g["grad_out"], weights, dilations, num_iter, None)
+    assert_relative(grad, g["grad_masks"])
+
+
+@pytest.mark.parametrize("case", ["walk_square", "walk_train"])
+def test_walk_golden(case, kernels, golden, assert_relative):
+    g = golden(case)
+    height, width = g["cams"].shape[2:]
+    transition = kernels.walk_transition(g["affinity"], height, width, g["radius"], "square", 2.0, True, 1e-4)
+    out = kernels.walk_propagate(g["cams"], transition, g["radius"], "square", 1, None)
+    assert_relative(out, g["plain_windowed"])
+
+
+def compare(kernels, name, arguments, limit, assert_relative):
+    actual = getattr(kernels, name)(*arguments)
+    expected = getattr(NATIVE, name)(*arguments)
+    assert actual.dtype == expected.dtype
+    assert_relative(actual, expected, limit)
+    return expected
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 9, 17), (1, 4, 20, 3), (3, 9, 11, 13)], ids=str)
+@pytest.mark.parametrize("dilations", [D6, [1], [3, 40]], ids=str)
+def test_par(shape, dilations, dtype, kernels, assert_relative):
+    batch, classes, height, width = shape
+    images = torch.rand(batch, 3, height, width).to(dtype)
+    masks, grad = torch.rand(2, *shape).to(dtype)
+    keep = torch.rand(batch, classes) > 0.4
+    limit = LIMITS[dtype]
+    weights = compare(kernels, "par_affinity", (images, dilations, 0.3, 0.01), limit, assert_relative)
+    for mask in (None, keep):
+        settings = (dilations, 3, mask)
+        for name, arguments in (
+            ("par_propagate", (weights, masks)),
+            ("par_propagate_backward_masks", (grad, weights)),
+            ("par_propagate_backward_weights", (grad, weights, masks)),
+        ):
+            compare(kernels, name, (*arguments, *settings), limit, assert_relative)
+
+
+def test_par_affinity_of_many_channels(kernels, assert_relative):
+    images = torch.rand(1, 6, 8, 9, dtype=torch.float64)
+    compare(kernels, "par_affinity", (images, [1, 2], 0.3, 0.01), 1e-10, assert_relative)
+
+
+@DTYPES
+@pytest.mark.parametrize(("grid", "radius"), [((1, 1), 2), ((5, 6), 1), ((9, 11), 3), ((4, 5), 9)], ids=str)
+@pytest.mark.parametrize("window", ["square", "disc"])
+def test_walk(grid, radius, window, dtype, kernels, assert_relative):
+    nodes, classes = grid[0] * grid[1], 5
+    limit = LIMITS[dtype]
+    offsets = NATIVE.walk_transition(torch.rand(1, nodes, nodes), *grid, radius, window, 1.0, False, 0.0).shape[1]
+    for affinity in (torch.rand(2, nodes, nodes).to(dtype), torch.rand(2, nodes, offsets).to(dtype)):
+        for power, normalize in ((2.0, True), (1.5, False), (1.5, True), (10.0, True)):
+            settings = (*grid, radius, window, power, normalize, 0.01)
+            transition = compare(kernels, "walk_transition", (affinity, *settings), limit, assert_relative)
+            grad = torch.rand_like(transition)
+            compare(kernels, "walk_transition_backward", (grad, affinity, *settings), limit, assert_relative)
+        compare(kernels, "walk_transpose", (transition, radius, window), limit, assert_relative)
+    scores, grad = torch.rand(2, 2, classes, *grid, dtype=transition.dtype)
+    keep = torch.rand(2, classes) > 0.4
+    for mask in (None, keep):
+        settings = (radius, window, 2, mask)
+        for name, arguments in (
+            ("walk_propagate", (scores, transition)),
+            ("walk_propagate_backward_scores", (grad, transition)),
+            ("walk_propagate_backward_transition", (grad, scores, transition)),
+        ):
+            compare(kernels, name, (*arguments, *settings), max(limit, 1e-10), assert_relative)
+
+
+def test_every_operator_is_compared(kernels):
+    with open(__file__, encoding="utf-8") as source:
+        text = source.read()
+    for name in _native._C.operators():
+        assert hasattr(kernels, name)
+        assert f'"{name}"' in text, f"{name} is never compared"
