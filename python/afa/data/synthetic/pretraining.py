@@ -23,30 +23,31 @@ _MIN_SHARE = 0.004
 """A visible part smaller than this share of the image gives no tag."""
 
 
-_EASY, _HARD = np.array([0.7, 0.3, 0.0]), np.array([0.1, 0.2, 0.7])
-"""Shares of close-ups, of single large objects and of whole scenes, at the start of the stream and at its end.
+_SHARES = np.array([[0.9, 0.1, 0.0], [0.4, 0.5, 0.1], [0.15, 0.25, 0.6]])
+"""Shares of close-ups, of single large objects and of whole scenes at difficulty 0, 1 and 2.
 
-Whole scenes from the start teach a Transformer nothing for a long time: tried, the loss of 25,000 of them stayed at
-chance, while close-ups alone teach the textures within a few thousand images.
+Whole scenes from the start teach a Transformer nothing for a long time: tried, the loss on 70,000 images stayed at
+chance, while close-ups alone teach the textures within a few thousand.
 """
+HARDEST = float(len(_SHARES) - 1)
 
 
-def draw_tagged(rng: np.random.Generator, size: int, difficulty: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def draw_tagged(rng: np.random.Generator, size: int, difficulty: float = HARDEST) -> tuple[np.ndarray, np.ndarray]:
     """One image [size, size, 3] uint8 and its tags [len(TAGS)] float32 (0 or 1).
 
-    A close-up shows nothing but a texture and has no outline's tag. `difficulty` from 0 to 1 moves the shares of the
-    three kinds of image.
+    A close-up shows nothing but a texture and has no outline's tag. `difficulty`, from 0 to HARDEST, sets the shares of
+    the three kinds of image.
     """
-    kind = rng.choice(3, p=_EASY + (_HARD - _EASY) * difficulty)
+    level = min(int(difficulty), len(_SHARES) - 2)
+    shares = _SHARES[level] + (_SHARES[level + 1] - _SHARES[level]) * (difficulty - level)
+    kind = rng.choice(3, p=shares)
     radius = [(1.1, 1.3), (0.33, 0.55), (0.14, 0.4)][kind]
     count = rng.integers(1, 4) if kind == 2 else 1
     shapes, textures = list(PRETRAIN_SHAPES.values()), list(PRETRAIN_TEXTURES.values())
     chosen = [(int(rng.integers(len(shapes))), int(rng.integers(len(textures)))) for _ in range(count)]
     objects = [(disc if kind == 0 else shapes[s], textures[t]) for s, t in chosen]
     background = PRETRAIN_GENERATORS[rng.integers(len(PRETRAIN_GENERATORS))](rng, size)
-    image, index = draw_scene(
-        rng, background, objects, radius=(radius[0] * size, radius[1] * size), period=(5, 13)
-    )
+    image, index = draw_scene(rng, background, objects, radius=(radius[0] * size, radius[1] * size), period=(5, 13))
     tags = np.zeros(len(TAGS), dtype=np.float32)
     for k, (s, t) in enumerate(chosen, start=1):
         if np.count_nonzero(index == k) >= _MIN_SHARE * size * size:
@@ -64,21 +65,28 @@ class TaggedStream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """
 
     def __init__(
-        self, crop: int, seed: int, *, margin: int = 12, pool: int = 700, reuse: int = 3, ramp: int = 12_000
+        self, crop: int, seed: int, *, margin: int = 12, pool: int = 700, reuse: int = 3, difficulty: float = 0.0
     ) -> None:
-        """`ramp`: drawn images after which the stream is at its full difficulty."""
-        self.crop, self.seed, self.margin, self.pool, self.reuse, self.ramp = crop, seed, margin, pool, reuse, ramp
+        self.crop, self.seed, self.margin, self.pool, self.reuse = crop, seed, margin, pool, reuse
+        self._difficulty = torch.tensor(difficulty).share_memory_()
+
+    @property
+    def difficulty(self) -> float:
+        """What `draw_tagged` is given; may be set while worker processes draw."""
+        return float(self._difficulty)
+
+    @difficulty.setter
+    def difficulty(self, value: float) -> None:
+        self._difficulty.fill_(min(max(value, 0.0), HARDEST))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
         pool: list[tuple[np.ndarray, np.ndarray]] = []
-        drawn = 0
         while True:
             slot = int(rng.integers(self.pool)) if len(pool) == self.pool else len(pool)
             if slot == len(pool) or rng.random() < 1 / self.reuse:
-                pool[slot : slot + 1] = [draw_tagged(rng, self.crop + self.margin, min(1.0, drawn / self.ramp))]
-                drawn += 1
+                pool[slot : slot + 1] = [draw_tagged(rng, self.crop + self.margin, self.difficulty)]
             image, tags = pool[slot]
             y, x = rng.integers(0, self.margin + 1, 2)
             view = image[y : y + self.crop, x : x + self.crop]
