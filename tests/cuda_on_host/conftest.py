@@ -51,7 +51,7 @@ def compile_all(headers: Path) -> Path:
         return library
     common = [
         "g++",
-        "-std=c++20",
+        "-std=c++17",
         "-O1",
         "-g",
         "-fPIC",

@@ -37,7 +37,7 @@ def test_barrier(barrier: bool, tmp_path: Path) -> None:
     (tmp_path / "reverse.cpp").write_text(SOURCE)
     library = tmp_path / "reverse.so"
     flags = [
-        "-std=c++20",
+        "-std=c++17",
         "-shared",
         "-fPIC",
         "-DAFA_CUDA_ON_HOST",
