@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,6 +29,8 @@ from afa.data.synthetic.pretraining import TAGS, TaggedStream, draw_tagged
 from afa.data.synthetic.shapes import PRETRAIN_SHAPES
 from afa.data.synthetic.textures import PRETRAIN_TEXTURES
 from afa.files import atomic_path, write_text
+from afa.model.backbone import Backbone
+from afa.model.network import normalize
 
 BACKBONE = "pvt_v2_b0"
 BACKBONE_ARGS: dict[str, tuple[int, ...]] = {
@@ -38,23 +39,18 @@ BACKBONE_ARGS: dict[str, tuple[int, ...]] = {
     "mlp_ratios": (4, 4, 4, 4),
 }
 
-_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-
 
 class Tagger(nn.Module):
     """The backbone at output stride 16, and a 1×1 classifier pooled by the mean of maximum and average."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = timm.create_model(BACKBONE, num_classes=0, drop_path_rate=0.05, **BACKBONE_ARGS)
-        self.backbone.stages[-1].downsample.proj.stride = (1, 1)
-        self.head = nn.Conv2d(self.backbone.num_features, len(TAGS), 1)
+        self.backbone = Backbone(BACKBONE, {**BACKBONE_ARGS, "drop_path_rate": 0.05}, output_stride=16)
+        self.head = nn.Conv2d(self.backbone.channels[-1], len(TAGS), 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] uint8 -> tag logits [B, len(TAGS)]."""
-        x = (images.float() / 255 - _MEAN.to(images.device)) / _STD.to(images.device)
-        scores = self.head(self.backbone.forward_features(x.contiguous(memory_format=torch.channels_last)))
+        scores = self.head(self.backbone(normalize(images)).maps[-1])
         return 0.5 * (scores.amax((2, 3)) + scores.mean((2, 3)))
 
 
@@ -144,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _save(model: Tagger, out: Path, facts: dict[str, Any]) -> None:
     """Write the backbone, half precision, without the classifier, under timm's own names; never a partial file."""
-    state = {k: v.detach().half().contiguous().cpu() for k, v in model.backbone.state_dict().items()}
+    state = {k: v.detach().half().contiguous().cpu() for k, v in model.backbone.net.state_dict().items()}
     metadata = {
         "backbone": BACKBONE,
         "backbone_args": json.dumps(BACKBONE_ARGS),
@@ -157,7 +153,7 @@ def _save(model: Tagger, out: Path, facts: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     torch.manual_seed(args.seed)
-    model = Tagger().to(args.device, memory_format=torch.channels_last)
+    model = Tagger().to(memory_format=torch.channels_last).to(args.device)
     held_out = [draw_tagged(np.random.default_rng([args.seed, 10**6, i]), args.crop) for i in range(1024)]
     test_images = torch.from_numpy(np.stack([image for image, _ in held_out])).permute(0, 3, 1, 2).to(args.device)
     test_tags = torch.from_numpy(np.stack([tags for _, tags in held_out]))

@@ -159,8 +159,8 @@ def bottle(rng: np.random.Generator) -> list[Contour]:
 
 def blob(rng: np.random.Generator) -> list[Contour]:
     t = 2 * np.pi * np.arange(96) / 96
-    waves = sum(rng.uniform(0.05, 0.16) * np.cos(k * t + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4, 5))
-    radius = 0.7 + waves
+    waves = [rng.uniform(0.05, 0.16) * np.cos(k * t + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4, 5)]
+    radius = 0.7 + np.sum(waves, 0)
     return _solid(_polar(radius / radius.max(), 96))
 
 
