@@ -13,7 +13,10 @@ BIN := $(VENV)/bin
 OLD_TORCH ?= 2.13.0
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint smoke abi-check pretrain bench clean install
+.PHONY: help demo test lint smoke abi-check pretrain bench clean install
+
+help:
+	@sed -n 's/^# //p' Makefile | head -8
 
 demo: install
 	$(BIN)/afa train demo

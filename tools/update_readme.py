@@ -1,0 +1,122 @@
+"""Write README.md's measured tables and picture from what runs and benchmarks left on disk, so that no figure is typed.
+
+    python tools/update_readme.py --run runs/demo    # take over a demo run's scores and pictures, then the tables
+    python tools/update_readme.py                    # the tables alone, from docs/demo and benchmarks/results
+    python tools/update_readme.py --check            # fail if README.md is not what the files on disk give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README, DEMO, RESULTS = ROOT / "README.md", ROOT / "docs" / "demo", ROOT / "benchmarks" / "results"
+SHOWN = 4
+"""Images in the README's picture, spread over the report's."""
+
+ROWS = {
+    "cam": "class activation map",
+    "walk": "after the affinity walk",
+    "par": "PAR pseudo label",
+    "seg": "**segmentation**",
+}
+
+
+def take_over(run: Path) -> None:
+    """Copy a run's scores to docs/demo and draw its picture there."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from afa.results import load_result
+    from afa.visualize import heat, overlay
+
+    result, _, _ = load_result(run)
+    DEMO.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "metrics.json", DEMO / "metrics.json")
+    step = max(1, len(result.samples) // SHOWN)
+    columns = ("image", "CAM", "walk", "PAR label", "prediction", "truth")
+    rows = []
+    for sample in result.samples[::step][:SHOWN]:
+        image = sample["image"]
+        masks = [overlay(image, sample[key]) for key in ("walk_label", "par_label", "prediction", "truth")]
+        rows.append(np.concatenate([image, heat(image, sample["cam"]), *masks], axis=1))
+    grid = Image.fromarray(np.concatenate(rows))
+    head = 18
+    picture = Image.new("RGB", (grid.width, grid.height + head), "white")
+    picture.paste(grid, (0, head))
+    draw = ImageDraw.Draw(picture)
+    width = grid.width // len(columns)
+    for place, name in enumerate(columns):
+        draw.text((place * width + width // 2, head // 2), name, fill="black", anchor="mm")
+    picture.save(DEMO / "samples.jpg", quality=90)
+
+
+def demo_table() -> str:
+    metrics = json.loads((DEMO / "metrics.json").read_text(encoding="utf-8"))
+    about = metrics["environment"]
+    lines = ["| on the validation split | mIoU |", "|---|---|"]
+    lines += [f"| {text} | {metrics[f'{row}_miou']:.3f} |" for row, text in ROWS.items()]
+    minutes, seconds = divmod(round(metrics["seconds"]), 60)
+    return "\n".join(lines) + (
+        f"\n\n{metrics['images']} images, {len(metrics['classes'])} classes with background; {minutes} min {seconds} s "
+        f"from drawing the data to the report, on {about['hardware']} (torch {about['torch']})."
+    )
+
+
+def par_table() -> str:
+    lines = [
+        "| PAR, 10 iterations | device | afa_ext | plain PyTorch | torch.compile |",
+        "|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("par_kernel-*.json")):
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        machine = content["machine"]
+        device = machine["device"] if machine["cuda"] else f"{machine['device']}, {machine['threads']} threads"
+        sizes: dict[str, dict[str, Any]] = {}
+        for row in content["rows"]:
+            sizes.setdefault(f"{row['size'].replace('x', '×')} {row['dtype']}", {})[row["candidate"]] = row
+        for size, row in sizes.items():
+            cells = [f"{row['afa_ext.par_refine']['median_ms']:.2f} ms"]
+            for other in ("plain PyTorch", "torch.compile"):
+                cells.append(
+                    f"{row[other]['median_ms']:.0f} ms ({row[other]['times_ours']:.0f}×)" if other in row else "–"
+                )
+            lines.append(f"| {size} | {device} | {' | '.join(cells)} |")
+    if not any(json.loads(f.read_text())["machine"]["cuda"] for f in RESULTS.glob("par_kernel-*.json")):
+        lines.append("| any | GPU | not measured | not measured | not measured |")
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"demo": demo_table, "par": par_table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a measured demo run to take over into docs/demo")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if options.run:
+        take_over(options.run)
+    before = README.read_text(encoding="utf-8")
+    after = before
+    for name, table in BLOCKS.items():
+        start, end = f"<!-- {name}: written by tools/update_readme.py -->", f"<!-- end of {name} -->"
+        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+        if not pattern.search(after):
+            sys.exit(f"README.md has no block from '{start}' to '{end}'")
+        after = pattern.sub(lambda _, text=f"{start}\n{table()}\n{end}": text, after)  # type: ignore[misc]
+    if options.check and after != before:
+        sys.exit("README.md's tables differ from the files they are made from; run python tools/update_readme.py")
+    if after != before:
+        README.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
