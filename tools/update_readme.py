@@ -1,8 +1,8 @@
 """Write README.md's measured tables and picture from what runs and benchmarks left on disk, so that no figure is typed.
 
-    python tools/update_readme.py --run runs/demo    # take over a demo run's scores and pictures, then the tables
-    python tools/update_readme.py                    # the tables alone, from docs/demo and benchmarks/results
-    python tools/update_readme.py --check            # fail if README.md is not what the files on disk give
+python tools/update_readme.py --run runs/demo    # take over a demo run's scores and pictures, then the tables
+python tools/update_readme.py                    # the tables alone, from docs/demo and benchmarks/results
+python tools/update_readme.py --check            # fail if README.md is not what the files on disk give
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def main() -> None:
         pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
         if not pattern.search(after):
             sys.exit(f"README.md has no block from '{start}' to '{end}'")
-        after = pattern.sub(lambda _, text=f"{start}\n{table()}\n{end}": text, after)  # type: ignore[misc]
+        text = f"{start}\n{table()}\n{end}"
+        after = pattern.sub(text.replace("\\", r"\\"), after)
     if options.check and after != before:
         sys.exit("README.md's tables differ from the files they are made from; run python tools/update_readme.py")
     if after != before:

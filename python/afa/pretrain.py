@@ -38,6 +38,10 @@ BACKBONE_ARGS: dict[str, tuple[int, ...]] = {
     "num_heads": (1, 2, 4, 8),
     "mlp_ratios": (4, 4, 4, 4),
 }
+SAVE_EVERY = 120.0
+"""Seconds between measurements, each with the state saved."""
+HELD_OUT = 1024
+"""Images, drawn apart from the stream, that the precision is measured on."""
 
 
 class Tagger(nn.Module):
@@ -97,7 +101,7 @@ or photographs of the demo's data set occur.
 
 **How.** `make pretrain`: {images} images of {crop} × {crop} pixels served (each drawn image about three times, with
 another crop, flip and channel order), batch {batch_size}, AdamW {lr}, {seconds} s on {device}. Mean average precision
-on 1,024 held-out generated images of the hardest kind: textures {mean_average_precision[textures]:.3f}, outlines
+on {held_out:,} held-out generated images of the hardest kind: textures {mean_average_precision[textures]:.3f}, outlines
 {mean_average_precision[outlines]:.3f}.
 
 **Licence.** That of this package; every image was drawn by its own code.
@@ -113,6 +117,7 @@ def write_card(weights: Path, facts: dict[str, Any], parameters: int) -> None:
         parameters=parameters / 1e6,
         shapes=len(PRETRAIN_SHAPES),
         textures=len(PRETRAIN_TEXTURES),
+        held_out=HELD_OUT,
         **facts,
     )
     write_text(weights.with_suffix(".md"), text)
@@ -154,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     torch.manual_seed(args.seed)
     model = Tagger().to(memory_format=torch.channels_last).to(args.device)
-    held_out = [draw_tagged(np.random.default_rng([args.seed, 10**6, i]), args.crop) for i in range(1024)]
+    held_out = [draw_tagged(np.random.default_rng([args.seed, 10**6, i]), args.crop) for i in range(HELD_OUT)]
     test_images = torch.from_numpy(np.stack([image for image, _ in held_out])).permute(0, 3, 1, 2).to(args.device)
     test_tags = torch.from_numpy(np.stack([tags for _, tags in held_out]))
 
@@ -202,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.difficulty += 0.01 if running < 1.1 else -0.005 if running > 1.5 else 0.0
             bar.update(seen - bar.n)
             bar.set_postfix(textures=f"{running:.2f}", difficulty=f"{stream.difficulty:.2f}", lr=f"{lr:.1e}")
-        if time.monotonic() - last_save > 120:
+        if time.monotonic() - last_save > SAVE_EVERY:
             last_save = time.monotonic()
             score = mean_average_precision(model, test_images, test_tags)
             _save(model, args.out, {"images": seen, "mean_average_precision": score})

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from afa.config import Config
 from PIL import Image
+
+from afa.config import Config
 
 CLASSES = ["square", "disc", "stripes"]
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from afa.errors import UserError
 from afa.model.backbone import Backbone, load_backbone_weights
-from safetensors.torch import save_file
 
 PVT: dict[str, Any] = {
     "embed_dims": (8, 16, 24, 32),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from afa.data import VOCDataset, check_dataset, train_loader
 from afa.errors import UserError
-from PIL import Image
 
 
 def _train(root: Path, split: str = "train") -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from afa.cam import multi_scale_cam, pack_classes
 from afa.model import AFANet, build_model
-from torch import Tensor
 
 
 @pytest.fixture(scope="module")

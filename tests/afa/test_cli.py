@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from afa.cli import main
 from afa.config import ready_names
-from PIL import Image
 
 MakeTree = Callable[..., Path]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from afa.config import Config, from_dict, load_config, ready_names, resolve, to_yaml, validate
 from afa.errors import UserError
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from afa.data import VOC_CLASSES, VOCDataset, check_dataset, eval_loader, train_loader
 from afa.data.transforms import MEAN_COLOUR, image_size, random_crop, read_image, read_mask, voc_palette
-from PIL import Image
 
 MakeTree = Callable[..., Path]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from afa.cam import multi_scale_cam
 from afa.config import Config
 from afa.data.voc import VOCDataset

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import afa_ext
 from afa.cam import ClassSet, pack_classes
 from afa.config import LabelConfig
 from afa.labels import (
@@ -22,9 +25,6 @@ from afa.labels import (
     walk_labels,
     walk_scores,
 )
-from torch import Tensor
-
-import afa_ext
 
 CONFIG = LabelConfig()
 

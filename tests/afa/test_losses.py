@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from afa.losses import affinity_labels, affinity_loss, classification_loss, segmentation_loss
 from afa.model import affinity_from_attention
 from afa.model.heads import AffinityHead

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from afa.metrics import SegmentationMetrics, classification_f1
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_metric.npz"

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
 from afa.config import Config
 from afa.errors import UserError
 from afa.model import AFANet, affinity_from_attention, build_model, load_model, normalize, save_checkpoint_weights
 from afa.model.heads import MLPDecoder
-from safetensors.torch import load_file, save_file
 
 Make = Callable[..., tuple[AFANet, Config]]
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from afa.config import Config
 from afa.errors import UserError
 from afa.evaluate import EvalResult
 from afa.report import nice_ticks, read_log, write_report
 from afa.results import duration, load_result, make_report, save_result
 from afa.visualize import PALETTE, class_colour, heat, overlay, save_mask
-from PIL import Image
 
 CLASSES = ["star", "<ring>"]
 

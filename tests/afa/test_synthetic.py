@@ -5,6 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from afa.data.synthetic import CLASSES, make_dataset
 from afa.data.synthetic import backgrounds as bg
 from afa.data.synthetic.embedded import draw_labelled
@@ -12,7 +14,6 @@ from afa.data.synthetic.pretraining import HARDEST, TAGS, TaggedStream, draw_tag
 from afa.data.synthetic.shapes import DEMO_SHAPES, PRETRAIN_SHAPES, rasterize
 from afa.data.synthetic.textures import DEMO_TEXTURES, PRETRAIN_TEXTURES, paint
 from afa.data.voc import VOCDataset, check_dataset
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

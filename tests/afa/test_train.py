@@ -7,15 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import afa.train
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import afa.train
 from afa.config import Config, TrainConfig, load_config
 from afa.errors import UserError
 from afa.model import build_model, load_model
 from afa.train import Trainer, learning_rate_factor, parameter_groups, phase_of, train
-from safetensors.torch import load_file
-from torch import Tensor
 
 
 @pytest.fixture
