@@ -126,7 +126,7 @@ def write_card(weights: Path, facts: dict[str, Any], parameters: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
-    parser.add_argument("--images", type=int, default=400_000, help="images to train on (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=200_000, help="images to train on (default: %(default)s)")
     parser.add_argument(
         "--minutes",
         type=float,
