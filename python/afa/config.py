@@ -107,6 +107,9 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"
     """'fp32' or 'bf16' autocast."""
+    label_precision: str = "same"
+    """Of the forwards that only make labels: 'same' as precision, or 'auto': bf16 where the processor multiplies
+    matrices of it in hardware."""
     log_every: int = 10
     eval_every: int = 2000
     checkpoint_every: int = 2000
@@ -333,6 +336,7 @@ def validate(config: Config) -> None:
     )
     need(all(0 <= beta < 1 for beta in train.betas), "train.betas", "two numbers from 0 up to but without 1")
     need_one_of("train", "precision", ("fp32", "bf16"))
+    need_one_of("train", "label_precision", ("same", "auto"))
     need(evaluation.batch_size >= 1, "eval.batch_size", "at least 1")
     need(evaluation.report_images >= 0, "eval.report_images", "0 or more")
 

@@ -170,7 +170,7 @@ class Trainer:
         was_training = backbone.training
         if not backbone.deterministic:
             backbone.eval()
-        with self._precision():
+        with self._label_precision():
             result = multi_scale_cam(
                 self.model,
                 inputs,
@@ -206,6 +206,19 @@ class Trainer:
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    def _label_precision(self) -> torch.autocast:
+        train = self.config.train
+        half = train.precision == "bf16" or (train.label_precision == "auto" and _multiplies_bf16(self.device))
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Whether the processor has matrix units for bfloat16; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has no such function yet
+    return device.type == "cpu" and bool(capabilities.get("amx_bf16", False))
 
 
 def train(

@@ -37,7 +37,9 @@ def draw_labelled(split: str, number: int, size: int, seed: int) -> tuple[np.nda
     else:
         background = DEMO_GENERATORS[rng.integers(len(DEMO_GENERATORS))](rng, size)
     classes = rng.integers(len(CLASSES), size=rng.integers(1, 4))
-    image, index = draw_scene(rng, background, [_OBJECTS[c] for c in classes], radius=(0.16 * size, 0.34 * size))
+    image, index = draw_scene(
+        rng, background, [_OBJECTS[c] for c in classes], radius=(0.18 * size, 0.36 * size), period=(7.5, 11.0)
+    )
     return image, np.concatenate([[0], classes + 1]).astype(np.uint8)[index]
 
 

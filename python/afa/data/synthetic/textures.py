@@ -61,8 +61,13 @@ def checker(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarra
     return ((np.floor(x * 1.6) + np.floor(y * 1.6)) % 2).astype(np.float32)
 
 
-def waves(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _step(_triangle_wave(y + 0.32 * np.sin(_TAU * x * 0.6)) - 0.5, 3)
+def honeycomb(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    height = np.float32(np.sqrt(3))
+    ax, ay = _frac(x) - 0.5, height * (_frac(y / height) - 0.5)
+    bx, by = _frac(x - 0.5) - 0.5, height * (_frac(y / height - 0.5) - 0.5)
+    nearer = ax * ax + ay * ay < bx * bx + by * by
+    dx, dy = np.abs(np.where(nearer, ax, bx)), np.abs(np.where(nearer, ay, by))
+    return _step(0.4 - np.maximum(dx, 0.5 * dx + 0.5 * height * dy), 12)
 
 
 def scales(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -71,9 +76,12 @@ def scales(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return np.clip(1.25 - 1.4 * np.abs(np.sqrt(dx * dx * 1.6 + dy * dy) - 0.1), 0, 1)
 
 
-def veins(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    rib = _step(_triangle_wave(y * 0.9 + np.abs(_frac(x * 0.35) - 0.5) * 2.2) - 0.72, 5)
-    return np.maximum(rib, _step(0.06 - np.abs(_frac(x * 0.35) - 0.5), 12))
+def curls(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Truchet's tiles: two quarter circles a cell, turned at random, which join to winding lines."""
+    turned = _cell_hash(np.floor(x), np.floor(y), float(rng.uniform(0, 100))) < 0.5
+    dx, dy = np.where(turned, 1 - _frac(x), _frac(x)), _frac(y)
+    line = np.minimum(np.abs(np.hypot(dx, dy) - 0.5), np.abs(np.hypot(1 - dx, 1 - dy) - 0.5))
+    return _step(0.15 - line, 8)
 
 
 def zigzag(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -212,7 +220,7 @@ def ripples(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 DEMO_TEXTURES: dict[str, Texture] = {
-    f.__name__: f for f in (dots, stripes, checker, waves, scales, veins, zigzag, bricks)
+    f.__name__: f for f in (dots, stripes, checker, honeycomb, scales, curls, zigzag, bricks)
 }
 
 PRETRAIN_TEXTURES: dict[str, Texture] = {
