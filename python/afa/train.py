@@ -217,7 +217,8 @@ def _multiplies_bf16(device: torch.device) -> bool:
     """Whether the processor has matrix units for bfloat16; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has no such function yet
+    # Not in every torch from 2.10 on.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and bool(capabilities.get("amx_bf16", False))
 
 
