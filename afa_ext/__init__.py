@@ -4,6 +4,7 @@ Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain
 """
 
 from ._native import build_info
+from .labels import pseudo_labels
 from .par import PAR, par_affinity, par_propagate, par_refine
 from .walk import propagate_cams, random_walk, window_offsets
 
@@ -15,6 +16,7 @@ __all__ = [
     "par_propagate",
     "par_refine",
     "propagate_cams",
+    "pseudo_labels",
     "random_walk",
     "window_offsets",
 ]

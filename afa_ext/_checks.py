@@ -202,11 +202,97 @@ def window_offsets(radius: int, window: str = "square") -> list[tuple[int, int]]
 
 def check_propagate_cams(cams: Tensor, class_labels: Tensor, background: float) -> None:
     check_float_tensor("cams", cams, "[B, C, h, w]")
+    check_class_labels(class_labels, cams)
+    if isinstance(background, bool) or not isinstance(background, (int, float)):
+        raise TypeError(f"background must be a number, got {_describe(background)}")
+
+
+def check_class_labels(class_labels: Tensor, cams: Tensor) -> None:
     if not isinstance(class_labels, Tensor) or class_labels.shape != cams.shape[:2]:
         raise ValueError(
             f"class_labels must be a tensor of shape {tuple(cams.shape[:2])} (batch and classes of cams; "
             f"nonzero where the class is present), got {_describe(class_labels)}"
         )
     check_same_device("class_labels", class_labels, "cams", cams)
-    if isinstance(background, bool) or not isinstance(background, (int, float)):
-        raise TypeError(f"background must be a number, got {_describe(background)}")
+
+
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_describe(value)}")
+    if not -float("inf") < value < float("inf"):  # also catches NaN
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_int_tensor(name: str, value: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be an int64 or int32 tensor {what}, got {_describe(value)}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)} {what}, got {tuple(value.shape)}")
+
+
+def check_pseudo_labels(
+    images: Tensor,
+    cams: Tensor,
+    class_labels: Tensor,
+    low: float,
+    high: float,
+    box: Tensor | None,
+    weights: Tensor | None,
+    class_index: Tensor | None,
+    max_classes: int | None,
+    downscale: int,
+    dilations: Sequence[int],
+    num_iter: int,
+    w1: float,
+    w2: float,
+    ignore_index: int,
+) -> list[int]:
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        if images.dim() != 4:
+            raise ValueError(f"images must have 4 dimensions [B, 3, H, W], got {_describe(images)}")
+    elif isinstance(images, Tensor) and images.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"images must be uint8 or floating-point, got {_describe(images)}")
+    else:
+        check_float_tensor("images", images, "[B, 3, H, W]")
+    if images.shape[1] < 1:
+        raise ValueError(f"images must have at least one colour channel, got shape {tuple(images.shape)}")
+    check_float_tensor("cams", cams, "[B, C, H, W]")
+    for dim, what in ((0, "batch"), (2, "height"), (3, "width")):
+        check_size("images", images, dim, cams.shape[dim], f"the {what} of cams")
+    check_same_device("images", images, "cams", cams)
+    check_class_labels(class_labels, cams)
+    check_number("low", low)
+    check_number("high", high)
+    if high < low:
+        raise ValueError(f"high must be at least low ({low}), got {high}")
+    if box is not None:
+        check_int_tensor("box", box, (cams.shape[0], 4), "[B, 4] of y0, y1, x0, x1")
+        check_same_device("box", box, "cams", cams)
+    check_int("ignore_index", ignore_index, -(2**31), 2**31 - 1)
+    if class_index is not None:
+        check_int_tensor("class_index", class_index, (cams.shape[0], cams.shape[1]), "[B, C]")
+        check_same_device("class_index", class_index, "cams", cams)
+    elif 0 <= ignore_index <= cams.shape[1]:
+        raise ValueError(f"ignore_index must differ from the labels 0 to {cams.shape[1]}, got {ignore_index}")
+    if max_classes is not None:
+        check_int("max_classes", max_classes, 1)
+    check_int("downscale", downscale, 1)
+    check_int("num_iter", num_iter, 0)
+    check_positive("w1", w1)
+    check_positive("w2", w2, allow_zero=True)
+    offsets = check_dilations(dilations)
+    if weights is not None:
+        check_float_tensor("weights", weights, "[B, 8*len(dilations), h, w]")
+        check_size("weights", weights, 0, cams.shape[0], "the batch of cams")
+        check_size("weights", weights, 1, 8 * len(offsets), "8 neighbours a dilation")
+        for dim, what in ((2, "height"), (3, "width")):
+            small = max(1, cams.shape[dim] // downscale)
+            check_size("weights", weights, dim, small, f"the {what} of cams over downscale")
+        wide = torch.float64 if cams.dtype == torch.float64 else torch.float32
+        if weights.dtype != wide:
+            raise TypeError(
+                f"weights must be {wide} for cams of {cams.dtype} (the background is what their sum leaves), "
+                f"got {weights.dtype}; make them from images of {wide}"
+            )
+        check_same_device("weights", weights, "cams", cams)
+    return offsets

@@ -10,7 +10,7 @@
 
 // One line an operator: X(name, "arguments -> results"). Shapes: images [B, 3, H, W]; masks, scores and their
 // gradients [B, C, H, W]; weights [B, 8*len(dilations), H, W]; affinity [B, N, N or window];
-// transition [B, window, h, w]; class_mask bool [B, C].
+// transition [B, window, h, w]; class_mask, present bool [B, C]; class_index int64 [B, C]; box int64 [B, 4].
 #define AFA_OPERATORS(X)                                                                                   \
   X(par_affinity, "(Tensor images, int[] dilations, float w1, float w2) -> Tensor")                        \
   X(par_propagate,                                                                                         \
@@ -33,7 +33,11 @@
     "(Tensor grad, Tensor transition, int radius, str window, int steps, Tensor? class_mask) -> Tensor")   \
   X(walk_propagate_backward_transition,                                                                    \
     "(Tensor grad, Tensor scores, Tensor transition, int radius, str window, int steps, "                  \
-    "Tensor? class_mask) -> Tensor")
+    "Tensor? class_mask) -> Tensor")                                                                       \
+  X(pseudo_labels,                                                                                         \
+    "(Tensor images, Tensor cams, Tensor present, Tensor? class_index, Tensor? box, Tensor? weights, "     \
+    "float low, float high, int downscale, int[] dilations, int num_iter, float w1, float w2, "            \
+    "int max_classes, int ignore_index) -> Tensor")
 
 #define AFA_DEFINE(name, schema) m.def(#name schema);
 #define AFA_IMPLEMENT(name, schema) m.impl(#name, TORCH_BOX(&afa::name));

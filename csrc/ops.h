@@ -34,4 +34,10 @@ Tensor walk_propagate_backward_transition(const Tensor& grad, const Tensor& scor
                                           int64_t radius, const std::string& window, int64_t steps,
                                           const std::optional<Tensor>& class_mask);
 
+Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& present,
+                     const std::optional<Tensor>& class_index, const std::optional<Tensor>& box,
+                     const std::optional<Tensor>& weights, double low, double high, int64_t downscale,
+                     const std::vector<int64_t>& dilations, int64_t num_iter, double w1, double w2,
+                     int64_t max_classes, int64_t ignore_index);
+
 }  // namespace afa

@@ -21,6 +21,12 @@ def keep(make: Make) -> Tensor:
     return torch.tensor([[True, False, True]] * 2, device=make(1).device)
 
 
+def wide_weights(make: Make) -> Tensor:
+    """PAR weights in the type sums are formed in."""
+    weights = make(2, 16, 4, 4).detach()
+    return weights if weights.dtype == torch.float64 else weights.float()
+
+
 # For each operator, argument lists made by make(*shape): a random leaf of the device and type under test.
 CASES: dict[str, Callable[[Make], list[tuple]]] = {
     "par_affinity": lambda make: [(make(2, 3, 6, 7).detach(), DILATIONS, 0.3, 0.01)],
@@ -51,6 +57,26 @@ CASES: dict[str, Callable[[Make], list[tuple]]] = {
     ],
     "walk_propagate_backward_transition": lambda make: [
         (make(2, 3, 4, 5).detach(), make(2, 3, 4, 5).detach(), make(2, 25, 4, 5).detach(), 2, "square", 2, None),
+    ],
+    "pseudo_labels": lambda make: [
+        (
+            (make(2, 3, 8, 9).detach() * 255).byte(),
+            make(2, 3, 8, 9).detach(),
+            keep(make),
+            None,
+            None,
+            None,
+            *(0.35, 0.55, 2, DILATIONS, 2, 0.3, 0.01, 0, 255),
+        ),
+        (
+            make(2, 3, 8, 9).detach(),
+            make(2, 3, 9, 8).detach().mT,
+            keep(make),
+            torch.tensor([[4, 7, 1]] * 2, device=make(1).device),
+            torch.tensor([[1, 7, 0, 5]] * 2, device=make(1).device),
+            wide_weights(make),
+            *(0.5, 0.5, 2, DILATIONS, 2, 0.3, 0.01, 2, -1),
+        ),
     ],
 }
 

@@ -4,7 +4,8 @@ The tests hold the native kernels to these. They run on any device and are diffe
 floating-point input, at the price of time and memory.
 """
 
+from .labels import pseudo_labels
 from .par import PAR, par_affinity, par_propagate, par_refine
 from .walk import propagate_cams, random_walk
 
-__all__ = ["PAR", "par_affinity", "par_propagate", "par_refine", "propagate_cams", "random_walk"]
+__all__ = ["PAR", "par_affinity", "par_propagate", "par_refine", "propagate_cams", "pseudo_labels", "random_walk"]

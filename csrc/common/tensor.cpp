@@ -26,6 +26,12 @@ const char* type_name(ScalarType type) {
       return "bfloat16";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
     default:
       return "another type";
   }

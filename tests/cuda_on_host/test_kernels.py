@@ -92,6 +92,72 @@ def test_walk(grid, radius, window, dtype, kernels, assert_relative):
             compare(kernels, name, (*arguments, *settings), max(limit, 1e-10), assert_relative)
 
 
+def label_arguments(cams, box=None, weights=None, index=None, **changed):
+    """Arguments of pseudo_labels: images, CAMs, 0 to 3 classes an image, and the settings by name."""
+    batch, classes, height, width = cams.shape
+    coarse = torch.rand(batch, 3, 4, 5, dtype=torch.float64)
+    images = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear") * 255
+    present = torch.zeros(batch, classes, dtype=torch.bool)
+    for i in range(batch):
+        present[i, torch.randperm(classes)[: i % 4]] = True
+    given = {
+        "low": 0.35,
+        "high": 0.55,
+        "downscale": 2,
+        "dilations": D6,
+        "num_iter": 3,
+        "w1": 0.3,
+        "w2": 0.01,
+        "max_classes": 0,
+        "ignore_index": 255,
+    }
+    return (images.byte(), cams, present, index, box, weights, *(given | changed).values())
+
+
+def test_pseudo_labels_golden(kernels, golden):
+    g = golden("pseudo_label")
+    settings = (0.35, 0.55, 2, D6, 10, 0.3, 0.01, 0, 255)
+    present = g["cls_labels"] != 0
+    labels = kernels.pseudo_labels(g["images"], g["cams"], present, None, g["img_box"], None, *settings)
+    assert torch.equal(labels, g["refined_label"].long())
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [(1, 1), (9, 17), (20, 24), (16, 33)], ids=str)
+def test_pseudo_labels(size, dtype, kernels):
+    coarse = torch.rand(4, 5, 4, 4)
+    cams = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").to(dtype)
+    name = "pseudo_labels"
+    box = torch.tensor([[0, size[0], 0, size[1]], [1, 9, 2, 12], [-2, 99, 3, 16], [4, 9, 9, 4]])
+    for arguments in (
+        label_arguments(cams),
+        label_arguments(cams, box),
+        label_arguments(cams, low=0.4, high=0.4, downscale=3),
+        label_arguments(cams.mT.contiguous().mT, max_classes=3, downscale=1, num_iter=0),
+        label_arguments(cams, box, index=torch.arange(20).view(4, 5) * 3, ignore_index=-7),
+    ):
+        actual, expected = (getattr(ops, name)(*arguments) for ops in (kernels, NATIVE))
+        # Float32 sums differ in their last digits, which may break a tie the other way.
+        allowed = 0 if dtype == torch.float64 else 1
+        assert int((actual != expected).sum()) <= allowed
+
+
+def test_pseudo_labels_of_float_images_with_weights(kernels):
+    cams = torch.rand(4, 5, 12, 14, dtype=torch.float64)
+    weights = NATIVE.par_affinity(torch.rand(4, 3, 6, 7, dtype=torch.float64), D6, 0.3, 0.01)
+    images, *rest = label_arguments(cams, weights=weights)
+    for given in ((images, *rest), (images / 255, *rest[:4], None, *rest[5:])):
+        assert torch.equal(kernels.pseudo_labels(*given), NATIVE.pseudo_labels(*given))
+
+
+def test_pseudo_labels_ignores_an_image_with_too_many_classes(kernels):
+    arguments = label_arguments(torch.rand(4, 5, 12, 14))  # the last image has three classes
+    every = kernels.pseudo_labels(*arguments)
+    few = kernels.pseudo_labels(*arguments[:-2], 2, 255)
+    assert torch.equal(few[:3], every[:3])
+    assert bool((few[3] == 255).all())
+
+
 def test_every_operator_is_compared(kernels):
     with open(__file__, encoding="utf-8") as source:
         text = source.read()
