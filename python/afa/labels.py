@@ -6,7 +6,7 @@ different valid boxes share one canvas, and nothing reads a tensor back to the h
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,6 @@ import afa_ext
 from afa.cam import ClassSet
 from afa.config import LabelConfig
 from afa.metrics import IGNORE
-
-_POSITION_WEIGHT = 0.01
-"""PAR's w2: its weights sum to 1 + w2."""
 
 
 def threshold_labels(cams: Tensor, classes: ClassSet, background: float) -> Tensor:
@@ -36,12 +33,6 @@ def cam_labels(
     return _three_way(_choose(cams, high), _choose(cams, low), classes, box)
 
 
-def par_input(images: Tensor, downscale: int) -> Tensor:
-    """uint8 images [B, 3, H, W] -> what PAR compares colours in: [B, 3, H//downscale, W//downscale] in [0, 1]."""
-    return _shrink(images.float() / 255, downscale)
-
-
-@torch.no_grad()
 def par_labels(
     images: Tensor,
     cams: Tensor,
@@ -54,44 +45,53 @@ def par_labels(
     """PAR label: per threshold the softmax over background score and CAMs at reduced size, refined by PAR, upsampled,
     argmax; then the three-way rule of `cam_labels`.
 
-    images uint8 [B, 3, H, W], cams [B, K, H, W] -> int64 [B, H, W]. weights: PAR's affinity of `par_input` where it
-    is at hand already (`afa_ext.par_affinity`).
+    images uint8 [B, 3, H, W], cams [B, K, H, W] -> int64 [B, H, W]. weights: PAR's affinity of the images where it is
+    at hand already (`par_weights`).
     """
-    if weights is None:
-        weights = par_weights(images, config)
-    low, high = _refined_choices(weights, cams, classes, config, (config.low, config.high))
-    return _three_way(high, low, classes, box)
+    return _par_labels(images, cams, classes, config, config.low, config.high, box=box, weights=weights)
 
 
-@torch.no_grad()
 def par_label_single(images: Tensor, cams: Tensor, classes: ClassSet, config: LabelConfig, background: float) -> Tensor:
     """PAR label against one background score, with nothing ignored: what evaluation scores. int64 [B, H, W]."""
-    (choice,) = _refined_choices(par_weights(images, config), cams, classes, config, (background,))
-    return classes.labels(choice)
+    return _par_labels(images, cams, classes, config, background, background)
+
+
+def _par_labels(
+    images: Tensor,
+    cams: Tensor,
+    classes: ClassSet,
+    config: LabelConfig,
+    low: float,
+    high: float,
+    *,
+    box: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    return afa_ext.pseudo_labels(
+        images,
+        cams,
+        classes.valid,
+        low=low,
+        high=high,
+        box=box,
+        weights=weights,
+        class_index=classes.index,
+        downscale=config.par_downscale,
+        dilations=config.par_dilations,
+        num_iter=config.par_iterations,
+        ignore_index=IGNORE,
+    )
 
 
 def par_weights(images: Tensor, config: LabelConfig) -> Tensor:
     """PAR's affinity of uint8 images [B, 3, H, W] at reduced size: once an image, for every threshold and label."""
-    return afa_ext.par_affinity(
-        par_input(images, config.par_downscale), dilations=config.par_dilations, w2=_POSITION_WEIGHT
-    )
+    small = _reduced(images.shape[2:], config.par_downscale)
+    colours = F.interpolate(images.float() / 255, size=small, mode="bilinear", align_corners=False)
+    return afa_ext.par_affinity(colours, dilations=config.par_dilations)
 
 
-def _refined_choices(
-    weights: Tensor, cams: Tensor, classes: ClassSet, config: LabelConfig, backgrounds: tuple[float, ...]
-) -> list[Tensor]:
-    """Per background score, int64 [B, H, W]: 0 background, k+1 the k-th packed class."""
-    count = cams.shape[1]
-    score = _shrink(cams, config.par_downscale).exp_().masked_fill_(~classes.valid[:, :, None, None], 0)
-    total = score.sum(1, keepdim=True)
-    # The softmax over background and classes, without the background: PAR is linear and takes a constant 1 to
-    # (1 + w2)^T, so the refined background is that less the refined classes, and its map need not travel along.
-    maps = torch.cat([score / (total + math.exp(b)) for b in backgrounds], dim=1)
-    mask = classes.valid.repeat(1, len(backgrounds))
-    maps = _propagate(weights, maps, mask, config)
-    maps = F.interpolate(maps, size=cams.shape[2:], mode="bilinear", align_corners=False)
-    whole = (1 + _POSITION_WEIGHT) ** config.par_iterations
-    return [_choose(part, whole - part.sum(1)) for part in maps.split(count, dim=1)]
+def _reduced(size: Sequence[int], downscale: int) -> tuple[int, int]:
+    return max(1, size[0] // downscale), max(1, size[1] // downscale)
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def refine_in_box(
         whole = True
     elif whole is None:
         whole = box.device.type == "cpu" and bool((box == torch.tensor([0, size[0], 0, size[1]])).all())
-    small = (max(1, size[0] // config.par_downscale), max(1, size[1] // config.par_downscale))
+    small = _reduced(size, config.par_downscale)
     if whole:
         if weights is None:
             weights = par_weights(images, config)
@@ -200,7 +200,7 @@ def refine_in_box(
     # that a pixel at the edge never sees anything but its own box.
     rows, columns = _Axis(box[:, :2], small[0], size[0], config), _Axis(box[:, 2:], small[1], size[1], config)
     picture = rows.shrink_image @ (images.float() / 255) @ columns.shrink_image.transpose(2, 3)
-    weights = afa_ext.par_affinity(picture, dilations=config.par_dilations, w2=_POSITION_WEIGHT)
+    weights = afa_ext.par_affinity(picture, dilations=config.par_dilations)
     maps = rows.shrink_maps @ maps @ columns.shrink_maps.transpose(2, 3)
     inside = (rows.inside[:, :, None] * small[1] + columns.inside[:, None, :]).flatten(1).unsqueeze(1)
     for _ in range(config.par_iterations):
@@ -243,13 +243,6 @@ def _propagate(
         num_iter=config.par_iterations if iterations is None else iterations,
         class_mask=mask,
     )
-
-
-def _shrink(x: Tensor, downscale: int) -> Tensor:
-    if downscale == 1:
-        return x.clone()
-    size = [max(1, side // downscale) for side in x.shape[2:]]
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def _choose(maps: Tensor, background: float | Tensor) -> Tensor:
