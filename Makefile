@@ -2,6 +2,7 @@
 # make test      install and build if needed, run every test
 # make lint      ruff, mypy, clang-format
 # make smoke     the demo in about a minute, to see that every part runs (its figures mean nothing)
+# make sanitize  the operators' tests on CPU kernels built for AddressSanitizer and UndefinedBehaviorSanitizer
 # make abi-check show that the built library loads and computes under an older torch (OLD_TORCH=2.13.0)
 # make pretrain  train the small backbone that ships in the package anew (about an hour on 2 cores)
 # make bench     time par_refine against PyTorch on this machine
@@ -13,10 +14,10 @@ BIN := $(VENV)/bin
 OLD_TORCH ?= 2.13.0
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test lint smoke abi-check pretrain bench clean install
+.PHONY: help demo test lint smoke sanitize abi-check pretrain bench clean install
 
 help:
-	@sed -n 's/^# //p' Makefile | head -8
+	@sed -n 's/^# //p' Makefile | head -9
 
 demo: install
 	$(BIN)/afa train demo
@@ -33,6 +34,9 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+sanitize: install
+	$(BIN)/python tools/sanitize.py
 
 abi-check: install
 	$(BIN)/python tools/abi_check.py --torch $(OLD_TORCH)

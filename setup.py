@@ -39,7 +39,9 @@ class CMakeBuild(build_ext):
         }
         # One folder for each Python, kept between builds: a second install compiles nothing. Settings that differ
         # (an isolated build has its own cmake, ninja and torch, gone by the next time) start from a fresh cache.
-        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        build = Path(
+            os.environ.get("AFA_EXT_BUILD_DIR") or ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        ).resolve()
         build.mkdir(parents=True, exist_ok=True)
         arguments = [f"-D{key}={value}" for key, value in settings.items()]
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
