@@ -5,7 +5,7 @@
 # make sanitize  the operators' tests on CPU kernels built for AddressSanitizer and UndefinedBehaviorSanitizer
 # make abi-check show that the built library loads and computes under an older torch (OLD_TORCH=2.13.0)
 # make pretrain  train the small backbone that ships in the package anew (about an hour on 2 cores)
-# make bench     time par_refine against PyTorch on this machine
+# make bench     time the operators against PyTorch on this machine
 # make clean     remove what the build and the runs wrote, but not the virtual environment
 
 PYTHON ?= python3
@@ -46,6 +46,7 @@ pretrain: install
 
 bench: install
 	$(BIN)/python benchmarks/par_kernel.py
+	$(BIN)/python benchmarks/pseudo_labels.py
 
 clean:
 	rm -rf build dist *.egg-info runs data/demo
