@@ -6,16 +6,26 @@ Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain
 from ._native import build_info
 from .labels import pseudo_labels
 from .par import PAR, par_affinity, par_propagate, par_refine
-from .walk import propagate_cams, random_walk, window_offsets
+from .walk import (
+    edge_affinity,
+    feature_affinity,
+    propagate_cams,
+    propagate_to_edge,
+    random_walk,
+    window_offsets,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "PAR",
     "build_info",
+    "edge_affinity",
+    "feature_affinity",
     "par_affinity",
     "par_propagate",
     "par_refine",
     "propagate_cams",
+    "propagate_to_edge",
     "pseudo_labels",
     "random_walk",
     "window_offsets",

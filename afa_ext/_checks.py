@@ -14,6 +14,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_DILATIONS = 32
 MAX_RADIUS = 63
+MAX_EXP_TIMES = 30
 
 
 def _describe(value: object) -> str:
@@ -155,6 +156,8 @@ def check_random_walk(
     steps: int,
     normalize: str | None,
     eps: float,
+    direction: str = "columns",
+    boxes: Tensor | None = None,
     scores_name: str = "scores",
 ) -> None:
     check_float_tensor(scores_name, scores, "[B, C, h, w]")
@@ -173,6 +176,8 @@ def check_random_walk(
     check_same_dtype("affinity", affinity, scores_name, scores)
     check_same_device("affinity", affinity, scores_name, scores)
     check_choice("window", window, ("square", "disc"))
+    check_choice("direction", direction, ("columns", "rows"))
+    check_boxes(boxes, scores)
     if radius is None:
         check_size("affinity", affinity, 2, nodes, "h*w of grid; a windowed affinity needs radius")
         return
@@ -182,6 +187,55 @@ def check_random_walk(
             f"affinity must have size {nodes} (dense, h*w) or {window_size} (the {window} window of radius "
             f"{radius}) in dimension 2, got shape {tuple(affinity.shape)}"
         )
+
+
+def check_boxes(boxes: Tensor | None, scores: Tensor) -> None:
+    if boxes is None:
+        return
+    if not isinstance(boxes, Tensor) or boxes.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"boxes must be an int64 or int32 tensor [B, C, 4] or [B, C, M, 4], got {_describe(boxes)}")
+    if boxes.dim() not in (3, 4) or boxes.shape[:2] != scores.shape[:2] or boxes.shape[-1] != 4:
+        batch, classes = scores.shape[:2]
+        raise ValueError(
+            f"boxes must have shape ({batch}, {classes}, 4) or ({batch}, {classes}, M, 4) (the batch and classes of "
+            f"scores), got {tuple(boxes.shape)}"
+        )
+    check_same_device("boxes", boxes, "scores", scores)
+
+
+def check_edge_affinity(edge: Tensor, radius: int) -> None:
+    if isinstance(edge, Tensor) and edge.dim() == 4:
+        check_float_tensor("edge", edge, "[B, 1, h, w]")
+        check_size("edge", edge, 1, 1, "one boundary map an image")
+    else:
+        check_float_tensor("edge", edge, "[B, h, w]")
+    check_int("radius", radius, 1, MAX_RADIUS)
+
+
+def check_feature_affinity(features: Tensor, radius: int) -> None:
+    check_float_tensor("features", features, "[B, C, h, w]")
+    if features.shape[1] < 1:
+        raise ValueError(f"features must have at least one channel, got shape {tuple(features.shape)}")
+    check_int("radius", radius, 1, MAX_RADIUS)
+
+
+def check_propagate_to_edge(x: Tensor, edge: Tensor, radius: int, beta: float, exp_times: int) -> None:
+    if isinstance(edge, Tensor) and edge.dim() == 4:
+        check_float_tensor("edge", edge, "[B, 1, h, w]")
+        check_size("edge", edge, 1, 1, "one boundary map an image")
+        check_float_tensor("x", x, "[B, C, h, w]")
+        check_size("x", x, 0, edge.shape[0], "the batch of edge")
+    else:
+        check_float_tensor("edge", edge, "[1, h, w]")
+        check_size("edge", edge, 0, 1, "one boundary map; a batch of them is [B, 1, h, w]")
+        check_float_tensor("x", x, "[C, 1, h, w]" if isinstance(x, Tensor) and x.dim() == 4 else "[C, h, w]")
+    for dim, what in ((-2, "height"), (-1, "width")):
+        check_size("x", x, dim, edge.shape[dim], f"the {what} of edge")
+    check_same_dtype("edge", edge, "x", x)
+    check_same_device("edge", edge, "x", x)
+    check_int("radius", radius, 1, MAX_RADIUS)
+    check_positive("beta", beta)
+    check_int("exp_times", exp_times, 0, MAX_EXP_TIMES)
 
 
 def window_offsets(radius: int, window: str = "square") -> list[tuple[int, int]]:

@@ -2,10 +2,16 @@
 
 With a radius only the window of the affinity is read and every step costs O(N * window * C); the N x N transition
 matrix is neither formed nor squared.
+
+Which walk is which: AFA is :func:`random_walk` or :func:`propagate_cams` on a learned affinity, IRN
+:func:`propagate_to_edge`, PSA and SEAM :func:`feature_affinity` with ``window="disc", radius=5, power=8,
+steps=2**8`` (SEAM 2**6), the CLIP-based methods (CLIP-ES, WeCLIP, ExCEL) ``power=1, steps=2, normalize="sinkhorn",
+eps=0, direction="rows", boxes=...`` and MCTformer ``power=1, normalize=None, direction="rows"``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +19,25 @@ from torch import Tensor
 
 from . import _native  # noqa: F401  (registers the operators)
 from ._autocast import autocast_to_float32
-from ._checks import check_propagate_cams, check_random_walk, window_offsets
-from .reference.walk import class_scores, transition_matrix
+from ._checks import (
+    check_edge_affinity,
+    check_feature_affinity,
+    check_no_grad,
+    check_propagate_cams,
+    check_propagate_to_edge,
+    check_random_walk,
+    window_offsets,
+)
+from .reference.walk import box_mask, class_scores
 
-__all__ = ["propagate_cams", "random_walk", "window_offsets"]
+__all__ = [
+    "edge_affinity",
+    "feature_affinity",
+    "propagate_cams",
+    "propagate_to_edge",
+    "random_walk",
+    "window_offsets",
+]
 
 _ops = torch.ops.afa_ext
 
@@ -32,6 +53,8 @@ def random_walk(
     steps: int = 1,
     normalize: str | None = "column",
     eps: float = 1e-4,
+    direction: str = "columns",
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """``scores @ P**steps`` with P the normalised elementwise power of the affinity.
 
@@ -52,6 +75,11 @@ def random_walk(
         normalize: ``"column"`` divides by column sum + eps, ``"row"`` by row sum + eps, ``"sinkhorn"`` does three
             rounds of column then row and ends with (P + P^T) / 2, None leaves the powers.
         eps: added to each sum.
+        direction: ``"columns"``, a node sums over its column of P: scores @ P**steps; ``"rows"``, over its row:
+            P**steps @ scores (CLIP-based methods, MCTformer).
+        boxes: int64 or int32 [B, C, 4], or [B, C, M, 4] for M boxes a class, in tokens: x0, y0, x1, y1, the ends
+            excluded. The columns of P**steps outside a class's boxes are 0 for that class (CLIP-based methods). A
+            box without tokens counts for nothing, so that it can pad a list.
 
     Returns:
         [B, C, h, w] in the type of ``scores``; computed in float32 (float64 for float64).
@@ -60,8 +88,15 @@ def random_walk(
         TypeError, ValueError: an argument is not as stated.
     """
     scores, affinity = autocast_to_float32(scores, affinity)
-    check_random_walk(scores, affinity, grid, radius, window, power, steps, normalize, eps)
-    return _walk(scores, affinity, radius, window, power, steps, normalize, eps, None)
+    check_random_walk(scores, affinity, grid, radius, window, power, steps, normalize, eps, direction, boxes)
+    if boxes is None:
+        return _walk(scores, affinity, radius, window, power, steps, normalize, eps, direction, None)
+    # A column of P is a target of scores @ P, and a source of P @ scores.
+    outside = ~box_mask(boxes, grid)
+    if direction == "rows":
+        scores = scores.masked_fill(outside, 0)
+    out = _walk(scores, affinity, radius, window, power, steps, normalize, eps, direction, None)
+    return out if direction == "rows" else out.masked_fill(outside, 0)
 
 
 def propagate_cams(
@@ -97,12 +132,93 @@ def propagate_cams(
     cams, affinity = autocast_to_float32(cams, affinity)
     check_propagate_cams(cams, class_labels, background)
     grid = (cams.shape[2], cams.shape[3])
-    check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, "cams")
+    check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, scores_name="cams")
     wide = cams if cams.dtype == torch.float64 else cams.float()
     with torch.autocast(cams.device.type, enabled=False):
         scores, present = class_scores(wide, class_labels, background)
-    walked = _walk(scores, affinity, radius, "square", power, steps, "column", eps, present)
+    walked = _walk(scores, affinity, radius, "square", power, steps, "column", eps, "columns", present)
     return walked.to(cams.dtype)
+
+
+def edge_affinity(edge: Tensor, radius: int) -> Tensor:
+    """IRN's affinity: 1 - the largest boundary value on the straight path between two nodes.
+
+    "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", CVPR 2019, section 4.3. The path
+    is every grid point, ends included, in the box around the segment whose distance from its line is under 1.
+    Symmetric; 1 on the diagonal. There is no gradient with respect to ``edge``
+    (:func:`afa_ext.reference.edge_affinity` has one).
+
+    Args:
+        edge: [B, h, w] or [B, 1, h, w], boundary probabilities.
+        radius: 1 to 63, of the disc dy*dy + dx*dx < radius*radius.
+
+    Returns:
+        [B, N, window] as :func:`random_walk` takes it with ``window="disc"``, in the type of ``edge``; 0 where the
+        neighbour leaves the grid. A view whose entries of one offset lie together, which random_walk reads as is.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated, or ``edge`` requires grad.
+    """
+    (edge,) = autocast_to_float32(edge)
+    check_edge_affinity(edge, radius)
+    check_no_grad("edge", edge)
+    planes: Tensor = _ops.edge_affinity(edge.flatten(0, -3), radius)
+    return planes.flatten(2).mT
+
+
+def feature_affinity(features: Tensor, radius: int) -> Tensor:
+    """PSA's affinity: exp(-mean over channels of the absolute difference of two nodes' features).
+
+    "Learning Pixel-level Semantic Affinity with Image-level Supervision", CVPR 2018, section 3.2; also SEAM's.
+    Symmetric; 1 on the diagonal. Every pair of the grid counts (the published code leaves out those whose upper node
+    lies within radius - 1 of the left, right or lower border). Differentiable in ``features``.
+
+    Args:
+        features: [B, C, h, w].
+        radius: 1 to 63, of the disc dy*dy + dx*dx < radius*radius.
+
+    Returns:
+        [B, N, window] as :func:`random_walk` takes it with ``window="disc"``, in the type of ``features``; 0 where
+        the neighbour leaves the grid. A view whose entries of one offset lie together, which random_walk reads as is.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated.
+    """
+    (features,) = autocast_to_float32(features)
+    check_feature_affinity(features, radius)
+    planes: Tensor = _ops.feature_affinity(features, radius)
+    return planes.flatten(2).mT
+
+
+def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10, exp_times: int = 8) -> Tensor:
+    """IRN's walk, in place of the published function of this name: x * (1 - edge), 2**exp_times steps.
+
+    :func:`edge_affinity` to the power ``beta``, columns normalised. Differentiable in ``x``.
+
+    Args:
+        x: [C, h, w] or [C, 1, h, w]; [B, C, h, w] for a batch.
+        edge: [1, h, w], boundary probabilities; [B, 1, h, w] for a batch. Type and device of ``x``.
+        radius: 1 to 63, of the disc.
+        beta: elementwise exponent, greater than 0.
+        exp_times: 0 to 30, the number of squarings the walk stands for.
+
+    Returns:
+        [C, 1, h, w], as published; [B, C, h, w] for a batch. In the type of ``x``; computed in float32 (float64 for
+        float64).
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated, or ``edge`` requires grad.
+    """
+    x, edge = autocast_to_float32(x, edge)
+    check_propagate_to_edge(x, edge, radius, beta, exp_times)
+    check_no_grad("edge", edge)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    height, width = edge.shape[-2:]
+    maps = (x if edge.dim() == 4 else x.reshape(1, -1, height, width)).to(wide)
+    boundary = edge.to(wide)
+    affinity = edge_affinity(boundary, radius)
+    walked = _walk(maps * (1 - boundary), affinity, radius, "disc", beta, 2**exp_times, "column", 0.0, "columns", None)
+    return (walked if edge.dim() == 4 else walked.transpose(0, 1)).to(x.dtype)
 
 
 def _walk(
@@ -114,6 +230,7 @@ def _walk(
     steps: int,
     normalize: str | None,
     eps: float,
+    direction: str,
     class_mask: Tensor | None,
 ) -> Tensor:
     if steps == 0:
@@ -121,42 +238,72 @@ def _walk(
     wide = torch.float64 if affinity.dtype == torch.float64 else torch.float32
     if radius is None:
         with torch.autocast(scores.device.type, enabled=False):
-            p = transition_matrix(affinity.to(wide), power, normalize, eps)
-            maps = scores.to(wide).flatten(2)
-            for _ in range(steps):
-                maps = maps @ p
+            maps = _dense_walk(scores.to(wide).flatten(2), affinity.to(wide) ** power, steps, normalize, eps, direction)
             return maps.view(scores.shape).to(scores.dtype)
-    p = _transition(affinity, scores.shape[2], scores.shape[3], radius, window, power, normalize, eps)
-    out: Tensor = _ops.walk_propagate(scores.to(wide), p, radius, window, steps, class_mask)
+    settings = (radius, window, float(power), normalize == "column", float(eps))
+    if steps == 1 and direction == "columns" and normalize in ("column", None):
+        out: Tensor = _ops.walk_step(scores.to(wide), affinity, *settings, class_mask)
+        return out.to(scores.dtype)
+    p = _ops.walk_transition(affinity, scores.shape[2], scores.shape[3], *settings)
+    if normalize == "row":
+        # Its transpose is the transition of the other direction.
+        p = _ops.walk_transpose(p, radius, window)
+        p = p / (p.sum(dim=1, keepdim=True) + eps)
+    elif normalize == "sinkhorn":
+        p = _sinkhorn(p, radius, window, eps)
+    if (direction == "rows") != (normalize == "row") and normalize != "sinkhorn":
+        p = _ops.walk_transpose(p, radius, window)
+    out = _ops.walk_propagate(scores.to(wide), p, radius, window, steps, class_mask)
     return out.to(scores.dtype)
 
 
-def _transition(
-    affinity: Tensor,
-    height: int,
-    width: int,
-    radius: int,
-    window: str,
-    power: float,
-    normalize: str | None,
-    eps: float,
-) -> Tensor:
-    """[B, window, h, w] by target node: what each takes from the node that its k-th offset leads here from."""
-    by_column = normalize == "column"
-    p: Tensor = _ops.walk_transition(affinity, height, width, radius, window, float(power), by_column, float(eps))
-    if normalize == "row":
-        return _normalize_rows(p, radius, window, eps)
-    if normalize == "sinkhorn":
-        for _ in range(3):
-            p = p / (p.sum(dim=1, keepdim=True) + eps)
-            p = _normalize_rows(p, radius, window, eps)
-        p = (p + _ops.walk_transpose(p, radius, window)) / 2
-    return p
+def _dense_walk(maps: Tensor, a: Tensor, steps: int, normalize: str | None, eps: float, direction: str) -> Tensor:
+    """maps [B, C, N] and the powers a [B, N, N]. Every P here is diag(rows) @ a @ diag(columns), and never formed."""
+    one = a.new_ones(())
+    rows = columns = one
+    if normalize == "column":
+        columns = 1 / (a.sum(dim=1, keepdim=True) + eps)
+    elif normalize == "row":
+        rows = 1 / (a.sum(dim=2).unsqueeze(1) + eps)
+    elif normalize == "sinkhorn":
+        start = a.new_ones(a.shape[0], 1, a.shape[1])
+        rows, columns = _sinkhorn_scales(start, lambda v: v @ a, lambda v: v @ a.mT, eps)
+    for _ in range(steps):
+        if normalize == "sinkhorn":  # (P + P^T) / 2
+            maps = (((maps * rows) @ a) * columns + ((maps * columns) @ a.mT) * rows) / 2
+        elif direction == "columns":
+            maps = ((maps * rows) @ a) * columns
+        else:
+            maps = ((maps * columns) @ a.mT) * rows
+    return maps
 
 
-def _normalize_rows(p: Tensor, radius: int, window: str, eps: float) -> Tensor:
-    rows = _ops.walk_transpose(p, radius, window)
-    return _ops.walk_transpose(rows / (rows.sum(dim=1, keepdim=True) + eps), radius, window)
+def _sinkhorn_scales(
+    start: Tensor, to_columns: Callable[[Tensor], Tensor], to_rows: Callable[[Tensor], Tensor], eps: float
+) -> tuple[Tensor, Tensor]:
+    """What three rounds of column then row multiply the rows and the columns by: each division is by a vector.
+
+    ``to_columns(v)`` is v @ A, ``to_rows(v)`` is v @ A^T; ``start`` holds ones.
+    """
+    rows = columns = start
+    for _ in range(3):
+        columns = columns / (columns * to_columns(rows) + eps)
+        rows = rows / (rows * to_rows(columns) + eps)
+    return rows, columns
+
+
+def _sinkhorn(p: Tensor, radius: int, window: str, eps: float) -> Tensor:
+    """p [B, window, h, w] by target node -> the same after three rounds of column then row, (P + P^T) / 2."""
+    transposed = _ops.walk_transpose(p, radius, window)
+
+    def apply(v: Tensor, matrix: Tensor) -> Tensor:
+        out: Tensor = _ops.walk_propagate(v, matrix, radius, window, 1, None)
+        return out
+
+    start = p.new_ones(p.shape[0], 1, p.shape[2], p.shape[3])
+    rows, columns = _sinkhorn_scales(start, lambda v: apply(v, p), lambda v: apply(v, transposed), eps)
+    p = _ops.walk_transpose(transposed * rows, radius, window) * columns
+    return (p + _ops.walk_transpose(p, radius, window)) / 2
 
 
 def _transition_fake(affinity: Tensor, height: int, width: int, radius: int, window: str) -> Tensor:
@@ -189,6 +336,11 @@ def _(transition: Tensor, radius: int, window: str) -> Tensor:
     return transition.new_empty(transition.shape)
 
 
+@torch.library.register_fake("afa_ext::walk_step")
+def _(scores: Tensor, affinity: Tensor, *settings: Any) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
 @torch.library.register_fake("afa_ext::walk_propagate")
 def _(scores: Tensor, transition: Tensor, radius: int, window: str, steps: int, class_mask: Tensor | None) -> Tensor:
     return scores.new_empty(scores.shape)
@@ -212,6 +364,23 @@ def _(
     return transition.new_empty(transition.shape)
 
 
+@torch.library.register_fake("afa_ext::edge_affinity")
+def _(edge: Tensor, radius: int) -> Tensor:
+    batch, height, width = edge.shape
+    return edge.new_empty(batch, len(window_offsets(radius, "disc")), height, width)
+
+
+@torch.library.register_fake("afa_ext::feature_affinity")
+def _(features: Tensor, radius: int) -> Tensor:
+    batch, _, height, width = features.shape
+    return features.new_empty(batch, len(window_offsets(radius, "disc")), height, width)
+
+
+@torch.library.register_fake("afa_ext::feature_affinity_backward")
+def _(grad: Tensor, features: Tensor, affinity: Tensor, radius: int) -> Tensor:
+    return features.new_empty(features.shape)
+
+
 def _transition_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     affinity, *ctx.settings = inputs
     ctx.save_for_backward(affinity)
@@ -228,6 +397,36 @@ def _transpose_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _transpose_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _ops.walk_transpose(grad, ctx.radius, ctx.window), None, None
+
+
+def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    scores, affinity, *ctx.settings, class_mask = inputs
+    ctx.save_for_backward(scores, affinity, class_mask)
+
+
+def _step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Through the transition, which the forward pass leaves out."""
+    scores, affinity, class_mask = ctx.saved_tensors
+    of_transition = (scores.shape[2], scores.shape[3], *ctx.settings)
+    of_propagation = (*ctx.settings[:2], 1, class_mask)
+    p = _ops.walk_transition(affinity, *of_transition)
+    grad_scores = grad_affinity = None
+    if ctx.needs_input_grad[0]:
+        grad_scores = _ops.walk_propagate_backward_scores(grad, p, *of_propagation)
+    if ctx.needs_input_grad[1]:
+        grad_p = _ops.walk_propagate_backward_transition(grad, scores, p, *of_propagation)
+        grad_affinity = _ops.walk_transition_backward(grad_p, affinity, *of_transition)
+    return grad_scores, grad_affinity, *[None] * 6
+
+
+def _features_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, ctx.radius = inputs
+    ctx.save_for_backward(features, output)
+
+
+def _features_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    features, affinity = ctx.saved_tensors
+    return _ops.feature_affinity_backward(grad, features, affinity, ctx.radius), None
 
 
 def _propagate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -249,3 +448,5 @@ def _propagate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("afa_ext::walk_transition", _transition_backward, setup_context=_transition_context)
 torch.library.register_autograd("afa_ext::walk_transpose", _transpose_backward, setup_context=_transpose_context)
 torch.library.register_autograd("afa_ext::walk_propagate", _propagate_backward, setup_context=_propagate_context)
+torch.library.register_autograd("afa_ext::walk_step", _step_backward, setup_context=_step_context)
+torch.library.register_autograd("afa_ext::feature_affinity", _features_backward, setup_context=_features_context)

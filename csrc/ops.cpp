@@ -10,7 +10,8 @@
 
 // One line an operator: X(name, "arguments -> results"). Shapes: images [B, 3, H, W]; masks, scores and their
 // gradients [B, C, H, W]; weights [B, 8*len(dilations), H, W]; affinity [B, N, N or window];
-// transition [B, window, h, w]; class_mask, present bool [B, C]; class_index int64 [B, C]; box int64 [B, 4].
+// transition and window affinities by offset [B, window, h, w]; class_mask, present
+// bool [B, C]; class_index int64 [B, C]; box int64 [B, 4].
 #define AFA_OPERATORS(X)                                                                                   \
   X(par_affinity, "(Tensor images, int[] dilations, float w1, float w2) -> Tensor")                        \
   X(par_propagate,                                                                                         \
@@ -27,6 +28,9 @@
     "(Tensor grad, Tensor affinity, SymInt height, SymInt width, int radius, str window, float power, "    \
     "bool normalize, float eps) -> Tensor")                                                                \
   X(walk_transpose, "(Tensor transition, int radius, str window) -> Tensor")                               \
+  X(walk_step,                                                                                             \
+    "(Tensor scores, Tensor affinity, int radius, str window, float power, bool normalize, float eps, "    \
+    "Tensor? class_mask) -> Tensor")                                                                       \
   X(walk_propagate,                                                                                        \
     "(Tensor scores, Tensor transition, int radius, str window, int steps, Tensor? class_mask) -> Tensor") \
   X(walk_propagate_backward_scores,                                                                        \
@@ -34,6 +38,9 @@
   X(walk_propagate_backward_transition,                                                                    \
     "(Tensor grad, Tensor scores, Tensor transition, int radius, str window, int steps, "                  \
     "Tensor? class_mask) -> Tensor")                                                                       \
+  X(edge_affinity, "(Tensor edge, int radius) -> Tensor")                                                  \
+  X(feature_affinity, "(Tensor features, int radius) -> Tensor")                                           \
+  X(feature_affinity_backward, "(Tensor grad, Tensor features, Tensor affinity, int radius) -> Tensor")    \
   X(pseudo_labels,                                                                                         \
     "(Tensor images, Tensor cams, Tensor present, Tensor? class_index, Tensor? box, Tensor? weights, "     \
     "float low, float high, int downscale, int[] dilations, int num_iter, float w1, float w2, "            \

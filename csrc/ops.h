@@ -25,6 +25,8 @@ Tensor walk_transition_backward(const Tensor& grad, const Tensor& affinity, int6
                                 int64_t radius, const std::string& window, double power, bool normalize,
                                 double eps);
 Tensor walk_transpose(const Tensor& transition, int64_t radius, const std::string& window);
+Tensor walk_step(const Tensor& scores, const Tensor& affinity, int64_t radius, const std::string& window,
+                 double power, bool normalize, double eps, const std::optional<Tensor>& class_mask);
 Tensor walk_propagate(const Tensor& scores, const Tensor& transition, int64_t radius,
                       const std::string& window, int64_t steps, const std::optional<Tensor>& class_mask);
 Tensor walk_propagate_backward_scores(const Tensor& grad, const Tensor& transition, int64_t radius,
@@ -33,6 +35,11 @@ Tensor walk_propagate_backward_scores(const Tensor& grad, const Tensor& transiti
 Tensor walk_propagate_backward_transition(const Tensor& grad, const Tensor& scores, const Tensor& transition,
                                           int64_t radius, const std::string& window, int64_t steps,
                                           const std::optional<Tensor>& class_mask);
+
+Tensor edge_affinity(const Tensor& edge, int64_t radius);
+Tensor feature_affinity(const Tensor& features, int64_t radius);
+Tensor feature_affinity_backward(const Tensor& grad, const Tensor& features, const Tensor& affinity,
+                                 int64_t radius);
 
 Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& present,
                      const std::optional<Tensor>& class_index, const std::optional<Tensor>& box,

@@ -48,6 +48,15 @@ CASES: dict[str, Callable[[Make], list[tuple]]] = {
         (make(2, 25, 4, 5).detach(), make(2, 20, 20).detach(), *SQUARE, 2.0, True, 0.1),
     ],
     "walk_transpose": lambda make: [(make(2, 25, 4, 5), 2, "square")],
+    "walk_step": lambda make: [
+        (make(2, 3, 4, 5), make(2, 20, 20), 2, "square", 2.0, True, 0.1, None),
+        (make(2, 3, 4, 5), make(2, 25, 20).mT, 2, "square", 1.5, False, 0.1, keep(make)),
+    ],
+    "edge_affinity": lambda make: [(make(2, 4, 5).detach(), 3)],
+    "feature_affinity": lambda make: [(make(2, 6, 4, 5), 3), (make(2, 6, 5, 4).mT, 1)],
+    "feature_affinity_backward": lambda make: [
+        (make(2, 25, 4, 5).detach(), make(2, 6, 4, 5).detach(), make(2, 25, 4, 5).detach(), 3),
+    ],
     "walk_propagate": lambda make: [
         (make(2, 3, 4, 5), make(2, 25, 4, 5), 2, "square", 2, None),
         (make(2, 3, 4, 5), make(2, 25, 4, 5), 2, "square", 1, keep(make)),
@@ -111,7 +120,8 @@ def test_opcheck(name, dtype, device):
 @pytest.mark.parametrize("name", sorted(CASES))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_fakes_agree_in_low_precision(name, dtype, device):
-    wide = name == "walk_transition_backward"  # its incoming gradient is float32 for these types
+    # The gradient of a transition and the scores that meet one are float32 for these types.
+    wide = name in ("walk_transition_backward", "walk_step")
 
     def make(*shape: int) -> Tensor:
         return torch.rand(*shape, device=device).to(torch.float32 if wide and len(shape) == 4 else dtype)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import afa_ext
 from afa_ext import reference
@@ -37,6 +39,20 @@ def test_golden_window(case, golden):
     assert torch.equal(mask, g["window_mask"].bool())
 
 
+@pytest.mark.parametrize("case", ["irn_walk_a"])
+def test_golden_irn(case, golden, assert_relative, device):
+    g = golden(case)
+    cams, edge, out = g["cams"].to(device), g["edge"].to(device), g["out"]
+    settings = {"radius": g["radius"], "beta": g["beta"], "exp_times": g["exp_times"]}
+    for module in (afa_ext, reference):
+        walked = module.propagate_to_edge(cams, edge, **settings)
+        assert_relative(walked, out[:, None], 1e-5)
+        assert torch.equal(module.propagate_to_edge(cams[:, None], edge, **settings), walked)
+        batch = module.propagate_to_edge(torch.stack([cams, cams.flip(0)]), edge.expand(2, 1, -1, -1), **settings)
+        assert_relative(batch[0], out, 1e-5)
+        assert_relative(batch[1], out.flip(0), 1e-5)
+
+
 def to_windowed(dense, grid, radius, window):
     """[B, N, N] -> [B, N, window], entry by entry as the layout is documented; NaN where the target is outside."""
     batch, nodes, _ = dense.shape
@@ -66,8 +82,17 @@ def test_matches_reference(grid, radius, window, normalize, assert_relative, dev
         out = module.random_walk(scores, dense, **settings)
         pull = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=device).view_as(out)
         results.append([out, *torch.autograd.grad((out * pull).sum(), (scores, dense))])
-    for actual, expected in zip(*results, strict=True):
+
+    def assert_gradient(actual, expected):
+        if min(nodes, len(afa_ext.window_offsets(radius, window))) == 1:
+            # A P of one entry a node is constant up to powers of eps: so near 0, only absolute errors tell.
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        else:
+            assert_relative(actual, expected, 1e-9)
+
+    for actual, expected in zip(results[0][:2], results[1][:2], strict=True):
         assert_relative(actual, expected, 1e-9)
+    assert_gradient(results[0][2], results[1][2])
 
     windowed = to_windowed(dense.detach(), grid, radius, window)
     if windowed.shape[2] != nodes:
@@ -77,7 +102,7 @@ def test_matches_reference(grid, radius, window, normalize, assert_relative, dev
         assert_relative(out, results[1][0], 1e-9)
         (grad,) = torch.autograd.grad((out * pull).sum(), leaf)
         expected = to_windowed(results[1][2], grid, radius, window).nan_to_num(0)
-        assert_relative(grad.nan_to_num(0), expected, 1e-9)
+        assert_gradient(grad.nan_to_num(0), expected)
         twin = reference.random_walk(scores, windowed.nan_to_num(0), **settings)
         assert_relative(twin, results[1][0], 1e-9)
     single = afa_ext.random_walk(scores.detach().float(), dense.detach().float(), **settings)
@@ -229,11 +254,18 @@ def test_autocast(radius, device):
 def test_threads_change_nothing(threads):
     results = []
     scores, affinity = torch.rand(2, 5, 30, 31), torch.rand(2, 930, 930)
+    edge, features = torch.rand(2, 30, 31), torch.randn(2, 70, 30, 31)
     for count in (1, 2, 3):
         threads(count)
         leaves = scores.clone().requires_grad_(), affinity.clone().requires_grad_()
-        out = afa_ext.random_walk(*leaves, grid=(30, 31), radius=4, steps=3)
-        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        result = []
+        for steps in (1, 3):
+            out = afa_ext.random_walk(*leaves, grid=(30, 31), radius=4, steps=steps)
+            result += [out, *torch.autograd.grad(out.square().sum(), leaves)]
+        leaf = features.clone().requires_grad_()
+        similar = afa_ext.feature_affinity(leaf, 4)
+        result += [similar, *torch.autograd.grad(similar.square().sum(), leaf), afa_ext.edge_affinity(edge, 4)]
+        results.append(result)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -248,7 +280,339 @@ def test_window_offsets():
     assert disc == sorted(disc)
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (7, 3), (6, 8), (5, 33)], ids=str)
+@pytest.mark.parametrize(("window", "radius"), [("square", 0), ("square", 2), ("disc", 1), ("disc", 4), ("disc", 9)])
+@pytest.mark.parametrize("normalize", ["column", None])
+def test_single_step(grid, window, radius, normalize, assert_relative, device):
+    """The fused step: dense and windowed, any number of classes, absent classes, no entry outside the window."""
+    nodes = grid[0] * grid[1]
+    dense = nonnegative(2, nodes, nodes, device=device)
+    settings = {"grid": grid, "radius": radius, "window": window, "normalize": normalize, "power": 3}
+    inside = reference.walk.window_mask(grid, radius, window, torch.device(device))
+    windowed = to_windowed(dense, grid, radius, window)
+    affinities = [dense.masked_fill(~inside, float("nan"))]
+    if windowed.shape[2] != nodes:
+        affinities += [windowed, windowed.mT.contiguous().mT]
+    for classes in (1, 5, 12, 13, 29):
+        scores = nonnegative(2, classes, *grid, device=device)
+        present = torch.rand(2, classes, device=device) > 0.5
+        expected = reference.random_walk(scores, dense, **settings)
+        for affinity in affinities:
+            assert_relative(afa_ext.random_walk(scores, affinity, **settings), expected, 1e-12)
+            single = afa_ext.random_walk(scores.float(), affinity.float(), **settings)
+            assert_relative(single, expected, 3e-6)
+            options = (radius, window, 3.0, normalize == "column", 1e-4, present)
+            masked = torch.ops.afa_ext.walk_step(scores, affinity, *options)
+            assert not masked[~present].any()
+            assert_relative(masked[present], expected[present], 1e-12)
+
+
+@pytest.mark.parametrize("radius", [None, 3])
+@pytest.mark.parametrize("several", [False, True])
+def test_clip_walk_as_published(radius, several, assert_relative, device):
+    """The CLIP-based methods literally: three rounds, symmetrised, squared, columns outside the boxes zeroed."""
+    height, width, classes = 6, 7, 3
+    attention = nonnegative(2, 42, 42, device=device) + 0.01
+    scores = nonnegative(2, classes, height, width, device=device)
+    low = torch.randint(0, 4, (2, classes, 2, 2), device=device)
+    boxes = torch.cat([low, low + torch.randint(0, 5, low.shape, device=device)], dim=3)  # some are empty
+    if not several:
+        boxes = boxes[:, :, 0]
+    inside = torch.ones(42, 42, dtype=torch.bool, device=device)
+    if radius is not None:
+        inside = reference.walk.window_mask((height, width), radius, "square", torch.device(device))
+    expected = torch.zeros_like(scores)
+    for b in range(2):
+        trans = attention[b] * inside
+        for _ in range(3):
+            trans = trans / trans.sum(dim=0, keepdim=True)
+            trans = trans / trans.sum(dim=1, keepdim=True)
+        trans = (trans + trans.T) / 2
+        trans = trans @ trans
+        for c in range(classes):
+            mask = torch.zeros(height, width, dtype=trans.dtype, device=device)
+            for x0, y0, x1, y1 in boxes[b, c].view(-1, 4).tolist():
+                mask[y0:y1, x0:x1] = 1
+            expected[b, c] = ((trans * mask.view(1, -1)) @ scores[b, c].view(-1, 1)).view(height, width)
+    settings = {"grid": (height, width), "radius": radius, "power": 1, "steps": 2, "normalize": "sinkhorn", "eps": 0}
+    for module in (afa_ext, reference):
+        for index_type in (torch.int64, torch.int32):
+            out = module.random_walk(scores, attention, direction="rows", boxes=boxes.to(index_type), **settings)
+            assert_relative(out, expected, 1e-12)
+
+
+@pytest.mark.parametrize("radius", [None, 2])
+@pytest.mark.parametrize("normalize", ["column", "row", "sinkhorn", None])
+def test_directions_and_boxes_match_reference(radius, normalize, assert_relative, device):
+    scores = nonnegative(2, 3, 4, 6, device=device).requires_grad_()
+    affinity = (nonnegative(2, 24, 24, device=device) + 0.1).requires_grad_()
+    boxes = torch.tensor([[1, 0, 4, 3], [0, 0, 6, 4], [2, 2, 2, 4]], device=device).expand(2, -1, -1)
+    for direction in ("columns", "rows"):
+        for steps in (0, 1, 2):
+            options = {"grid": (4, 6), "radius": radius, "normalize": normalize, "direction": direction, "steps": steps}
+            results = []
+            for module in (afa_ext, reference):
+                out = module.random_walk(scores, affinity, boxes=boxes, **options)
+                pull = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=device).view_as(out)
+                grads = torch.autograd.grad((out * pull).sum(), (scores, affinity), materialize_grads=True)
+                results.append([out, *grads])
+            for actual, expected in zip(*results, strict=True):
+                assert_relative(actual, expected, 1e-10)
+
+
+def test_rows_without_normalisation_multiply_from_the_left(device):
+    scores, affinity = nonnegative(2, 3, 4, 5, device=device), nonnegative(2, 20, 20, device=device)
+    out = afa_ext.random_walk(scores, affinity, grid=(4, 5), power=1, normalize=None, direction="rows")  # MCTformer
+    torch.testing.assert_close(out, torch.einsum("bij,bcj->bci", affinity, scores.flatten(2)).view_as(scores))
+
+
+def test_path():
+    points = {
+        (0, 3): [(0, 0), (0, 1), (0, 2), (0, 3)],
+        (2, 1): [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)],
+        (2, -2): [(0, -1), (0, 0), (1, -2), (1, -1), (1, 0), (2, -2), (2, -1)],
+        (1, 4): [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)],
+    }
+    for (dy, dx), expected in points.items():
+        assert reference.walk.path_points(dy, dx) == expected
+        # One boundary point at a time: the pair's affinity falls to 0 where it lies on the path, and only there.
+        touched = []
+        k = afa_ext.window_offsets(5, "disc").index((dy, dx))
+        for y in range(9):
+            for x in range(13):
+                edge = torch.zeros(1, 9, 13)
+                edge[0, y, x] = 1
+                if afa_ext.edge_affinity(edge, 5)[0, 4 * 13 + 6, k] == 0:
+                    touched.append((y - 4, x - 6))
+        assert touched == expected
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 6), (9, 20)], ids=str)
+@pytest.mark.parametrize("radius", [1, 2, 5, 9])
+def test_window_affinities_match_reference(grid, radius, assert_relative, device):
+    edge = nonnegative(2, 1, *grid, device=device)
+    features = torch.randn(2, 37, *grid, dtype=torch.float64, device=device)
+    features[:, :, :, ::3] = features[:, :, :, :1].clone()  # equal features, where the derivative is taken as 0
+    for name, source in (("edge_affinity", edge), ("feature_affinity", features)):
+        expected = getattr(reference, name)(source, radius)
+        actual = getattr(afa_ext, name)(source, radius)
+        assert_relative(actual, expected, 1e-14)
+        assert_relative(getattr(afa_ext, name)(source.float(), radius), expected, 1e-6)
+        dense = reference.walk.dense_affinity(actual, grid, radius, "disc")
+        assert torch.equal(dense, dense.mT)
+        assert (dense.diagonal(dim1=1, dim2=2) == 1).all()
+        outside = to_windowed(torch.ones_like(dense), grid, radius, "disc").isnan()
+        assert not actual[outside].any()
+    assert torch.equal(afa_ext.edge_affinity(edge[:, 0], radius), afa_ext.edge_affinity(edge, radius))
+    leaf = features.requires_grad_()
+    grads = []
+    for module in (afa_ext, reference):
+        out = module.feature_affinity(leaf, radius)
+        pull = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=device).view_as(out)
+        grads += torch.autograd.grad((out * pull).sum(), leaf)
+    assert_relative(*grads, 1e-10)
+
+
+def test_feature_gradcheck(device):
+    features = torch.randn(2, 3, 4, 5, dtype=torch.float64, device=device, requires_grad=True)
+    scores = nonnegative(2, 2, 4, 5, device=device).requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: afa_ext.feature_affinity(f, 3), (features,))
+    settings = {"grid": (4, 5), "radius": 3, "window": "disc", "power": 8, "steps": 2}
+    assert torch.autograd.gradcheck(
+        lambda s, f: afa_ext.random_walk(s, afa_ext.feature_affinity(f, 3), **settings), (scores, features)
+    )
+
+
+@pytest.mark.parametrize(("grid", "radius"), [((1, 1), 5), ((7, 12), 5), ((12, 5), 3), ((3, 40), 9)], ids=str)
+def test_propagate_to_edge_matches_reference(grid, radius, assert_relative, device):
+    edge = nonnegative(2, 1, *grid, device=device)
+    x = nonnegative(2, 3, *grid, device=device).requires_grad_()
+    results = []
+    for module in (afa_ext, reference):
+        out = module.propagate_to_edge(x, edge, radius, 4, 5)
+        pull = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=device).view_as(out)
+        results.append([out, *torch.autograd.grad((out * pull).sum(), x)])
+        single = module.propagate_to_edge(x[0], edge[0], radius, 4, 5)
+        assert_relative(single[:, 0], out[0], 1e-12)
+    for actual, expected in zip(*results, strict=True):
+        assert_relative(actual, expected, 1e-11)
+
+
+def test_published_settings_of_irn(assert_relative, device):
+    """2**8 steps in float32 against eight squarings in float64, on a smooth map with closed contours."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 30), torch.linspace(-1, 1, 37), indexing="ij")
+    edge = torch.exp(-80 * ((x * x + y * y).sqrt() - 0.6) ** 2)[None].to(device)
+    cams = torch.stack([torch.exp(-9 * (x * x + y * y)), (x > 0.5).float(), torch.rand(30, 37)]).to(device)
+    expected = reference.propagate_to_edge(cams.double(), edge.double())
+    # An error that a step repeats grows with the steps: twice what the squarings themselves lose in float32.
+    squared = reference.propagate_to_edge(cams, edge)
+    limit = 2 * float((squared - expected).abs().max() / expected.abs().max())
+    assert limit < 1e-4
+    assert_relative(afa_ext.propagate_to_edge(cams, edge), expected, limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_of_the_family(dtype, assert_relative, device):
+    edge, features = nonnegative(2, 1, 6, 9, device=device).to(dtype), torch.randn(2, 5, 6, 9, device=device).to(dtype)
+    x, attention = nonnegative(2, 3, 6, 9, device=device).to(dtype), nonnegative(2, 54, 54, device=device).to(dtype)
+    clip = {"grid": (6, 9), "power": 1, "steps": 2, "normalize": "sinkhorn", "direction": "rows"}
+    for call in (
+        lambda m, cast: m.edge_affinity(cast(edge), 4),
+        lambda m, cast: m.feature_affinity(cast(features), 4),
+        lambda m, cast: m.propagate_to_edge(cast(x), cast(edge), exp_times=3),
+        lambda m, cast: m.random_walk(cast(x), cast(attention), **clip),
+    ):
+        expected = call(reference, torch.Tensor.double)
+        for module in (afa_ext, reference):
+            out = call(module, lambda t: t)
+            assert out.dtype == dtype
+            assert_relative(out, expected, torch.finfo(dtype).eps)  # float32 throughout: one rounding at the end
+
+
+def test_layouts_of_the_family(device):
+    edge, features = nonnegative(2, 1, 6, 9, device=device), torch.randn(2, 5, 6, 9, device=device)
+    x = nonnegative(2, 3, 6, 9, device=device)
+    affinity = afa_ext.feature_affinity(features, 3)
+    strided = features.to(memory_format=torch.channels_last)
+    assert not strided.is_contiguous()
+    assert torch.equal(afa_ext.feature_affinity(strided, 3), affinity)
+    walked = afa_ext.propagate_to_edge(x, edge)
+    flipped = edge.mT.contiguous().mT
+    assert not flipped.is_contiguous()
+    assert torch.equal(afa_ext.propagate_to_edge(x.to(memory_format=torch.channels_last), flipped), walked)
+    for steps in (1, 4):
+        for normalize in ("column", "row", "sinkhorn", None):
+            settings = {"grid": (6, 9), "radius": 3, "window": "disc", "steps": steps, "normalize": normalize}
+            results = []
+            for layout in (affinity, affinity.contiguous()):
+                leaf = layout.double().detach().requires_grad_()
+                out = afa_ext.random_walk(x, leaf, **settings)
+                results.append([out, *torch.autograd.grad(out.square().sum(), leaf)])
+            assert results[0][0].is_contiguous()
+            for by_offset, by_node in zip(*results, strict=True):
+                torch.testing.assert_close(by_offset, by_node, rtol=1e-12, atol=1e-14)
+
+
+def test_empty_family(device):
+    for module in (afa_ext, reference):
+        assert module.edge_affinity(torch.rand(0, 4, 5, device=device), 2).shape == (0, 20, 9)
+        assert module.edge_affinity(torch.rand(2, 0, 5, device=device), 2).shape == (2, 0, 9)
+        features = torch.rand(0, 3, 4, 5, device=device, requires_grad=True)
+        out = module.feature_affinity(features, 2)
+        assert out.shape == (0, 20, 9)
+        out.sum().backward()
+        edge = torch.rand(1, 4, 5, device=device)
+        assert module.propagate_to_edge(torch.rand(0, 4, 5, device=device), edge).shape == (0, 1, 4, 5)
+        batch = torch.rand(0, 3, 4, 5, device=device), torch.rand(0, 1, 4, 5, device=device)
+        assert module.propagate_to_edge(*batch).shape == (0, 3, 4, 5)
+
+
+def test_autocast_of_the_family(device):
+    low = torch.float16 if device == "cuda" else torch.bfloat16
+    edge, x = torch.rand(1, 6, 7, device=device).to(low), torch.rand(3, 6, 7, device=device)
+    features = torch.randn(1, 4, 6, 7, device=device).to(low)
+    with torch.autocast(device, dtype=low):
+        results = [afa_ext.edge_affinity(edge, 3), afa_ext.feature_affinity(features, 3)]
+        results.append(afa_ext.propagate_to_edge(x, edge))
+    expected = [afa_ext.edge_affinity(edge.float(), 3), afa_ext.feature_affinity(features.float(), 3)]
+    expected.append(afa_ext.propagate_to_edge(x, edge.float()))
+    for actual, wanted in zip(results, expected, strict=True):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_family_fullgraph(dynamic, device):
+    def loss(x, edge, features, attention, boxes):
+        grid = (x.shape[2], x.shape[3])
+        walked = afa_ext.propagate_to_edge(x, edge, exp_times=2)
+        similar = afa_ext.feature_affinity(features, 3)
+        psa = afa_ext.random_walk(x, similar, grid=grid, radius=3, window="disc", power=8, steps=4)
+        clip = afa_ext.random_walk(
+            x, attention, grid=grid, power=1, steps=2, normalize="sinkhorn", direction="rows", boxes=boxes
+        )
+        return walked.square().sum() + psa.square().sum() + clip.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    boxes = torch.tensor([[0, 0, 3, 3], [1, 1, 5, 9]], device=device).expand(2, -1, -1)
+    for height in (6, 8):
+        x = torch.rand(2, 2, height, 5, device=device, requires_grad=True)
+        features = torch.randn(2, 4, height, 5, device=device, requires_grad=True)
+        attention = torch.rand(2, 5 * height, 5 * height, device=device, requires_grad=True)
+        edge = torch.rand(2, 1, height, 5, device=device)
+        leaves = (x, features, attention)
+        eager, fused = (torch.autograd.grad(f(x, edge, features, attention, boxes), leaves) for f in (loss, compiled))
+        torch.testing.assert_close(fused, eager)
+
+
+@st.composite
+def walks(draw):
+    """scores [1, C, h, w] and a dense affinity with entries of at least 0.05, float64, with a radius and a window."""
+    height, width, classes = (draw(st.integers(1, limit)) for limit in (6, 6, 4))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    scores = torch.rand(1, classes, height, width, dtype=torch.float64)
+    affinity = torch.rand(1, height * width, height * width, dtype=torch.float64) + 0.05
+    return scores, affinity, draw(st.integers(1, 4)), draw(st.sampled_from(["square", "disc"]))
+
+
+PROPERTY = settings(derandomize=True, max_examples=25, deadline=None)
+
+
+@PROPERTY
+@given(walks(), st.sampled_from([1, 2, 8]), st.floats(0, 1))
+def test_columns_of_the_transition_sum_to_one(walk, power, eps):
+    scores, affinity, radius, window = walk
+    _, _, height, width = scores.shape
+    p = torch.ops.afa_ext.walk_transition(affinity, height, width, radius, window, float(power), True, eps)
+    raw = torch.ops.afa_ext.walk_transition(affinity, height, width, radius, window, float(power), False, eps)
+    assert (p >= 0).all()
+    torch.testing.assert_close(p.sum(dim=1), 1 - eps / (raw.sum(dim=1) + eps))
+
+
+@PROPERTY
+@given(walks(), st.integers(1, 5), st.floats(-2, 2))
+def test_constant_scores_stay(walk, steps, value):
+    """Where a node takes a mean of others: over its column for scores @ P, over its row for P @ scores."""
+    scores, affinity, radius, window = walk
+    constant = torch.full_like(scores, value)
+    options = {"grid": tuple(scores.shape[2:]), "window": window, "steps": steps, "eps": 0.0}
+    for normalize, direction in (("column", "columns"), ("row", "rows")):
+        for r in (radius, None):
+            out = afa_ext.random_walk(constant, affinity, radius=r, normalize=normalize, direction=direction, **options)
+            torch.testing.assert_close(out, constant)
+
+
+@PROPERTY
+@given(walks(), st.integers(0, 3), st.sampled_from(["column", "row", "sinkhorn", None]))
+def test_windowed_is_dense_and_steps_are_squarings(walk, times, normalize):
+    scores, affinity, radius, window = walk
+    grid = tuple(scores.shape[2:])
+    options = {"grid": grid, "window": window, "normalize": normalize, "power": 3, "steps": 2**times}
+    inside = reference.walk.window_mask(grid, radius, window, torch.device("cpu"))
+    p = reference.walk.transition_matrix(affinity, 3, normalize, 1e-4, inside)
+    for _ in range(times):
+        p = p @ p
+    expected = (scores.flatten(2) @ p).view_as(scores)
+    windowed = to_windowed(affinity, grid, radius, window)
+    for given_affinity, r in ((affinity, radius), (windowed, radius), (affinity * inside, None)):
+        out = afa_ext.random_walk(scores, given_affinity, radius=r, **options)
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-13)
+
+
+@PROPERTY
+@given(walks(), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_order_of_the_maps_does_not_matter(walk, steps, random):
+    scores, affinity, radius, window = walk
+    order = list(range(scores.shape[1]))
+    random.shuffle(order)
+    options = {"grid": tuple(scores.shape[2:]), "radius": radius, "window": window, "steps": steps}
+    out = afa_ext.random_walk(scores, affinity, **options)
+    assert torch.equal(afa_ext.random_walk(scores[:, order], affinity, **options), out[:, order])
+
+
 S, A = torch.rand(2, 3, 4, 5), torch.rand(2, 20, 20)
+E, F = torch.rand(2, 1, 4, 5), torch.rand(2, 6, 4, 5)
+BOXES = torch.zeros(2, 3, 4, dtype=torch.int64)
 G = {"grid": (4, 5)}
 L = torch.ones(2, 3)
 
@@ -310,11 +674,83 @@ L = torch.ones(2, 3)
             "affinity must have the type of cams",
         ),
         (lambda m: m.propagate_cams(S, A, L, radius=99, background=0.3), ValueError, "radius must be between 0 and 63"),
+        (
+            lambda m: m.random_walk(S, A, **G, direction="left"),
+            ValueError,
+            "direction must be one of 'columns', 'rows'",
+        ),
+        (lambda m: m.random_walk(S, A, **G, boxes=[0, 0, 1, 1]), TypeError, "boxes must be an int64 or int32 tensor"),
+        (
+            lambda m: m.random_walk(S, A, **G, boxes=BOXES.float()),
+            TypeError,
+            r"boxes must be an int64 .* torch.float32",
+        ),
+        (
+            lambda m: m.random_walk(S, A, **G, boxes=BOXES[:, :2]),
+            ValueError,
+            r"boxes must have shape \(2, 3, 4\) or \(2, 3, M, 4\) .* got \(2, 2, 4\)",
+        ),
+        (lambda m: m.random_walk(S, A, **G, boxes=BOXES[..., :3]), ValueError, r"boxes must have shape .*\(2, 3, 3\)"),
+        (lambda m: m.random_walk(S, A, **G, boxes=BOXES[0]), ValueError, r"boxes must have shape .* got \(3, 4\)"),
+        (
+            lambda m: m.random_walk(S, A, **G, boxes=BOXES.to("meta")),
+            ValueError,
+            "boxes must be on the device of scores",
+        ),
+        (lambda m: m.edge_affinity(E.numpy(), 5), TypeError, r"edge must be a floating-point tensor \[B, h, w\]"),
+        (lambda m: m.edge_affinity(E[0, 0], 5), ValueError, r"edge must have 3 dimensions \[B, h, w\], got .*\(4, 5\)"),
+        (lambda m: m.edge_affinity(E.expand(2, 2, 4, 5), 5), ValueError, "edge must have size 1 in dimension 1"),
+        (lambda m: m.edge_affinity(E.int(), 5), TypeError, "edge must be float32"),
+        (lambda m: m.edge_affinity(E, 0), ValueError, "radius must be between 1 and 63, got 0"),
+        (lambda m: m.edge_affinity(E, 64), ValueError, "radius must be between 1 and 63, got 64"),
+        (lambda m: m.edge_affinity(E, 5.0), TypeError, "radius must be an integer, got 5.0"),
+        (lambda m: m.feature_affinity(F[0], 5), ValueError, r"features must have 4 dimensions \[B, C, h, w\]"),
+        (lambda m: m.feature_affinity(F.int(), 5), TypeError, "features must be float32"),
+        (lambda m: m.feature_affinity(F[:, :0], 5), ValueError, "features must have at least one channel"),
+        (lambda m: m.feature_affinity(F, 0), ValueError, "radius must be between 1 and 63, got 0"),
+        (lambda m: m.propagate_to_edge(S[0, 0], E[0]), ValueError, r"x must have 3 dimensions \[C, h, w\]"),
+        (lambda m: m.propagate_to_edge(S[0], E[0, 0]), ValueError, r"edge must have 3 dimensions \[1, h, w\]"),
+        (lambda m: m.propagate_to_edge(S[0], E[:, 0]), ValueError, r"edge must have size 1 in dimension 0 \(one bound"),
+        (lambda m: m.propagate_to_edge(S, E.expand(2, 3, 4, 5)), ValueError, "edge must have size 1 in dimension 1"),
+        (lambda m: m.propagate_to_edge(S[0], E), ValueError, r"x must have 4 dimensions \[B, C, h, w\]"),
+        (
+            lambda m: m.propagate_to_edge(S[:1], E),
+            ValueError,
+            r"x must have size 2 in dimension 0 \(the batch of edge\)",
+        ),
+        (
+            lambda m: m.propagate_to_edge(S[0, :, 1:], E[0]),
+            ValueError,
+            r"x must have size 4 in dimension -2 \(the height",
+        ),
+        (
+            lambda m: m.propagate_to_edge(S[0, ..., 1:], E[0]),
+            ValueError,
+            r"x must have size 5 in dimension -1 \(the wid",
+        ),
+        (lambda m: m.propagate_to_edge(S[0].int(), E[0]), TypeError, "x must be float32"),
+        (lambda m: m.propagate_to_edge(S[0], E[0].double()), TypeError, "edge must have the type of x"),
+        (lambda m: m.propagate_to_edge(S[0], E[0].to("meta")), ValueError, "edge must be on the device of x"),
+        (lambda m: m.propagate_to_edge(S[0], E[0], radius=0), ValueError, "radius must be between 1 and 63, got 0"),
+        (lambda m: m.propagate_to_edge(S[0], E[0], beta=0), ValueError, "beta must be greater than 0, got 0"),
+        (lambda m: m.propagate_to_edge(S[0], E[0], exp_times=-1), ValueError, "exp_times must be between 0 and 30"),
     ],
 )
 def test_errors(module, call, error, message):
     with pytest.raises(error, match=message):
         call(module)
+
+
+def test_edges_have_no_native_gradient():
+    edge = torch.rand(1, 4, 5, requires_grad=True)
+    with pytest.raises(ValueError, match=r"edge requires grad, .* afa_ext\.reference"):
+        afa_ext.edge_affinity(edge, 3)
+    with pytest.raises(ValueError, match=r"edge requires grad"):
+        afa_ext.propagate_to_edge(S[0], edge)
+    with torch.no_grad():
+        afa_ext.propagate_to_edge(S[0], edge)
+    (grad,) = torch.autograd.grad(reference.edge_affinity(edge, 3).sum(), edge)
+    assert grad.any()
 
 
 T = torch.rand(2, 9, 4, 5)
@@ -346,6 +782,26 @@ T = torch.rand(2, 9, 4, 5)
             "walk_propagate: the number of steps must be at least 1",
         ),
         (lambda o: o.walk_propagate_backward_scores(S, T, 2, "square", 1, None), "transition must have shape"),
+        (lambda o: o.walk_step(S[0], A, 1, "square", 2.0, True, 0.1, None), "scores must have shape"),
+        (lambda o: o.walk_step(S[:1], A, 1, "square", 2.0, True, 0.1, None), "scores must have shape .*, got"),
+        (lambda o: o.walk_step(S, A[:, 1:], 1, "square", 2.0, True, 0.1, None), "affinity must have shape"),
+        (
+            lambda o: o.walk_step(S.double(), A, 1, "square", 2.0, True, 0.1, None),
+            r"scores must have the type of the transition \(float32\), got float64",
+        ),
+        (lambda o: o.walk_step(S, A, 1, "square", 0.0, True, 0.1, None), "power must be greater than 0"),
+        (lambda o: o.walk_step(S, A, 1, "square", 2.0, True, 0.1, L[0] > 0), "class_mask must have shape"),
+        (lambda o: o.walk_step(S, A, 1, "square", 2.0, True, 0.1, L), "class_mask must be bool, got float32"),
+        (lambda o: o.edge_affinity(E, 2), "edge must have shape"),
+        (lambda o: o.edge_affinity(E[:, 0].int(), 2), "edge must be float32"),
+        (lambda o: o.edge_affinity(E[:, 0], 0), "radius must be between 1 and 63"),
+        (lambda o: o.feature_affinity(F[0], 2), "features must have shape"),
+        (lambda o: o.feature_affinity(F.int(), 2), "features must be float32"),
+        (lambda o: o.feature_affinity(F[:, :0], 2), "features must have at least one channel"),
+        (lambda o: o.feature_affinity(F, 64), "radius must be between 1 and 63"),
+        (lambda o: o.feature_affinity_backward(T[:, :8], F, T, 2), "grad must have shape"),
+        (lambda o: o.feature_affinity_backward(T, F, T[:, :8], 2), "affinity must have shape"),
+        (lambda o: o.feature_affinity_backward(T.double(), F, T, 2), "grad must have the type of features"),
         (lambda o: o.walk_propagate_backward_transition(S[:1], S, T, 1, "square", 1, None), "grad must have shape"),
     ],
 )

@@ -6,6 +6,17 @@ floating-point input, at the price of time and memory.
 
 from .labels import pseudo_labels
 from .par import PAR, par_affinity, par_propagate, par_refine
-from .walk import propagate_cams, random_walk
+from .walk import edge_affinity, feature_affinity, propagate_cams, propagate_to_edge, random_walk
 
-__all__ = ["PAR", "par_affinity", "par_propagate", "par_refine", "propagate_cams", "pseudo_labels", "random_walk"]
+__all__ = [
+    "PAR",
+    "edge_affinity",
+    "feature_affinity",
+    "par_affinity",
+    "par_propagate",
+    "par_refine",
+    "propagate_cams",
+    "propagate_to_edge",
+    "pseudo_labels",
+    "random_walk",
+]

@@ -1,4 +1,4 @@
-"""Random-walk propagation of score maps over a learned affinity, in plain PyTorch with dense N x N matrices."""
+"""Random-walk propagation of score maps over a pairwise affinity, in plain PyTorch with dense N x N matrices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_propagate_cams, check_random_walk, window_offsets
+from .._checks import (
+    check_edge_affinity,
+    check_feature_affinity,
+    check_propagate_cams,
+    check_propagate_to_edge,
+    check_random_walk,
+    window_offsets,
+)
 
 
 def window_mask(grid: tuple[int, int], radius: int, window: str, device: torch.device) -> Tensor:
@@ -62,9 +69,11 @@ def random_walk(
     steps: int = 1,
     normalize: str | None = "column",
     eps: float = 1e-4,
+    direction: str = "columns",
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """Twin of :func:`afa_ext.random_walk`."""
-    check_random_walk(scores, affinity, grid, radius, window, power, steps, normalize, eps)
+    check_random_walk(scores, affinity, grid, radius, window, power, steps, normalize, eps, direction, boxes)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     dense = affinity.to(wide)
     inside = None
@@ -73,10 +82,95 @@ def random_walk(
         if affinity.shape[2] != inside.shape[1]:
             dense = dense_affinity(dense, grid, radius, window)
     p = transition_matrix(dense, power, normalize, eps, inside)
-    maps = scores.to(wide).flatten(2)
+    kept = None if boxes is None else box_mask(boxes, grid)
+    # Zeroing columns of P**steps: at the targets of scores @ P, at the sources of P @ scores.
+    maps = scores.to(wide)
+    if kept is not None and direction == "rows":
+        maps = maps * kept
+    maps = maps.flatten(2)
     for _ in range(steps):
-        maps = maps @ p
-    return maps.view(scores.shape).to(scores.dtype)
+        maps = maps @ (p if direction == "columns" else p.mT)
+    maps = maps.view(scores.shape)
+    if kept is not None and direction == "columns":
+        maps = maps * kept
+    return maps.to(scores.dtype)
+
+
+def box_mask(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, C, 4] or [B, C, M, 4] as x0, y0, x1, y1 -> bool [B, C, h, w]: the tokens inside any box."""
+    if boxes.dim() == 3:
+        boxes = boxes.unsqueeze(2)
+    x0, y0, x1, y1 = boxes[..., None, None].unbind(3)
+    y = torch.arange(grid[0], device=boxes.device)[:, None]
+    x = torch.arange(grid[1], device=boxes.device)
+    return ((y >= y0) & (y < y1) & (x >= x0) & (x < x1)).any(dim=2)
+
+
+def path_points(dy: int, dx: int) -> list[tuple[int, int]]:
+    """The grid points from (0, 0) to (dy, dx) in the box around the segment, nearer than 1 to its line."""
+    length = dy * dy + dx * dx
+    return [
+        (y, x)
+        for y in range(min(dy, 0), max(dy, 0) + 1)
+        for x in range(min(dx, 0), max(dx, 0) + 1)
+        if (dy * x - dx * y) ** 2 < length
+    ]
+
+
+def _shifted(planes: Tensor, dy: int, dx: int, reach: int) -> Tensor:
+    """At each node what lies at the node plus (dy, dx), of planes padded by ``reach`` on every side."""
+    height, width = planes.shape[-2] - 2 * reach, planes.shape[-1] - 2 * reach
+    return planes[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+
+
+def _within_grid(grid: tuple[int, int], radius: int, device: torch.device) -> Tensor:
+    """bool [window, h, w]: True where the node's neighbour at that offset lies in the grid."""
+    inside = F.pad(torch.ones(grid, dtype=torch.bool, device=device), [radius] * 4)
+    return torch.stack([_shifted(inside, dy, dx, radius) for dy, dx in window_offsets(radius, "disc")])
+
+
+def edge_affinity(edge: Tensor, radius: int) -> Tensor:
+    """Twin of :func:`afa_ext.edge_affinity`."""
+    check_edge_affinity(edge, radius)
+    edge = edge.flatten(0, -3)
+    wide = edge if edge.dtype == torch.float64 else edge.float()
+    padded = F.pad(wide, [radius] * 4, value=1.0)
+    planes = []
+    for dy, dx in window_offsets(radius, "disc"):
+        if (dy, dx) == (0, 0):
+            planes.append(torch.ones_like(wide))
+            continue
+        path = torch.stack([_shifted(padded, y, x, radius) for y, x in path_points(dy, dx)])
+        planes.append(1 - path.amax(dim=0))
+    inside = _within_grid((edge.shape[1], edge.shape[2]), radius, edge.device)
+    affinity = torch.stack(planes, dim=1).masked_fill(~inside, 0)
+    return affinity.flatten(2).mT.to(edge.dtype)
+
+
+def feature_affinity(features: Tensor, radius: int) -> Tensor:
+    """Twin of :func:`afa_ext.feature_affinity`."""
+    check_feature_affinity(features, radius)
+    wide = features if features.dtype == torch.float64 else features.float()
+    padded = F.pad(wide, [radius] * 4)
+    offsets = window_offsets(radius, "disc")
+    distances = [(_shifted(padded, dy, dx, radius) - wide).abs().mean(dim=1) for dy, dx in offsets]
+    inside = _within_grid((features.shape[2], features.shape[3]), radius, features.device)
+    affinity = torch.exp(-torch.stack(distances, dim=1)).masked_fill(~inside, 0)
+    return affinity.flatten(2).mT.to(features.dtype)
+
+
+def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10, exp_times: int = 8) -> Tensor:
+    """Twin of :func:`afa_ext.propagate_to_edge`; squares the transition matrix, as published."""
+    check_propagate_to_edge(x, edge, radius, beta, exp_times)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    grid = (edge.shape[-2], edge.shape[-1])
+    dense = dense_affinity(edge_affinity(edge.to(wide), radius), grid, radius, "disc")
+    p = transition_matrix(dense, beta, "column", 0.0)
+    for _ in range(exp_times):
+        p = p @ p
+    maps = x if edge.dim() == 4 else x.reshape(1, -1, *grid)
+    walked = (maps.to(wide) * (1 - edge.to(wide))).flatten(2) @ p
+    return walked.view(x.shape if edge.dim() == 4 else (maps.shape[1], 1, *grid)).to(x.dtype)
 
 
 def class_scores(cams: Tensor, class_labels: Tensor, background: float) -> tuple[Tensor, Tensor]:
@@ -100,7 +194,7 @@ def propagate_cams(
     """Twin of :func:`afa_ext.propagate_cams`."""
     check_propagate_cams(cams, class_labels, background)
     grid = (cams.shape[2], cams.shape[3])
-    check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, "cams")
+    check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, scores_name="cams")
     wide = torch.float64 if cams.dtype == torch.float64 else torch.float32
     scores, _ = class_scores(cams.to(wide), class_labels, background)
     walked = random_walk(scores, affinity.to(wide), grid=grid, radius=radius, power=power, steps=steps, eps=eps)

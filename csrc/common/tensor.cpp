@@ -80,6 +80,10 @@ ScalarType sum_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+ScalarType work_type(const Tensor& t) {
+  return on_cuda(t) ? t.scalar_type() : sum_type(t);
+}
+
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::new_empty(like, sizes, type);
 }

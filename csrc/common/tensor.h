@@ -49,6 +49,8 @@ Kind kind_of(const Tensor& t, const char* name);
 
 // The type sums are formed in: float64 for float64, float32 for all others.
 ScalarType sum_type(const Tensor& t);
+// The type kernels read: CPU kernels that in which sums are formed, CUDA kernels the tensor's own.
+ScalarType work_type(const Tensor& t);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 // A contiguous tensor of this type; t itself where it is one already.

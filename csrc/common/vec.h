@@ -30,6 +30,7 @@ struct Vec<float> {
 template <>
 struct Vec<double> {
   typedef double type __attribute__((vector_size(AFA_VECTOR_BYTES)));
+  typedef int64_t ints __attribute__((vector_size(AFA_VECTOR_BYTES)));
 };
 
 template <typename T>

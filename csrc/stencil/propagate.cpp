@@ -21,14 +21,6 @@ void add_run(Stencil& stencil, int64_t dy, int64_t dx, int64_t step, int64_t cou
   stencil.reach_x = std::max(stencil.reach_x, static_cast<int32_t>(std::abs(dx)));
 }
 
-void check_class_mask(const std::optional<Tensor>& class_mask, const Tensor& planes) {
-  if (!class_mask) return;
-  check_shape(*class_mask, "class_mask", "[B, C]", {planes.size(0), planes.size(1)});
-  AFA_CHECK(class_mask->scalar_type() == ScalarType::Bool, "class_mask must be bool, got ",
-            type_name(class_mask->scalar_type()));
-  AFA_CHECK(class_mask->is_cuda() == planes.is_cuda(), "class_mask must be on the device of the masks");
-}
-
 StencilParams make_params(const Stencil& stencil, const Sizes& s, const Tensor& weights) {
   StencilParams p;
   p.stencil = stencil;
@@ -51,28 +43,10 @@ Planes whole_planes(const Tensor& t) {
 // ---- CPU
 // ----------------------------------------------------------------------------------------------------
 
-// The planes that class_mask leaves, image by image.
-struct Active {
-  std::vector<int64_t> plane;
-  std::vector<int64_t> begin{0};
-
-  Active(const Sizes& s, const std::optional<Tensor>& class_mask) {
-    std::optional<Tensor> dense;
-    if (class_mask) dense = torch::stable::contiguous(*class_mask);
-    const bool* keep = dense ? static_cast<const bool*>(dense->const_data_ptr()) : nullptr;
-    for (int64_t b = 0; b < s.batch; ++b) {
-      for (int64_t c = 0; c < s.classes; ++c) {
-        if (keep == nullptr || keep[b * s.classes + c]) plane.push_back(b * s.classes + c);
-      }
-      begin.push_back(static_cast<int64_t>(plane.size()));
-    }
-  }
-
-  void attach(StencilParams& p) const {
-    p.active = plane.data();
-    p.active_begin = begin.data();
-  }
-};
+void attach(const ActivePlanes& active, StencilParams& p) {
+  p.active = active.plane.data();
+  p.active_begin = active.begin.data();
+}
 
 // The multiply-adds of one image row, for sharing rows out to threads.
 int64_t row_work(const StencilParams& p) {
@@ -126,6 +100,26 @@ void fill_padded(const T* from, const Planes& to, const std::vector<int64_t>& pl
 }
 
 }  // namespace
+
+void check_class_mask(const std::optional<Tensor>& class_mask, const Tensor& planes) {
+  if (!class_mask) return;
+  check_shape(*class_mask, "class_mask", "[B, C]", {planes.size(0), planes.size(1)});
+  AFA_CHECK(class_mask->scalar_type() == ScalarType::Bool, "class_mask must be bool, got ",
+            type_name(class_mask->scalar_type()));
+  AFA_CHECK(class_mask->is_cuda() == planes.is_cuda(), "class_mask must be on the device of the masks");
+}
+
+ActivePlanes::ActivePlanes(int64_t batch, int64_t classes, const std::optional<Tensor>& class_mask) {
+  std::optional<Tensor> dense;
+  if (class_mask) dense = torch::stable::contiguous(*class_mask);
+  const bool* keep = dense ? static_cast<const bool*>(dense->const_data_ptr()) : nullptr;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t c = 0; c < classes; ++c) {
+      if (keep == nullptr || keep[b * classes + c]) plane.push_back(b * classes + c);
+    }
+    begin.push_back(static_cast<int64_t>(plane.size()));
+  }
+}
 
 PaddedPlanes::PaddedPlanes(const Tensor& like, int64_t reach) {
   const Sizes s = sizes_of(like);
@@ -204,9 +198,9 @@ Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& w
                           : empty(planes, {s.batch, s.classes, s.height, s.width}, type);
   if (out.numel() > 0) {
     const Tensor w = contiguous_as(weights, type);
-    const Active active(s, class_mask);
+    const ActivePlanes active(s.batch, s.classes, class_mask);
     StencilParams p = make_params(stencil, s, w);
-    active.attach(p);
+    attach(active, p);
     PaddedPlanes first(planes, stencil.reach_x);
     std::optional<PaddedPlanes> second;
     if (steps > 1) second.emplace(planes, stencil.reach_x);
@@ -238,12 +232,12 @@ Tensor stencil_propagate_backward(const char* op, const Stencil& stencil, const 
     const std::optional<Tensor> mask = dense_mask(class_mask);
     const Tensor other = steps > 1 ? torch::stable::empty_like(out) : out;
     StencilParams p = make_params(stencil, s, w);
-    std::optional<Active> active;
+    std::optional<ActivePlanes> active;
     if (cuda) {
       p.class_mask = device_mask(mask);
     } else {
-      active.emplace(s, mask);
-      active->attach(p);
+      active.emplace(s.batch, s.classes, mask);
+      attach(*active, p);
     }
     p.in = whole_planes(source);
     for (int64_t t = 0; t < steps; ++t) {
@@ -281,13 +275,13 @@ Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Te
     // The planes before each step, then the gradient after each step, last first.
     std::vector<Tensor> dense;
     std::vector<PaddedPlanes> padded;
-    std::optional<Active> active;
+    std::optional<ActivePlanes> active;
     if (cuda) {
       p.class_mask = device_mask(mask);
       dense.push_back(source);
     } else {
-      active.emplace(s, mask);
-      active->attach(p);
+      active.emplace(s.batch, s.classes, mask);
+      attach(*active, p);
       padded.emplace_back(planes, stencil.reach_x);
       padded[0].fill(source, active->plane);
     }

@@ -14,6 +14,17 @@ Stencil ring_stencil(const std::vector<int64_t>& dilations);
 // `window` is "square" (Chebyshev radius) or "disc" (x^2 + y^2 < radius^2).
 Stencil window_stencil(int64_t radius, const std::string& window);
 
+// class_mask is bool [B, C], on the device of the planes [B, C, H, W].
+void check_class_mask(const std::optional<Tensor>& class_mask, const Tensor& planes);
+
+// CPU: the planes b * C + c that class_mask leaves, image by image.
+struct ActivePlanes {
+  std::vector<int64_t> plane;
+  std::vector<int64_t> begin{0};
+
+  ActivePlanes(int64_t batch, int64_t classes, const std::optional<Tensor>& class_mask);
+};
+
 // CPU: B * C planes with min(reach, W - 1) replicated columns on each side, in one allocation.
 struct PaddedPlanes {
   Tensor storage;

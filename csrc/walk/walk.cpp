@@ -1,5 +1,6 @@
 #include "walk/walk.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "ops.h"
@@ -9,6 +10,18 @@ namespace afa {
 namespace {
 
 constexpr double kMaxWholePower = 64;
+
+// Whether [B, N, K] is a view of a contiguous [B, K, N].
+bool by_offset(const Tensor& affinity) {
+  return affinity.stride(1) == 1 && affinity.stride(2) == affinity.size(1) &&
+         affinity.stride(0) == affinity.size(1) * affinity.size(2);
+}
+
+// The affinity as p.layout has it, of the type kernels read.
+Tensor laid_out(const WalkParams& p, const Tensor& affinity) {
+  const Tensor memory = p.layout == Layout::by_offset ? torch::stable::transpose(affinity, 1, 2) : affinity;
+  return contiguous_as(memory, work_type(affinity));
+}
 
 WalkParams make_params(const Tensor& affinity, int64_t height, int64_t width, int64_t radius,
                        const std::string& window, double power, bool normalize, double eps) {
@@ -22,8 +35,9 @@ WalkParams make_params(const Tensor& affinity, int64_t height, int64_t width, in
   AFA_CHECK(height >= 0 && width >= 0, "grid must not be negative, got ", height, " x ", width);
   check_shape(affinity, "affinity", "[B, N, N or window]", {-1, height * width, -1});
   p.batch = affinity.size(0);
-  p.dense = affinity.size(2) == height * width;
-  AFA_CHECK(p.dense || affinity.size(2) == p.stencil.size, "affinity must have size ", height * width,
+  const bool dense = affinity.size(2) == height * width;
+  p.layout = dense ? Layout::dense : by_offset(affinity) ? Layout::by_offset : Layout::by_node;
+  AFA_CHECK(dense || affinity.size(2) == p.stencil.size, "affinity must have size ", height * width,
             " (dense) or ", p.stencil.size, " (windowed) in dimension 2, got ", shape_string(affinity));
   AFA_CHECK(power > 0, "power must be greater than 0, got ", power);
   const bool whole = power <= kMaxWholePower && power == static_cast<int32_t>(power);
@@ -32,13 +46,27 @@ WalkParams make_params(const Tensor& affinity, int64_t height, int64_t width, in
   return p;
 }
 
-// CPU kernels work in the type sums are formed in, CUDA kernels in the tensor's own.
-ScalarType work_type(const Tensor& t) {
-  return on_cuda(t) ? t.scalar_type() : sum_type(t);
-}
-
 int64_t row_work(const WalkParams& p) {
   return 4 * p.width * p.stencil.size;
+}
+
+// [B * C, N] planes as [N, active classes] for each image.
+template <typename T>
+void classes_last(const ActivePlanes& active, const Tensor& planes, const Tensor& out) {
+  const int64_t batch = planes.size(0), nodes = planes.size(2) * planes.size(3);
+  const T* from = static_cast<const T*>(planes.const_data_ptr());
+  T* to = static_cast<T*>(out.mutable_data_ptr());
+  parallel_rows(batch * planes.size(2), planes.size(3) * planes.size(1), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / planes.size(2), first = item % planes.size(2) * planes.size(3);
+      const int64_t classes = active.begin[b + 1] - active.begin[b];
+      for (int64_t c = 0; c < classes; ++c) {
+        const T* plane = from + active.plane[active.begin[b] + c] * nodes;
+        T* node = to + active.begin[b] * nodes + c;
+        for (int64_t n = first; n < first + planes.size(3); ++n) node[n * classes] = plane[n];
+      }
+    }
+  });
 }
 
 void check_transition(const Stencil& stencil, const Tensor& transition, const Tensor& planes,
@@ -59,7 +87,7 @@ Tensor walk_transition(const Tensor& affinity, int64_t height, int64_t width, in
   if (cuda) scope.emplace(affinity);
   const Tensor out = empty(affinity, {p.batch, p.stencil.size, height, width}, sum_type(affinity));
   if (out.numel() > 0) {
-    const Tensor source = contiguous_as(affinity, work_type(affinity));
+    const Tensor source = laid_out(p, affinity);
     p.kind = kind_of(source, "affinity");
     p.affinity = source.const_data_ptr();
     p.out = out.mutable_data_ptr();
@@ -89,7 +117,7 @@ Tensor walk_transition_backward(const Tensor& grad, const Tensor& affinity, int6
   const ScalarType type = work_type(affinity);
   const Tensor out = zeros(affinity, {affinity.size(0), affinity.size(1), affinity.size(2)}, type);
   if (out.numel() > 0) {
-    const Tensor source = contiguous_as(affinity, type);
+    const Tensor source = laid_out(p, affinity);
     const Tensor outgoing = torch::stable::contiguous(grad);
     p.kind = kind_of(source, "affinity");
     p.affinity = source.const_data_ptr();
@@ -133,6 +161,60 @@ Tensor walk_transpose(const Tensor& transition, int64_t radius, const std::strin
     }
   }
   return contiguous_as(out, transition.scalar_type());
+}
+
+Tensor walk_step(const Tensor& scores, const Tensor& affinity, int64_t radius, const std::string& window,
+                 double power, bool normalize, double eps, const std::optional<Tensor>& class_mask) {
+  check_shape(scores, "scores", "[B, C, h, w]", {-1, -1, -1, -1});
+  const int64_t batch = scores.size(0), classes = scores.size(1);
+  const int64_t height = scores.size(2), width = scores.size(3);
+  WalkStepParams p;
+  p.walk = make_params(affinity, height, width, radius, window, power, normalize, eps);
+  p.classes = classes;
+  check_shape(scores, "scores", "[B, C, h, w]", {p.walk.batch, -1, -1, -1});
+  AFA_CHECK(scores.scalar_type() == sum_type(affinity), "scores must have the type of the transition (",
+            type_name(sum_type(affinity)), "), got ", type_name(scores.scalar_type()));
+  check_device(scores, "scores", affinity, "affinity");
+  check_class_mask(class_mask, scores);
+  if (p.walk.layout == Layout::by_offset) p.walk.layout = Layout::by_node;  // read by copy
+  const bool cuda = on_cuda(scores);
+  std::optional<CudaScope> scope;
+  if (cuda) scope.emplace(scores);
+  const ScalarType type = scores.scalar_type();
+  const Tensor out = class_mask && !cuda ? zeros(scores, {batch, classes, height, width}, type)
+                                         : empty(scores, {batch, classes, height, width}, type);
+  if (out.numel() == 0) return out;
+  const Tensor entries = laid_out(p.walk, affinity);
+  const Tensor source = torch::stable::contiguous(scores);
+  p.walk.kind = kind_of(entries, "affinity");
+  p.walk.affinity = entries.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  std::optional<Tensor> mask;
+  if (class_mask) mask = torch::stable::contiguous(*class_mask);
+  if (cuda) {
+    p.class_mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+    p.scores = source.const_data_ptr();
+    AFA_CUDA_LAUNCH("walk_step", walk_step_cuda(p, scope->stream()));
+    return out;
+  }
+  const ActivePlanes active(batch, classes, mask);
+  p.active = active.plane.data();
+  p.active_begin = active.begin.data();
+  const int64_t nodes = height * width;
+  const Tensor by_node = empty(scores, {static_cast<int64_t>(active.plane.size()) * nodes}, type);
+  if (type == ScalarType::Double) {
+    classes_last<double>(active, source, by_node);
+  } else {
+    classes_last<float>(active, source, by_node);
+  }
+  p.scores = by_node.const_data_ptr();
+  const int64_t work = width * p.walk.stencil.size * (4 + active.begin.back() / batch);
+  parallel_rows(batch * height, work, [&](int64_t begin, int64_t end) {
+    const int64_t rows = std::min(2 * radius + 1, height), columns = std::min(2 * radius + kStepLanes, width);
+    std::vector<double> scratch(rows * columns * kStepLanes);
+    AFA_SIMD_CALL(walk_step_rows, p, begin, end, scratch.data());
+  });
+  return out;
 }
 
 Tensor walk_propagate(const Tensor& scores, const Tensor& transition, int64_t radius,

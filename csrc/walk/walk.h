@@ -2,6 +2,9 @@
 //
 // The transition is stored by target: T[b, k, y, x] is the probability mass that node (y, x) takes from the
 // node that reaches it by the window's offset k, and 0 where that node lies outside the grid.
+//
+// A single step needs no transition: walk_step reads the window of the affinity once, for the sums of the
+// columns and for the scores they divide.
 #pragma once
 
 #include <cstdint>
@@ -11,18 +14,33 @@
 
 namespace afa {
 
+// How an affinity lies in memory: [B, N, N]; [B, N, K], one node's window together; [B, K, N], one offset's.
+enum class Layout : int32_t { dense, by_node, by_offset };
+
 struct WalkParams {
   Stencil stencil;        // from a target to its sources, in the order of the window
   Kind kind = Kind::f32;  // of the affinity; transitions are float64 for float64, float32 for all others
   int64_t batch = 0, height = 0, width = 0;
-  bool dense = false;  // affinity [B, N, N], else [B, N, K]; contiguous
+  Layout layout = Layout::dense;
   const void* affinity = nullptr;
   double power = 1;
   int32_t whole_power = 1;  // power where it is a small integer, else 0
   bool normalize = false;   // divide a column by its sum + eps
   double eps = 0;
   const void* in = nullptr;  // [B, K, h, w]: transition (transpose), its gradient (backward)
-  void* out = nullptr;       // [B, K, h, w]; backward: like affinity, zero outside the window beforehand
+  void* out = nullptr;       // [B, K, h, w]; backward: [B, N, N or K], zero outside the window beforehand
+};
+
+struct WalkStepParams {
+  WalkParams walk;  // dense or by_node
+  int64_t classes = 0;
+  // [B, C, h, w] for CUDA; for the CPU the active classes' scores of each image as [N, active classes], those
+  // of image b from active_begin[b] * N.
+  const void* scores = nullptr;
+  void* out = nullptr;                    // [B, C, h, w]
+  const bool* class_mask = nullptr;       // CUDA: [B, C] on the device, or null for all
+  const int64_t* active = nullptr;        // CPU: the active planes, in order
+  const int64_t* active_begin = nullptr;  // CPU: [B + 1] where each image's begin
 };
 
 namespace {
@@ -31,26 +49,48 @@ namespace {
 AFA_HOST_DEVICE inline int64_t affinity_index(const WalkParams& p, int64_t b, int64_t source, int64_t target,
                                               int64_t k) {
   const int64_t nodes = p.height * p.width;
-  return p.dense ? (b * nodes + source) * nodes + target : (b * nodes + source) * p.stencil.size + k;
+  switch (p.layout) {
+    case Layout::dense:
+      return (b * nodes + source) * nodes + target;
+    case Layout::by_node:
+      return (b * nodes + source) * p.stencil.size + k;
+    default:
+      return (b * p.stencil.size + k) * nodes + source;
+  }
+}
+
+// Where the entry's gradient goes: by_offset is a way to read only.
+AFA_HOST_DEVICE inline int64_t gradient_index(const WalkParams& p, int64_t b, int64_t source, int64_t target,
+                                              int64_t k) {
+  const int64_t nodes = p.height * p.width;
+  return (b * nodes + source) * (p.layout == Layout::dense ? nodes : p.stencil.size) +
+         (p.layout == Layout::dense ? target : k);
 }
 
 template <typename T>
 AFA_HOST_DEVICE inline T whole_power(T value, int32_t power) {
-  T result = 1;
-  for (int32_t i = 0; i < power; ++i) result *= value;
+  T result = power & 1 ? value : T{} + 1;
+  while (power >>= 1) {
+    value *= value;
+    if (power & 1) result *= value;
+  }
   return result;
 }
 
 }  // namespace
 
 // Rows `begin` to `end` of the batch's B * h target rows; float32 and float64. `scratch` holds 2 * w values.
-AFA_SIMD_DECLARE(void walk_transition_rows(const WalkParams& p, int64_t begin, int64_t end, void* scratch))
+AFA_SIMD_DECLARE(void walk_transition_rows(const WalkParams& p, int64_t begin, int64_t end, double* scratch))
 AFA_SIMD_DECLARE(void walk_transition_backward_rows(const WalkParams& p, int64_t begin, int64_t end,
                                                     void* scratch))
 AFA_SIMD_DECLARE(void walk_transpose_rows(const WalkParams& p, int64_t begin, int64_t end))
+// `scratch` holds kStepLanes values for each of at most (2r + 1) * (2r + kStepLanes) sources.
+constexpr int64_t kStepLanes = 16;
+AFA_SIMD_DECLARE(void walk_step_rows(const WalkStepParams& p, int64_t begin, int64_t end, void* scratch))
 
 const char* walk_transition_cuda(const WalkParams& p, void* stream);
 const char* walk_transition_backward_cuda(const WalkParams& p, void* stream);
 const char* walk_transpose_cuda(const WalkParams& p, void* stream);
+const char* walk_step_cuda(const WalkStepParams& p, void* stream);
 
 }  // namespace afa

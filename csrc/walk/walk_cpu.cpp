@@ -1,7 +1,11 @@
-// The walk's transition on the CPU; compiled once per SIMD level. A thread owns rows of target nodes: it
-// reads each affinity entry of their windows once (those of one source are adjacent, and stay in the
-// first-level cache while the offsets pass), so that the N x N matrix is touched only inside the window, and
-// nothing is shared.
+// The walk's transition and its single step on the CPU; compiled once per SIMD level. A thread owns rows of
+// target nodes: it reads each affinity entry of their windows once (those of one source are adjacent, and
+// stay in the first-level cache while the offsets pass), so that the N x N matrix is touched only inside the
+// window, and nothing is shared.
+//
+// step: a vector of targets walks over all sources within reach. The entries of one source are adjacent, so
+// that they are raised and summed by vectors; they wait in the first-level cache while the classes pass in
+// blocks that fit the registers, a multiply-add for each source and class.
 #include <cmath>
 
 #include "common/vec.h"
@@ -16,6 +20,24 @@ inline float power_of(float value, double power) {
 }
 inline double power_of(double value, double power) {
   return ::pow(value, power);
+}
+
+// Raises values to the power, by vectors where it is a whole number.
+template <typename T>
+inline typename Vec<T>::type raised_lanes(const WalkParams& p, typename Vec<T>::type value) {
+  if (p.whole_power > 0) return whole_power(value, p.whole_power);
+  for (int i = 0; i < kLanes<T>; ++i) value[i] = power_of(value[i], p.power);
+  return value;
+}
+
+template <typename T>
+inline void raise(const WalkParams& p, T* values, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>)
+    store<T>(values + i, raised_lanes<T>(p, load<T>(values + i)));
+  for (; i < count; ++i) {
+    values[i] = p.whole_power > 0 ? whole_power(values[i], p.whole_power) : power_of(values[i], p.power);
+  }
 }
 
 template <typename T>
@@ -50,30 +72,36 @@ inline void each_neighbour(const WalkParams& p, int64_t y, const F& f) {
   }
 }
 
+// Columns are summed and divided in double: an error they share would grow with every step of a long walk.
 template <typename T>
-void transition_rows(const WalkParams& p, int64_t begin, int64_t end, T* sum) {
+void transition_rows(const WalkParams& p, int64_t begin, int64_t end, double* sum) {
   const T* affinity = static_cast<const T*>(p.affinity);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / p.height, y = item % p.height;
     T* out = static_cast<T*>(p.out) + (b * p.stencil.size * p.height + y) * p.width;
     const int64_t plane = p.height * p.width;
-    for (int64_t x = 0; x < p.width; ++x) sum[x] = static_cast<T>(p.eps);
+    for (int64_t x = 0; x < p.width; ++x) sum[x] = p.eps;
     each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
       T* weights = out + k * plane;
       for (int64_t x = 0; x < first; ++x) weights[x] = 0;
       for (int64_t x = last; x < p.width; ++x) weights[x] = 0;
-      for (int64_t x = first; x < last; ++x) {
-        weights[x] = affinity[affinity_index(p, b, row * p.width + x + dx, y * p.width + x, k)];
+      const T* from = affinity + affinity_index(p, b, row * p.width + dx, y * p.width, k);
+      if (p.layout == Layout::by_offset) {
+        for (int64_t x = first; x < last; ++x) weights[x] = from[x];
+      } else {
+        const int64_t stride = p.layout == Layout::dense ? plane + 1 : p.stencil.size;
+        for (int64_t x = first; x < last; ++x) weights[x] = from[x * stride];
       }
-      for (int64_t x = first; x < last; ++x) {
-        weights[x] = raised(p, weights[x]);
-        sum[x] += weights[x];
-      }
+      raise(p, weights + first, last - first);
+#pragma GCC ivdep
+      for (int64_t x = first; x < last; ++x) sum[x] += weights[x];
     });
     if (!p.normalize) continue;
     for (int64_t x = 0; x < p.width; ++x) sum[x] = 1 / sum[x];
     for (int64_t k = 0; k < p.stencil.size; ++k) {
-      for (int64_t x = 0; x < p.width; ++x) out[k * plane + x] *= sum[x];
+      T* weights = out + k * plane;
+#pragma GCC ivdep
+      for (int64_t x = 0; x < p.width; ++x) weights[x] = static_cast<T>(weights[x] * sum[x]);
     }
   }
 }
@@ -106,7 +134,8 @@ void transition_backward_rows(const WalkParams& p, int64_t begin, int64_t end, T
     each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
       for (int64_t x = first; x < last; ++x) {
         const int64_t at = affinity_index(p, b, row * p.width + x + dx, y * p.width + x, k);
-        out[at] = (grad[k * plane + x] - dot[x]) / sum[x] * raised_derivative(p, affinity[at]);
+        out[gradient_index(p, b, row * p.width + x + dx, y * p.width + x, k)] =
+            (grad[k * plane + x] - dot[x]) / sum[x] * raised_derivative(p, affinity[at]);
       }
     });
   }
@@ -129,13 +158,148 @@ void transpose_rows(const WalkParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// ---- a single step
+
+constexpr int kStepClasses = 12;  // sums in registers
+
+// For the targets x0 to x0 + count - 1 of row y: f(source row, first source, end source, half, run's first k)
+// for every row of sources within reach.
+template <typename F>
+inline void each_source_row(const WalkParams& p, int64_t y, int64_t x0, int64_t count, const F& f) {
+  int64_t k = 0;
+  for (int r = 0; r < p.stencil.runs; ++r) {
+    const Run& run = p.stencil.run[r];
+    const int64_t row = y + run.dy, half = run.dx;
+    if (row >= 0 && row < p.height) {
+      const int64_t first = x0 - half > 0 ? x0 - half : 0;
+      const int64_t end = x0 + count + half < p.width ? x0 + count + half : p.width;
+      f(row, first, end, half, k);
+    }
+    k += run.count;
+  }
+}
+
+// Entries of the targets within `half` of x among x0 + lane < x0 + count, the first at `entries[at]`; the
+// other lanes are 0, whatever lies there.
+template <typename T>
+inline typename Vec<T>::type window_entries(const T* entries, int64_t at, int64_t size, int64_t low,
+                                            int64_t high) {
+  typename Vec<T>::type value = {};
+  if (at < 0 || at + kLanes<T> > size) {
+    for (int64_t lane = low; lane <= high; ++lane) value[lane] = entries[at + lane];
+    return value;
+  }
+  const typename Vec<T>::type all = load<T>(entries + at);
+  typename Vec<T>::ints lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  using Int = decltype(lane[0] + lane[0]);
+  return (lane >= static_cast<Int>(low)) & (lane <= static_cast<Int>(high)) ? all : value;
+}
+
+template <typename T, int CLASSES>
+inline void step_classes(const WalkStepParams& p, const T* powers, typename Vec<T>::type scale, int64_t b,
+                         int64_t y, int64_t x0, int64_t count, int64_t first_class) {
+  using V = typename Vec<T>::type;
+  const WalkParams& walk = p.walk;
+  const int64_t nodes = walk.height * walk.width;
+  const int64_t begin = p.active_begin[b], classes = p.active_begin[b + 1] - begin;
+  const T* scores = static_cast<const T*>(p.scores) + begin * nodes + first_class;
+  V sum[CLASSES] = {};
+  each_source_row(walk, y, x0, count, [&](int64_t row, int64_t first, int64_t end, int64_t, int64_t) {
+    const T* score = scores + (row * walk.width + first) * classes;
+    for (int64_t x = first; x < end; ++x, score += classes, powers += kLanes<T>) {
+      const V value = load<T>(powers);
+      for (int c = 0; c < CLASSES; ++c) sum[c] += value * score[c];
+    }
+  });
+  for (int c = 0; c < CLASSES; ++c) {
+    T* out = static_cast<T*>(p.out) + p.active[begin + first_class + c] * nodes + y * walk.width + x0;
+    if (count < kLanes<T>) {
+      store_first<T>(out, sum[c] * scale, count);
+    } else {
+      store<T>(out, sum[c] * scale);
+    }
+  }
+}
+
+template <typename T>
+void step_rows(const WalkStepParams& p, int64_t begin, int64_t end, T* powers) {
+  using V = typename Vec<T>::type;
+  const WalkParams& walk = p.walk;
+  const T* affinity = static_cast<const T*>(walk.affinity);
+  const int64_t nodes = walk.height * walk.width;
+  const bool dense = walk.layout == Layout::dense;
+  const int64_t size = walk.batch * nodes * (dense ? nodes : walk.stencil.size);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / walk.height, y = item % walk.height;
+    const int64_t classes = p.active_begin[b + 1] - p.active_begin[b];
+    if (classes == 0) continue;
+    for (int64_t x = 0; x < walk.width; x += kLanes<T>) {
+      // A row that is no multiple of the vector's length ends with an overlapping vector.
+      const int64_t last = walk.width - kLanes<T>;
+      const int64_t x0 = last < 0 ? 0 : x < last ? x : last;
+      const int64_t count = last < 0 ? walk.width : kLanes<T>;
+      T* power = powers;
+      V sum = V{} + static_cast<T>(walk.eps);
+      each_source_row(
+          walk, y, x0, count, [&](int64_t row, int64_t first, int64_t stop, int64_t half, int64_t k) {
+            for (int64_t source = first; source < stop; ++source, power += kLanes<T>) {
+              const int64_t low = source - half - x0, high = source + half - x0;
+              // Targets are adjacent in a dense row, and so are the offsets that lead to them in a window.
+              const int64_t at =
+                  dense ? affinity_index(walk, b, row * walk.width + source, y * walk.width + x0, 0)
+                        : affinity_index(walk, b, row * walk.width + source, 0, k - low);
+              const V value = raised_lanes<T>(walk, window_entries(affinity, at, size, low > 0 ? low : 0,
+                                                                   high < count ? high : count - 1));
+              sum += value;
+              store<T>(power, value);
+            }
+          });
+      const V scale = walk.normalize ? 1 / sum : V{} + 1;
+      for (int64_t c = 0; c < classes;) {
+        // Blocks of nearly equal size.
+        const int64_t blocks = (classes - c + kStepClasses - 1) / kStepClasses;
+        const int64_t block = (classes - c + blocks - 1) / blocks;
+        switch (block) {
+#define AFA_STEP_CASE(n)                                      \
+  case n:                                                     \
+    step_classes<T, n>(p, powers, scale, b, y, x0, count, c); \
+    break;
+          AFA_STEP_CASE(1)
+          AFA_STEP_CASE(2)
+          AFA_STEP_CASE(3)
+          AFA_STEP_CASE(4)
+          AFA_STEP_CASE(5)
+          AFA_STEP_CASE(6)
+          AFA_STEP_CASE(7)
+          AFA_STEP_CASE(8)
+          AFA_STEP_CASE(9)
+          AFA_STEP_CASE(10)
+          AFA_STEP_CASE(11)
+          AFA_STEP_CASE(12)
+#undef AFA_STEP_CASE
+        }
+        c += block;
+      }
+    }
+  }
+}
+
 }  // namespace
 
-void walk_transition_rows(const WalkParams& p, int64_t begin, int64_t end, void* scratch) {
-  if (p.kind == Kind::f64) {
-    transition_rows<double>(p, begin, end, static_cast<double*>(scratch));
+void walk_step_rows(const WalkStepParams& p, int64_t begin, int64_t end, void* scratch) {
+  if (p.walk.kind == Kind::f64) {
+    step_rows<double>(p, begin, end, static_cast<double*>(scratch));
   } else {
-    transition_rows<float>(p, begin, end, static_cast<float*>(scratch));
+    step_rows<float>(p, begin, end, static_cast<float*>(scratch));
+  }
+}
+
+void walk_transition_rows(const WalkParams& p, int64_t begin, int64_t end, double* scratch) {
+  if (p.kind == Kind::f64) {
+    transition_rows<double>(p, begin, end, scratch);
+  } else {
+    transition_rows<float>(p, begin, end, scratch);
   }
 }
 

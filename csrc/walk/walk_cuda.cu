@@ -1,7 +1,9 @@
 // The walk's transition on CUDA. transition and its backward: a thread owns one target node, reads the
 // entries of its window twice (the sum first; the second time from cache) and writes K coalesced weights.
 // Neighbouring targets read neighbouring entries of neighbouring sources, so a source's line serves a warp as
-// the offsets pass. transpose: a thread owns one entry. Nothing outside the window is read.
+// the offsets pass. transpose: a thread owns one entry. step: a thread owns one target node of up to eight
+// classes, and reads the entries of its window once for their sum and for the scores. Nothing outside the
+// window is read.
 #include "common/cuda.cuh"
 #include "walk/walk.h"
 
@@ -54,16 +56,17 @@ __global__ void __launch_bounds__(kThreads) walk_transition_kernel(const __grid_
       auto entry = [&](int64_t source, int64_t k) {
         return raised(p, to_sum<Sum>(affinity[affinity_index(p, b, source, node, k)]));
       };
-      Sum factor = 1;
+      // In double: an error that a column shares would grow with every step of a long walk.
+      double factor = 1;
       if (p.normalize) {
-        Sum sum = static_cast<Sum>(p.eps);
+        double sum = p.eps;
         each_source(p, y, x, [&](int64_t k, int64_t source) {
           if (source >= 0) sum += entry(source, k);
         });
         factor = 1 / sum;
       }
       each_source(p, y, x, [&](int64_t k, int64_t source) {
-        out[k * nodes + node] = source >= 0 ? entry(source, k) * factor : Sum{0};
+        out[k * nodes + node] = source >= 0 ? static_cast<Sum>(entry(source, k) * factor) : Sum{0};
       });
     }
   }
@@ -95,7 +98,8 @@ __global__ void __launch_bounds__(kThreads)
         if (source < 0) return;
         const int64_t at = affinity_index(p, b, source, node, k);
         const Sum slope = raised_derivative(p, to_sum<Sum>(affinity[at]));
-        out[at] = from_sum<T>((grad[k * nodes + node] - dot) / sum * slope);
+        out[gradient_index(p, b, source, node, k)] =
+            from_sum<T>((grad[k * nodes + node] - dot) / sum * slope);
       });
     }
   }
@@ -117,6 +121,47 @@ __global__ void __launch_bounds__(kThreads) walk_transpose_kernel(const __grid_c
   }
 }
 
+constexpr int kStepClasses = 8;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) walk_step_kernel(const __grid_constant__ WalkStepParams p) {
+  using Sum = typename SumOf<T>::type;
+  const WalkParams& walk = p.walk;
+  const T* affinity = static_cast<const T*>(walk.affinity);
+  const int64_t nodes = walk.height * walk.width;
+  const int64_t groups = (p.classes + kStepClasses - 1) / kStepClasses;
+  for (int64_t index = blockIdx.y; index < walk.batch * groups; index += gridDim.y) {
+    const int64_t b = index / groups, first = index % groups * kStepClasses;
+    const int64_t plane = b * p.classes + first;
+    const int64_t count = p.classes - first < kStepClasses ? p.classes - first : kStepClasses;
+    const Sum* scores = static_cast<const Sum*>(p.scores) + plane * nodes;
+    Sum* out = static_cast<Sum*>(p.out) + plane * nodes;
+    bool on[kStepClasses];
+    for (int c = 0; c < kStepClasses; ++c) {
+      on[c] = c < count && (p.class_mask == nullptr || p.class_mask[plane + c]);
+    }
+    for (int64_t node = first_item(); node < nodes; node += item_stride()) {
+      const int64_t y = node / walk.width, x = node - y * walk.width;
+      Sum total = static_cast<Sum>(walk.eps);
+      Sum sum[kStepClasses] = {};
+      each_source(walk, y, x, [&](int64_t k, int64_t source) {
+        if (source < 0) return;
+        const Sum value = raised(walk, to_sum<Sum>(affinity[affinity_index(walk, b, source, node, k)]));
+        total += value;
+#pragma unroll
+        for (int c = 0; c < kStepClasses; ++c) {
+          if (on[c]) sum[c] += value * scores[c * nodes + source];
+        }
+      });
+      const Sum factor = walk.normalize ? 1 / total : Sum{1};
+#pragma unroll
+      for (int c = 0; c < kStepClasses; ++c) {
+        if (c < count) out[c * nodes + node] = on[c] ? sum[c] * factor : Sum{0};
+      }
+    }
+  }
+}
+
 dim3 node_grid(const WalkParams& p) {
   return grid_for(p.height * p.width, p.batch);
 }
@@ -133,6 +178,15 @@ const char* walk_transition_cuda(const WalkParams& p, void* stream) {
 const char* walk_transition_backward_cuda(const WalkParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((walk_transition_backward_kernel<decltype(type)>), node_grid(p), kThreads, stream, p);
+  });
+  return launch_error();
+}
+
+const char* walk_step_cuda(const WalkStepParams& p, void* stream) {
+  const int64_t groups = ceil_div(p.classes, kStepClasses);
+  with_type(p.walk.kind, [&](auto type) {
+    AFA_LAUNCH((walk_step_kernel<decltype(type)>),
+               grid_for(p.walk.height * p.walk.width, p.walk.batch * groups), kThreads, stream, p);
   });
   return launch_error();
 }

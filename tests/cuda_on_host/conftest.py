@@ -21,10 +21,17 @@ HOST_SOURCES = [
     "labels/labels.cpp",
     "par/par.cpp",
     "walk/walk.cpp",
+    "window/window.cpp",
     "stencil/propagate.cpp",
 ]
 # Never called in this build, but the host code names them.
-CPU_SOURCES = ["labels/labels_cpu.cpp", "par/par_cpu.cpp", "walk/walk_cpu.cpp", "stencil/stencil_cpu.cpp"]
+CPU_SOURCES = [
+    "labels/labels_cpu.cpp",
+    "par/par_cpu.cpp",
+    "walk/walk_cpu.cpp",
+    "window/window_cpu.cpp",
+    "stencil/stencil_cpu.cpp",
+]
 CUDA_SOURCES = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cu"))
 
 

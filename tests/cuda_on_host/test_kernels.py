@@ -33,6 +33,18 @@ def test_walk_golden(case, kernels, golden, assert_relative):
     assert_relative(out, g["plain_windowed"])
 
 
+@pytest.mark.parametrize("case", ["irn_walk_a"])
+def test_irn_golden(case, kernels, golden, assert_relative):
+    g = golden(case)
+    _, height, width = g["edge"].shape
+    planes = kernels.edge_affinity(g["edge"], g["radius"])
+    affinity = planes.flatten(2).mT
+    transition = kernels.walk_transition(affinity, height, width, g["radius"], "disc", float(g["beta"]), True, 0.0)
+    scores = (g["cams"] * (1 - g["edge"]))[None]
+    out = kernels.walk_propagate(scores, transition, g["radius"], "disc", 2 ** g["exp_times"], None)
+    assert_relative(out[0], g["out"])
+
+
 def compare(kernels, name, arguments, limit, assert_relative):
     actual = getattr(kernels, name)(*arguments)
     expected = getattr(NATIVE, name)(*arguments)
@@ -73,7 +85,13 @@ def test_walk(grid, radius, window, dtype, kernels, assert_relative):
     nodes, classes = grid[0] * grid[1], 5
     limit = LIMITS[dtype]
     offsets = NATIVE.walk_transition(torch.rand(1, nodes, nodes), *grid, radius, window, 1.0, False, 0.0).shape[1]
-    for affinity in (torch.rand(2, nodes, nodes).to(dtype), torch.rand(2, nodes, offsets).to(dtype)):
+    dense, windowed = torch.rand(2, nodes, nodes).to(dtype), torch.rand(2, nodes, offsets).to(dtype)
+    step_scores = torch.rand(2, 11, *grid, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    step_keep = torch.rand(2, 11) > 0.4
+    for affinity in (dense, windowed, windowed.mT.contiguous().mT):
+        for normalize, mask in ((True, None), (False, step_keep)):
+            arguments = (step_scores, affinity, radius, window, 3.0, normalize, 0.01, mask)
+            compare(kernels, "walk_step", arguments, limit, assert_relative)
         for power, normalize in ((2.0, True), (1.5, False), (1.5, True), (10.0, True)):
             settings = (*grid, radius, window, power, normalize, 0.01)
             transition = compare(kernels, "walk_transition", (affinity, *settings), limit, assert_relative)
@@ -90,6 +108,18 @@ def test_walk(grid, radius, window, dtype, kernels, assert_relative):
             ("walk_propagate_backward_transition", (grad, scores, transition)),
         ):
             compare(kernels, name, (*arguments, *settings), max(limit, 1e-10), assert_relative)
+
+
+@DTYPES
+@pytest.mark.parametrize(("grid", "radius"), [((1, 1), 2), ((5, 6), 1), ((9, 17), 5), ((4, 5), 9)], ids=str)
+def test_window_affinities(grid, radius, dtype, kernels, assert_relative):
+    limit = LIMITS[dtype]
+    compare(kernels, "edge_affinity", (torch.rand(2, *grid).to(dtype), radius), limit, assert_relative)
+    features = torch.randn(2, 5, *grid).to(dtype)
+    features[..., ::2] = features[..., :1].clone()
+    affinity = compare(kernels, "feature_affinity", (features, radius), limit, assert_relative)
+    grad = torch.rand_like(affinity)
+    compare(kernels, "feature_affinity_backward", (grad, features, affinity, radius), limit, assert_relative)
 
 
 def label_arguments(cams, box=None, weights=None, index=None, **changed):

@@ -1,0 +1,115 @@
+#include "window/window.h"
+
+#include <vector>
+
+#include "ops.h"
+#include "stencil/propagate.h"
+
+namespace afa {
+namespace {
+
+// Of planes [B, C, h, w] or, without channels, [B, h, w].
+WindowParams make_params(const Tensor& planes, int64_t radius) {
+  WindowParams p;
+  p.stencil = window_stencil(radius, "disc");
+  const int64_t d = planes.dim();
+  p.batch = planes.size(0);
+  p.channels = d == 4 ? planes.size(1) : 1;
+  p.height = planes.size(d - 2);
+  p.width = planes.size(d - 1);
+  return p;
+}
+
+// The multiply-adds of one row of nodes, for sharing rows out to threads; `entry` is one pair's.
+int64_t row_work(const WindowParams& p, int64_t entry) {
+  return p.stencil.size * p.width * entry;
+}
+
+}  // namespace
+
+Tensor edge_affinity(const Tensor& edge, int64_t radius) {
+  check_shape(edge, "edge", "[B, h, w]", {-1, -1, -1});
+  kind_of(edge, "edge");
+  WindowParams p = make_params(edge, radius);
+  const bool cuda = on_cuda(edge);
+  std::optional<CudaScope> scope;
+  if (cuda) scope.emplace(edge);
+  const ScalarType type = work_type(edge);
+  const Tensor out = empty(edge, {p.batch, p.stencil.size, p.height, p.width}, type);
+  if (out.numel() > 0) {
+    const Tensor source = contiguous_as(edge, type);
+    p.kind = kind_of(source, "edge");
+    p.in = source.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    if (cuda) {
+      AFA_CUDA_LAUNCH("edge_affinity", window_edge_cuda(p, scope->stream()));
+    } else {
+      parallel_rows(p.batch * p.height, row_work(p, radius),
+                    [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(window_edge_rows, p, begin, end); });
+    }
+  }
+  return contiguous_as(out, edge.scalar_type());
+}
+
+Tensor feature_affinity(const Tensor& features, int64_t radius) {
+  check_shape(features, "features", "[B, C, h, w]", {-1, -1, -1, -1});
+  AFA_CHECK(features.size(1) > 0, "features must have at least one channel, got shape ",
+            shape_string(features));
+  kind_of(features, "features");
+  WindowParams p = make_params(features, radius);
+  const bool cuda = on_cuda(features);
+  std::optional<CudaScope> scope;
+  if (cuda) scope.emplace(features);
+  const ScalarType type = work_type(features);
+  const Tensor out = empty(features, {p.batch, p.stencil.size, p.height, p.width}, type);
+  if (out.numel() > 0) {
+    const Tensor source = contiguous_as(features, type);
+    p.kind = kind_of(source, "features");
+    p.in = source.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    if (cuda) {
+      AFA_CUDA_LAUNCH("feature_affinity", window_feature_cuda(p, scope->stream()));
+    } else {
+      parallel_rows(p.batch * p.height, row_work(p, p.channels),
+                    [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(window_feature_rows, p, begin, end); });
+    }
+  }
+  return contiguous_as(out, features.scalar_type());
+}
+
+Tensor feature_affinity_backward(const Tensor& grad, const Tensor& features, const Tensor& affinity,
+                                 int64_t radius) {
+  check_shape(features, "features", "[B, C, h, w]", {-1, -1, -1, -1});
+  kind_of(features, "features");
+  WindowParams p = make_params(features, radius);
+  for (const auto& [tensor, name] : {std::pair{&grad, "grad"}, std::pair{&affinity, "affinity"}}) {
+    check_shape(*tensor, name, "[B, window, h, w]", {p.batch, p.stencil.size, p.height, p.width});
+    check_like(*tensor, name, features, "features");
+  }
+  const bool cuda = on_cuda(features);
+  std::optional<CudaScope> scope;
+  if (cuda) scope.emplace(features);
+  const ScalarType type = work_type(features);
+  const Tensor out = empty(features, {p.batch, p.channels, p.height, p.width}, type);
+  if (out.numel() > 0) {
+    const Tensor source = contiguous_as(features, type);
+    const Tensor values = contiguous_as(affinity, type);
+    const Tensor outgoing = contiguous_as(grad, type);
+    p.kind = kind_of(source, "features");
+    p.in = source.const_data_ptr();
+    p.affinity = values.const_data_ptr();
+    p.grad = outgoing.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    if (cuda) {
+      AFA_CUDA_LAUNCH("feature_affinity_backward", window_feature_backward_cuda(p, scope->stream()));
+    } else {
+      parallel_rows(p.batch * p.height, row_work(p, 2 * p.channels), [&](int64_t begin, int64_t end) {
+        std::vector<double> scratch(p.stencil.size * p.width);
+        AFA_SIMD_CALL(window_feature_backward_rows, p, begin, end, scratch.data());
+      });
+    }
+  }
+  return contiguous_as(out, features.scalar_type());
+}
+
+}  // namespace afa

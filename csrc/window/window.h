@@ -1,0 +1,58 @@
+// Windowed affinities of neighbouring nodes: from a boundary map (IRN) and from features (PSA).
+//
+// Planes by offset: A[b, k, y, x] is the affinity of node (y, x) and the node that the window's offset k
+// leads to from there; 0 where that leaves the grid. A is symmetric, A[k] at a node is A[K - 1 - k] at its
+// k-th neighbour, so that only the half of the window after its centre is computed.
+#pragma once
+
+#include <cstdint>
+
+#include "common/geometry.h"
+#include "common/simd.h"
+
+namespace afa {
+
+struct WindowParams {
+  Stencil stencil;        // the window's offsets, each with its sign turned, in the order of the window
+  Kind kind = Kind::f32;  // of all tensors
+  int64_t batch = 0, channels = 0, height = 0, width = 0;
+  const void* in = nullptr;        // [B, h, w] boundary map, or [B, C, h, w] features; contiguous
+  const void* affinity = nullptr;  // backward: [B, K, h, w], what the forward pass returned
+  const void* grad = nullptr;      // backward: [B, K, h, w]
+  void* out = nullptr;             // [B, K, h, w]; backward: [B, C, h, w]
+};
+
+namespace {
+
+// f(y, x) for the grid points on the way from (0, 0) to (dy, dx), dy >= 0: those of the box around the
+// segment whose distance from the line is under 1. In each row they are adjacent, and the first tried is
+// always one.
+template <typename F>
+AFA_HOST_DEVICE inline void each_path_point(int64_t dy, int64_t dx, const F& f) {
+  const int64_t length = dy * dy + dx * dx;  // squared, as are the distances times the length
+  const int64_t low = dx < 0 ? dx : 0, high = dx > 0 ? dx : 0;
+  auto near = [&](int64_t y, int64_t x) {
+    const int64_t cross = dy * x - dx * y;
+    return x >= low && x <= high && cross * cross < length;
+  };
+  for (int64_t y = 0; y <= dy; ++y) {
+    int64_t x = dy == 0 ? 0 : dx * y / dy;
+    while (near(y, x - 1)) --x;
+    for (; near(y, x); ++x) f(y, x);
+  }
+}
+
+}  // namespace
+
+// Rows `begin` to `end` of the batch's B * h rows; float32 and float64. A row also writes what it mirrors
+// into later rows. `scratch` holds K * w values.
+AFA_SIMD_DECLARE(void window_edge_rows(const WindowParams& p, int64_t begin, int64_t end))
+AFA_SIMD_DECLARE(void window_feature_rows(const WindowParams& p, int64_t begin, int64_t end))
+AFA_SIMD_DECLARE(void window_feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end,
+                                                   void* scratch))
+
+const char* window_edge_cuda(const WindowParams& p, void* stream);
+const char* window_feature_cuda(const WindowParams& p, void* stream);
+const char* window_feature_backward_cuda(const WindowParams& p, void* stream);
+
+}  // namespace afa

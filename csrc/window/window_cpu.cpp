@@ -1,0 +1,217 @@
+// Windowed affinities on the CPU; compiled once per SIMD level. A thread owns rows of nodes; the loops run
+// along x. Each pair is computed once, by the row of its upper node, and written twice.
+//
+// Features: four channels at a time are added to a row of sums, and channels pass in blocks whose rows stay
+// in the first-level cache while the offsets pass. Which thread computes a row changes no sum.
+#include "common/vec.h"
+#include "window/window.h"
+
+namespace afa {
+namespace AFA_SIMD {
+namespace {
+
+constexpr int64_t kChannelBlock = 32;
+
+// f(k, dy, dx, first x, end x): the nodes of a row for which x + dx lies in the grid (none: end = first).
+template <typename F>
+inline void each_offset(const WindowParams& p, const F& f) {
+  int64_t k = 0;
+  for (int r = 0; r < p.stencil.runs; ++r) {
+    const Run& run = p.stencil.run[r];
+    for (int j = 0; j < run.count; ++j, ++k) {
+      const int64_t dx = -(run.dx + int64_t{j} * run.step);
+      int64_t first = dx < 0 ? -dx : 0;
+      int64_t end = dx > 0 ? p.width - dx : p.width;
+      if (first > p.width) first = p.width;
+      if (end < first) end = first;
+      f(k, -int64_t{run.dy}, dx, first, end);
+    }
+  }
+}
+
+// The same for pairs whose upper (or, in one row, left) node lies in row y: offsets after the window's
+// centre.
+template <typename F>
+inline void each_pair(const WindowParams& p, int64_t y, const F& f) {
+  each_offset(p, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t end) {
+    if (k > p.stencil.size / 2 && y + dy < p.height) f(k, dy, dx, first, end);
+  });
+}
+
+// The centre is 1, what leaves the grid 0.
+template <typename T>
+inline void fill_border(const WindowParams& p, T* out, int64_t y) {
+  each_offset(p, [&](int64_t k, int64_t dy, int64_t, int64_t first, int64_t end) {
+    T* row = out + (k * p.height + y) * p.width;
+    const bool inside = y + dy >= 0 && y + dy < p.height;
+    if (!inside) first = end = p.width;
+    if (k == p.stencil.size / 2) {
+      for (int64_t x = 0; x < p.width; ++x) row[x] = 1;
+      return;
+    }
+    for (int64_t x = 0; x < first; ++x) row[x] = 0;
+    for (int64_t x = end; x < p.width; ++x) row[x] = 0;
+  });
+}
+
+// Copies affinities [first, end) of row y to its pairs' other ends.
+template <typename T>
+inline void mirror(const WindowParams& p, T* out, int64_t k, int64_t y, int64_t dy, int64_t dx, int64_t first,
+                   int64_t end) {
+  const T* from = out + (k * p.height + y) * p.width;
+  T* to = out + ((p.stencil.size - 1 - k) * p.height + y + dy) * p.width + dx;
+  for (int64_t x = first; x < end; ++x) to[x] = from[x];
+}
+
+template <typename T>
+void edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
+  const int64_t nodes = p.height * p.width;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / p.height, y = item % p.height;
+    const T* edge = static_cast<const T*>(p.in) + b * nodes + y * p.width;
+    T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
+    fill_border(p, out, y);
+    each_pair(p, y, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
+      T* top = out + (k * p.height + y) * p.width;
+      for (int64_t x = first; x < last; ++x) top[x] = edge[x];
+      each_path_point(dy, dx, [&](int64_t py, int64_t px) {
+        const T* on_path = edge + py * p.width + px;
+#pragma GCC ivdep
+        for (int64_t x = first; x < last; ++x) top[x] = on_path[x] > top[x] ? on_path[x] : top[x];
+      });
+      for (int64_t x = first; x < last; ++x) top[x] = 1 - top[x];
+      mirror(p, out, k, y, dy, dx, first, last);
+    });
+  }
+}
+
+inline float distance(float a, float b) {
+  return __builtin_fabsf(a - b);
+}
+inline double distance(double a, double b) {
+  return __builtin_fabs(a - b);
+}
+
+template <typename T>
+void add_distances(const T* a, const T* b, int64_t stride, int64_t channels, T* sum, int64_t first,
+                   int64_t end) {
+  int64_t c = 0;
+  for (; c + 4 <= channels; c += 4, a += 4 * stride, b += 4 * stride) {
+    const T *a1 = a + stride, *a2 = a1 + stride, *a3 = a2 + stride;
+    const T *b1 = b + stride, *b2 = b1 + stride, *b3 = b2 + stride;
+#pragma GCC ivdep
+    for (int64_t x = first; x < end; ++x) {
+      sum[x] +=
+          (distance(a[x], b[x]) + distance(a1[x], b1[x])) + (distance(a2[x], b2[x]) + distance(a3[x], b3[x]));
+    }
+  }
+  for (; c < channels; ++c, a += stride, b += stride) {
+#pragma GCC ivdep
+    for (int64_t x = first; x < end; ++x) sum[x] += distance(a[x], b[x]);
+  }
+}
+
+// exp(-value / channels), by vectors; a NaN stays one.
+template <typename T>
+void exponentials(T* values, int64_t count, T scale) {
+  using V = typename Vec<T>::type;
+  auto exponential = [&](V v) {
+    const V x = v * -scale;
+    return x == x ? exp_nonpositive(x) : x;
+  };
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(values + i, exponential(load<T>(values + i)));
+  if (i < count) store_first<T>(values + i, exponential(load_first<T>(values + i, count - i)), count - i);
+}
+
+template <typename T>
+void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
+  const int64_t nodes = p.height * p.width;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / p.height, y = item % p.height;
+    const T* features = static_cast<const T*>(p.in) + b * p.channels * nodes + y * p.width;
+    T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
+    fill_border(p, out, y);
+    for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
+      const int64_t block = p.channels - c < kChannelBlock ? p.channels - c : kChannelBlock;
+      const T* here = features + c * nodes;
+      each_pair(p, y, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
+        T* sum = out + (k * p.height + y) * p.width;
+        if (c == 0) {
+          for (int64_t x = first; x < last; ++x) sum[x] = 0;
+        }
+        add_distances(here, here + dy * p.width + dx, nodes, block, sum, first, last);
+      });
+    }
+    each_pair(p, y, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
+      exponentials<T>(out + (k * p.height + y) * p.width + first, last - first,
+                      T{1} / static_cast<T>(p.channels));
+      mirror(p, out, k, y, dy, dx, first, last);
+    });
+  }
+}
+
+// dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is that of both its entries.
+template <typename T>
+void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T* slope) {
+  const int64_t nodes = p.height * p.width;
+  const T scale = T{-1} / static_cast<T>(p.channels);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / p.height, y = item % p.height;
+    const T* grad = static_cast<const T*>(p.grad) + b * p.stencil.size * nodes;
+    const T* affinity = static_cast<const T*>(p.affinity) + b * p.stencil.size * nodes;
+    each_offset(p, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
+      if (y + dy < 0 || y + dy >= p.height) return;
+      const int64_t here = k * nodes + y * p.width;
+      const int64_t there = (p.stencil.size - 1 - k) * nodes + (y + dy) * p.width + dx;
+      for (int64_t x = first; x < last; ++x) {
+        slope[k * p.width + x] = (grad[here + x] + grad[there + x]) * affinity[here + x] * scale;
+      }
+    });
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const int64_t row = (b * p.channels + c) * nodes + y * p.width;
+      const T* features = static_cast<const T*>(p.in) + row;
+      T* out = static_cast<T*>(p.out) + row;
+      for (int64_t x = 0; x < p.width; ++x) out[x] = 0;
+      each_offset(p, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
+        if (y + dy < 0 || y + dy >= p.height) return;
+        const T* other = features + dy * p.width + dx;
+        const T* weight = slope + k * p.width;
+#pragma GCC ivdep
+        for (int64_t x = first; x < last; ++x) {
+          const T difference = features[x] - other[x], slope_here = weight[x];
+          out[x] += difference > 0 ? slope_here : (difference < 0 ? -slope_here : T{0});
+        }
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void window_edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
+  if (p.kind == Kind::f64) {
+    edge_rows<double>(p, begin, end);
+  } else {
+    edge_rows<float>(p, begin, end);
+  }
+}
+
+void window_feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
+  if (p.kind == Kind::f64) {
+    feature_rows<double>(p, begin, end);
+  } else {
+    feature_rows<float>(p, begin, end);
+  }
+}
+
+void window_feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, void* scratch) {
+  if (p.kind == Kind::f64) {
+    feature_backward_rows<double>(p, begin, end, static_cast<double*>(scratch));
+  } else {
+    feature_backward_rows<float>(p, begin, end, static_cast<float*>(scratch));
+  }
+}
+
+}  // namespace AFA_SIMD
+}  // namespace afa
