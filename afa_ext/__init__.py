@@ -4,6 +4,7 @@ Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain
 """
 
 from ._native import build_info
+from .affinity import affinity_from_attention, affinity_labels, affinity_loss
 from .labels import pseudo_labels
 from .par import PAR, par_affinity, par_propagate, par_refine
 from .walk import (
@@ -18,6 +19,9 @@ from .walk import (
 __version__ = "0.1.0"
 __all__ = [
     "PAR",
+    "affinity_from_attention",
+    "affinity_labels",
+    "affinity_loss",
     "build_info",
     "edge_affinity",
     "feature_affinity",

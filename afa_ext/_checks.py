@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 MAX_DILATIONS = 32
 MAX_RADIUS = 63
 MAX_EXP_TIMES = 30
@@ -146,6 +147,11 @@ def check_par_refine(images: Tensor, masks: Tensor, class_mask: Tensor | None, r
         )
 
 
+def check_grid(grid: tuple[int, int]) -> None:
+    if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
+        raise TypeError(f"grid must be the two sizes (h, w), got {_describe(grid)}")
+
+
 def check_random_walk(
     scores: Tensor,
     affinity: Tensor,
@@ -162,8 +168,7 @@ def check_random_walk(
 ) -> None:
     check_float_tensor(scores_name, scores, "[B, C, h, w]")
     check_float_tensor("affinity", affinity, "[B, N, N or window]")
-    if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
-        raise TypeError(f"grid must be the two sizes (h, w), got {_describe(grid)}")
+    check_grid(grid)
     if tuple(scores.shape[2:]) != tuple(grid):
         raise ValueError(f"{scores_name} must have spatial size {tuple(grid)} (grid), got shape {tuple(scores.shape)}")
     check_size("affinity", affinity, 0, scores.shape[0], f"the batch of {scores_name}")
@@ -350,3 +355,65 @@ def check_pseudo_labels(
             )
         check_same_device("weights", weights, "cams", cams)
     return offsets
+
+
+def check_affinity_from_attention(
+    attention: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int] | None, radius: int | None
+) -> tuple[int, int]:
+    """Returns the grid; without one, all nodes in a row."""
+    check_float_tensor("attention", attention, "[B, K, N, N]")
+    _, maps, nodes, columns = attention.shape
+    if nodes != columns:
+        raise ValueError(
+            f"attention must be square in its last two dimensions [B, K, N, N], got shape {tuple(attention.shape)}"
+        )
+    if maps < 1:
+        raise ValueError(f"attention must have at least one map, got shape {tuple(attention.shape)}")
+    for name, value, shapes, layout in (
+        ("weight", weight, ((maps,), (1, maps, 1, 1)), "[K] or [1, K, 1, 1]"),
+        ("bias", bias, ((1,), ()), "[1] or []"),
+    ):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor {layout}, got {_describe(value)}")
+        if tuple(value.shape) not in shapes:
+            raise ValueError(f"{name} must have shape {layout} with K = {maps}, got {_describe(value)}")
+        check_same_dtype(name, value, "attention", attention)
+        check_same_device(name, value, "attention", attention)
+    if grid is None:
+        if radius is not None:
+            raise ValueError("radius needs grid, the two sizes (h, w) of the token grid, got None")
+        return 1, nodes
+    check_grid(grid)
+    for size in grid:
+        check_int("grid's sizes", size, 0)
+    if grid[0] * grid[1] != nodes:
+        raise ValueError(f"grid must have h*w = {nodes} (N of attention), got {tuple(grid)}")
+    if radius is not None:
+        check_int("radius", radius, 0, MAX_RADIUS)
+    return grid[0], grid[1]
+
+
+def check_affinity_labels(label_map: Tensor, stride: int, radius: int, ignore_index: int, windowed: bool) -> None:
+    if not isinstance(label_map, Tensor):
+        raise TypeError(f"label_map must be an integer tensor [B, H, W], got {_describe(label_map)}")
+    if label_map.dim() != 3:
+        raise ValueError(f"label_map must have 3 dimensions [B, H, W], got {_describe(label_map)}")
+    if label_map.dtype not in LABEL_DTYPES:
+        raise TypeError(f"label_map must be uint8, int16, int32 or int64, got {_describe(label_map)}")
+    check_int("stride", stride, 1)
+    check_int("radius", radius, 0, MAX_RADIUS)
+    check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1)
+    if not isinstance(windowed, bool):
+        raise TypeError(f"windowed must be True or False, got {_describe(windowed)}")
+
+
+def check_affinity_loss(affinity: Tensor, labels: Tensor) -> None:
+    if not isinstance(affinity, Tensor) or affinity.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"affinity must be a float32, float16, bfloat16 or float64 tensor of any shape, got {_describe(affinity)}"
+        )
+    if not isinstance(labels, Tensor) or labels.dtype != torch.uint8:
+        raise TypeError(f"labels must be a uint8 tensor of the shape of affinity, got {_describe(labels)}")
+    if labels.shape != affinity.shape:
+        raise ValueError(f"labels must have the shape of affinity {tuple(affinity.shape)}, got {tuple(labels.shape)}")
+    check_same_device("labels", labels, "affinity", affinity)

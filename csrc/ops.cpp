@@ -10,8 +10,9 @@
 
 // One line an operator: X(name, "arguments -> results"). Shapes: images [B, 3, H, W]; masks, scores and their
 // gradients [B, C, H, W]; weights [B, 8*len(dilations), H, W]; affinity [B, N, N or window];
-// transition and window affinities by offset [B, window, h, w]; class_mask, present
-// bool [B, C]; class_index int64 [B, C]; box int64 [B, 4].
+// transition and window affinities by offset [B, window, h, w]; class_mask, present bool [B, C]; class_index
+// int64 [B, C]; box int64 [B, 4]; attention [B, K, N, N]; weight [K]; bias [1]; tokens int64 [B, h, w];
+// labels uint8, like affinity; sums [3]: the loss and the weights of a same and of a different pair.
 #define AFA_OPERATORS(X)                                                                                   \
   X(par_affinity, "(Tensor images, int[] dilations, float w1, float w2) -> Tensor")                        \
   X(par_propagate,                                                                                         \
@@ -44,7 +45,19 @@
   X(pseudo_labels,                                                                                         \
     "(Tensor images, Tensor cams, Tensor present, Tensor? class_index, Tensor? box, Tensor? weights, "     \
     "float low, float high, int downscale, int[] dilations, int num_iter, float w1, float w2, "            \
-    "int max_classes, int ignore_index) -> Tensor")
+    "int max_classes, int ignore_index) -> Tensor")                                                        \
+  X(affinity_from_attention,                                                                               \
+    "(Tensor attention, Tensor weight, Tensor bias, SymInt height, SymInt width, int? radius, "            \
+    "bool windowed) -> Tensor")                                                                            \
+  X(affinity_from_attention_backward_attention,                                                            \
+    "(Tensor grad, Tensor affinity, Tensor weight, SymInt height, SymInt width, int? radius, "             \
+    "bool windowed) -> Tensor")                                                                            \
+  X(affinity_from_attention_backward_weight,                                                               \
+    "(Tensor grad, Tensor affinity, Tensor attention, SymInt height, SymInt width, int? radius, "          \
+    "bool windowed) -> Tensor")                                                                            \
+  X(affinity_labels, "(Tensor tokens, int radius, int ignore_index, bool windowed) -> Tensor")             \
+  X(affinity_loss, "(Tensor affinity, Tensor labels) -> Tensor")                                           \
+  X(affinity_loss_backward, "(Tensor grad, Tensor sums, Tensor labels) -> Tensor")
 
 #define AFA_DEFINE(name, schema) m.def(#name schema);
 #define AFA_IMPLEMENT(name, schema) m.impl(#name, TORCH_BOX(&afa::name));

@@ -47,4 +47,17 @@ Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& pre
                      const std::vector<int64_t>& dilations, int64_t num_iter, double w1, double w2,
                      int64_t max_classes, int64_t ignore_index);
 
+Tensor affinity_from_attention(const Tensor& attention, const Tensor& weight, const Tensor& bias,
+                               int64_t height, int64_t width, std::optional<int64_t> radius, bool windowed);
+Tensor affinity_from_attention_backward_attention(const Tensor& grad, const Tensor& affinity,
+                                                  const Tensor& weight, int64_t height, int64_t width,
+                                                  std::optional<int64_t> radius, bool windowed);
+// [K + 1]: the gradients of weight, then that of bias.
+Tensor affinity_from_attention_backward_weight(const Tensor& grad, const Tensor& affinity,
+                                               const Tensor& attention, int64_t height, int64_t width,
+                                               std::optional<int64_t> radius, bool windowed);
+Tensor affinity_labels(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed);
+Tensor affinity_loss(const Tensor& affinity, const Tensor& labels);
+Tensor affinity_loss_backward(const Tensor& grad, const Tensor& sums, const Tensor& labels);
+
 }  // namespace afa

@@ -27,8 +27,40 @@ def wide_weights(make: Make) -> Tensor:
     return weights if weights.dtype == torch.float64 else weights.float()
 
 
+def numbers(make: Make, *shape: int) -> Tensor:
+    """uint8, 0 to 2."""
+    return torch.randint(0, 3, shape, dtype=torch.uint8, device=make(1).device)
+
+
+def in_sum_type(t: Tensor) -> Tensor:
+    """float64 as it is, else float32."""
+    return t.detach() if t.dtype == torch.float64 else t.detach().float()
+
+
 # For each operator, argument lists made by make(*shape): a random leaf of the device and type under test.
 CASES: dict[str, Callable[[Make], list[tuple]]] = {
+    "affinity_from_attention": lambda make: [
+        (make(2, 3, 20, 20), make(3), make(1), 4, 5, None, False),
+        (make(2, 3, 20, 20).mT, make(3), make(1), 4, 5, 1, True),
+        (make(2, 3, 20, 20), make(3).detach(), make(1).detach(), 4, 5, 2, False),
+    ],
+    "affinity_from_attention_backward_attention": lambda make: [
+        (make(2, 20, 20).detach(), make(2, 20, 20).detach(), make(3).detach(), 4, 5, None, False),
+        (make(2, 20, 9).detach(), make(2, 20, 9).detach(), make(3).detach(), 4, 5, 1, True),
+    ],
+    "affinity_from_attention_backward_weight": lambda make: [
+        (make(2, 20, 20).detach(), make(2, 20, 20).detach(), make(2, 3, 20, 20).detach(), 4, 5, None, False),
+        (make(2, 20, 9).detach(), make(2, 20, 9).detach(), make(2, 3, 20, 20).detach(), 4, 5, 1, True),
+    ],
+    "affinity_labels": lambda make: [
+        (numbers(make, 2, 4, 5).long(), 1, 2, False),
+        (numbers(make, 2, 4, 5).long(), 1, 255, True),
+    ],
+    "affinity_loss": lambda make: [
+        (make(2, 20, 9), numbers(make, 2, 20, 9)),
+        (make(2, 9, 20).mT, numbers(make, 2, 20, 9)),
+    ],
+    "affinity_loss_backward": lambda make: [(in_sum_type(make(3)), in_sum_type(make(3)), numbers(make, 2, 20, 9))],
     "par_affinity": lambda make: [(make(2, 3, 6, 7).detach(), DILATIONS, 0.3, 0.01)],
     "par_propagate": lambda make: [
         (make(2, 16, 6, 7), make(2, 3, 6, 7), DILATIONS, 2, None),

@@ -4,12 +4,16 @@ The tests hold the native kernels to these. They run on any device and are diffe
 floating-point input, at the price of time and memory.
 """
 
+from .affinity import affinity_from_attention, affinity_labels, affinity_loss
 from .labels import pseudo_labels
 from .par import PAR, par_affinity, par_propagate, par_refine
 from .walk import edge_affinity, feature_affinity, propagate_cams, propagate_to_edge, random_walk
 
 __all__ = [
     "PAR",
+    "affinity_from_attention",
+    "affinity_labels",
+    "affinity_loss",
     "edge_affinity",
     "feature_affinity",
     "par_affinity",

@@ -1,5 +1,8 @@
 #include "common/tensor.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 // Absent from CPU builds of torch: weak, so that one library loads into both.
@@ -86,6 +89,22 @@ ScalarType work_type(const Tensor& t) {
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::new_empty(like, sizes, type);
+}
+
+Tensor empty_in_huge_pages(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  Tensor t = empty(like, sizes, type);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (!t.is_cuda() && bytes >= 4 * kHugePage) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(begin), end - begin,
+            MADV_HUGEPAGE);  // a hint: its failure changes nothing
+  }
+#endif
+  return t;
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {

@@ -52,6 +52,9 @@ ScalarType sum_type(const Tensor& t);
 // The type kernels read: CPU kernels that in which sums are formed, CUDA kernels the tensor's own.
 ScalarType work_type(const Tensor& t);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
+// The same, and on the CPU, where the system gives them on request, in pages of 2 MiB: a large tensor is
+// fresh memory each time, and a fault for each 4 KiB of it costs several times what writing it does.
+Tensor empty_in_huge_pages(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 // A contiguous tensor of this type; t itself where it is one already.
 Tensor contiguous_as(const Tensor& t, ScalarType type);

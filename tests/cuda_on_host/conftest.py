@@ -14,24 +14,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_on_host"
-HOST_SOURCES = [
-    "ops.cpp",
-    "common/tensor.cpp",
-    "common/simd.cpp",
-    "labels/labels.cpp",
-    "par/par.cpp",
-    "walk/walk.cpp",
-    "window/window.cpp",
-    "stencil/propagate.cpp",
-]
-# Never called in this build, but the host code names them.
-CPU_SOURCES = [
-    "labels/labels_cpu.cpp",
-    "par/par_cpu.cpp",
-    "walk/walk_cpu.cpp",
-    "window/window_cpu.cpp",
-    "stencil/stencil_cpu.cpp",
-]
+# The SIMD files are never called in this build, but the host code names them.
+CPU_SOURCES = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cpp"))
 CUDA_SOURCES = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cu"))
 
 
@@ -81,7 +65,7 @@ def compile_all(headers: Path) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, [*HOST_SOURCES, *CPU_SOURCES, *CUDA_SOURCES]))
+        objects = list(pool.map(build, [*CPU_SOURCES, *CUDA_SOURCES]))
     folders = [f"-L{path}" for path in library_paths()]
     subprocess.run(["g++", "-shared", *objects, *folders, "-ltorch_cpu", "-lc10", "-o", str(library)], check=True)
     return library

@@ -1,5 +1,5 @@
 """Every CUDA kernel, run on the CPU, against the recorded cases and the CPU kernels (themselves held to the
-plain-PyTorch reference by tests/test_par.py and tests/test_walk.py)."""
+plain-PyTorch reference by tests/test_par.py, tests/test_walk.py and tests/test_affinity.py)."""
 
 from __future__ import annotations
 
@@ -43,6 +43,25 @@ def test_irn_golden(case, kernels, golden, assert_relative):
     scores = (g["cams"] * (1 - g["edge"]))[None]
     out = kernels.walk_propagate(scores, transition, g["radius"], "disc", 2 ** g["exp_times"], None)
     assert_relative(out[0], g["out"])
+
+
+def test_affinity_golden(kernels, golden, assert_relative):
+    g = golden("affinity")
+    nodes = g["affinity"].shape[1]
+    affinity = kernels.affinity_from_attention(g["attn"], g["weight"], g["bias"], 1, nodes, None, False)
+    assert_relative(affinity, g["affinity"], 1e-6)
+    tokens = g["label_map"][:, ::16, ::16].long()
+    labels = kernels.affinity_labels(tokens, g["radius"], 255, False)
+    assert torch.equal(labels, g["aff_label"])
+    sums = kernels.affinity_loss(affinity, labels)
+    assert_relative(sums[0], torch.tensor(g["loss"]), 1e-6)
+    grad = kernels.affinity_loss_backward(torch.tensor([1.0, 0.0, 0.0]), sums, labels)
+    settings = (1, nodes, None, False)
+    grad_attention = kernels.affinity_from_attention_backward_attention(grad, affinity, g["weight"], *settings)
+    assert_relative(grad_attention, g["grad_attn"], 5e-6)
+    grads = kernels.affinity_from_attention_backward_weight(grad, affinity, g["attn"], *settings)
+    assert_relative(grads[:-1], g["grad_weight"], 5e-6)
+    assert_relative(grads[-1:], g["grad_bias"], 5e-6)
 
 
 def compare(kernels, name, arguments, limit, assert_relative):
@@ -186,6 +205,40 @@ def test_pseudo_labels_ignores_an_image_with_too_many_classes(kernels):
     few = kernels.pseudo_labels(*arguments[:-2], 2, 255)
     assert torch.equal(few[:3], every[:3])
     assert bool((few[3] == 255).all())
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("grid", "radius"), [((1, 1), 2), ((5, 6), 1), ((9, 11), 3), ((4, 5), 9), ((5, 5), 2), ((3, 40), 2)], ids=str
+)
+def test_affinity(grid, radius, dtype, kernels, assert_relative):
+    nodes, maps = grid[0] * grid[1], 5
+    limit = LIMITS[dtype]
+    attention = torch.randn(2, maps, nodes, nodes).to(dtype)
+    weight, bias = (torch.randn(maps) / 2).to(dtype), torch.randn(1).to(dtype)
+    tokens = torch.randint(0, 3, (2, *grid))
+    for layout in ((None, False), (radius, True), (radius, False)):
+        settings = (*grid, *layout)
+        affinity = compare(
+            kernels, "affinity_from_attention", (attention, weight, bias, *settings), limit, assert_relative
+        )
+        grad = torch.rand_like(affinity)
+        arguments = (grad, affinity, weight, *settings)
+        compare(kernels, "affinity_from_attention_backward_attention", arguments, limit, assert_relative)
+        arguments = (grad, affinity, attention, *settings)
+        compare(kernels, "affinity_from_attention_backward_weight", arguments, max(limit, 1e-10), assert_relative)
+        labels = torch.randint(0, 3, affinity.shape, dtype=torch.uint8)
+        sums = compare(kernels, "affinity_loss", (affinity, labels), 1e-6, assert_relative)
+        grad = torch.rand_like(sums)
+        compare(kernels, "affinity_loss_backward", (grad, sums, labels), 1e-6, assert_relative)
+        arguments = (tokens, radius, 2, layout[1])
+        compare(kernels, "affinity_labels", arguments, 0, assert_relative)
+
+
+def test_affinity_loss_of_many_blocks_and_of_nothing(kernels, assert_relative):
+    affinity, labels = torch.rand(40_000, dtype=torch.float64), torch.randint(0, 3, (40_000,), dtype=torch.uint8)
+    for count in (40_000, 0):
+        compare(kernels, "affinity_loss", (affinity[:count], labels[:count]), 1e-12, assert_relative)
 
 
 def test_every_operator_is_compared(kernels):

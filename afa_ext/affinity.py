@@ -1,0 +1,183 @@
+"""Affinity of token pairs learned from attention: the maps' mixture, its labels and its loss.
+
+"Learning Affinity from Attention" (AFA), CVPR 2022, section 3.2. Pairs come dense, [B, N, N], or windowed,
+[B, N, (2*radius+1)**2]: entry (i, k) is the pair of node i and node i + offset k, in the order of
+:func:`afa_ext.window_offsets`, as :func:`afa_ext.random_walk` takes it. Where both sizes are equal,
+(2*radius+1)**2 == N, the layout is dense throughout, as there; pairs outside the window are then 0 (labels: 255).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native  # noqa: F401  (registers the operators)
+from ._autocast import autocast_to_float32
+from ._checks import check_affinity_from_attention, check_affinity_labels, check_affinity_loss
+
+_ops = torch.ops.afa_ext
+
+
+def affinity_from_attention(
+    attention: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    grid: tuple[int, int] | None = None,
+    radius: int | None = None,
+) -> Tensor:
+    """``sigmoid(sum_k weight_k (S_k + S_k^T) + bias)``: a 1x1 convolution over symmetric attention maps.
+
+    Differentiable in all three. Besides the result and, in the backward pass, the gradient of ``attention``, nothing
+    larger than the result is made. With a radius only the window's pairs are computed and stored: the gradient of
+    ``attention`` is 0 elsewhere.
+
+    Args:
+        attention: [B, K, N, N], raw logits q k^T of K maps (layers times heads), before any softmax.
+        weight: [K], or [1, K, 1, 1] as a convolution stores it; type and device of ``attention``.
+        bias: [1] or []; type and device of ``attention``.
+        grid: (h, w), the token grid with N = h*w; needed with a radius.
+        radius: None for all pairs; else 0 to 63, the window's Chebyshev radius in tokens (AFA: 8).
+
+    Returns:
+        In the type of ``attention``: [B, N, N], symmetric; with a radius [B, N, (2*radius+1)**2], windowed, 0 where the
+        offset leaves the grid. Sums are formed in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated.
+    """
+    attention, weight, bias = autocast_to_float32(attention, weight, bias)
+    height, width = check_affinity_from_attention(attention, weight, bias, grid, radius)
+    windowed = radius is not None and (2 * radius + 1) ** 2 != height * width
+    affinity: Tensor = _ops.affinity_from_attention(
+        attention, weight.reshape(-1), bias.reshape(1), height, width, radius, windowed
+    )
+    return affinity
+
+
+def affinity_labels(
+    label_map: Tensor, *, stride: int = 16, radius: int, ignore_index: int = 255, windowed: bool = False
+) -> Tensor:
+    """Labels of token pairs from a map of pixel labels: 1 same, 0 different, 255 neither.
+
+    The map is read at every ``stride``-th pixel (nearest), so that N = ceil(H/stride) * ceil(W/stride). 255 stands
+    where either token is ignored, outside the window and, windowed, where the offset leaves the grid.
+
+    Args:
+        label_map: [B, H, W], uint8, int16, int32 or int64.
+        stride: pixels a token, at least 1.
+        radius: of the window, Chebyshev, tokens: 0 to 63.
+        ignore_index: the label of ignored pixels.
+        windowed: give the windowed layout.
+
+    Returns:
+        uint8 [B, N, N], or [B, N, (2*radius+1)**2] where ``windowed``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated.
+    """
+    check_affinity_labels(label_map, stride, radius, ignore_index, windowed)
+    tokens = label_map[:, ::stride, ::stride].to(torch.int64)
+    windowed = windowed and (2 * radius + 1) ** 2 != tokens.shape[1] * tokens.shape[2]
+    labels: Tensor = _ops.affinity_labels(tokens, radius, ignore_index, windowed)
+    return labels
+
+
+def affinity_loss(affinity: Tensor, labels: Tensor) -> Tensor:
+    """``1/2 sum_same(1 - A) / (n_same + 1) + 1/2 sum_different(A) / (n_different + 1)``, counted over the whole batch.
+
+    Differentiable in ``affinity``. Sums are formed in blocks of fixed size, so that the result doesn't depend on the
+    number of threads.
+
+    Args:
+        affinity: in 0..1, any shape: dense or windowed.
+        labels: uint8 of that shape and device: 1 same, 0 different, any other value counts for neither.
+
+    Returns:
+        Scalar, float32 (float64 for float64), in [0, 1).
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated.
+    """
+    (affinity,) = autocast_to_float32(affinity)
+    check_affinity_loss(affinity, labels)
+    loss: Tensor = _ops.affinity_loss(affinity, labels)[0]
+    return loss
+
+
+@torch.library.register_fake("afa_ext::affinity_from_attention")
+def _(
+    attention: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, radius: int | None, windowed: bool
+) -> Tensor:
+    batch, _, nodes, _ = attention.shape
+    return attention.new_empty(batch, nodes, _pairs(nodes, radius, windowed))
+
+
+@torch.library.register_fake("afa_ext::affinity_from_attention_backward_attention")
+def _(grad: Tensor, affinity: Tensor, weight: Tensor, *settings: Any) -> Tensor:
+    batch, nodes, _ = affinity.shape
+    return affinity.new_empty(batch, weight.shape[0], nodes, nodes)
+
+
+@torch.library.register_fake("afa_ext::affinity_from_attention_backward_weight")
+def _(grad: Tensor, affinity: Tensor, attention: Tensor, *settings: Any) -> Tensor:
+    return attention.new_empty(attention.shape[1] + 1, dtype=_sum_type(attention))
+
+
+@torch.library.register_fake("afa_ext::affinity_labels")
+def _(tokens: Tensor, radius: int, ignore_index: int, windowed: bool) -> Tensor:
+    batch, height, width = tokens.shape
+    nodes = height * width
+    return tokens.new_empty(batch, nodes, _pairs(nodes, radius, windowed), dtype=torch.uint8)
+
+
+@torch.library.register_fake("afa_ext::affinity_loss")
+def _(affinity: Tensor, labels: Tensor) -> Tensor:
+    return affinity.new_empty(3, dtype=_sum_type(affinity))
+
+
+@torch.library.register_fake("afa_ext::affinity_loss_backward")
+def _(grad: Tensor, sums: Tensor, labels: Tensor) -> Tensor:
+    return grad.new_empty(labels.shape)
+
+
+def _pairs(nodes: int, radius: int | None, windowed: bool) -> int:
+    return (2 * radius + 1) ** 2 if windowed and radius is not None else nodes
+
+
+def _sum_type(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _affinity_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    attention, weight, _, *ctx.settings = inputs
+    learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(attention if learns else None, weight, output)
+
+
+def _affinity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    attention, weight, affinity = ctx.saved_tensors
+    grad_attention = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_attention = _ops.affinity_from_attention_backward_attention(grad, affinity, weight, *ctx.settings)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        sums = _ops.affinity_from_attention_backward_weight(grad, affinity, attention, *ctx.settings)
+        grad_weight, grad_bias = sums.to(weight.dtype).split([weight.shape[0], 1])
+    return grad_attention, grad_weight, grad_bias, *[None] * len(ctx.settings)
+
+
+def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    affinity, labels = inputs
+    ctx.dtype = affinity.dtype
+    ctx.save_for_backward(output, labels)
+
+
+def _loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    sums, labels = ctx.saved_tensors
+    return _ops.affinity_loss_backward(grad, sums, labels).to(ctx.dtype), None
+
+
+torch.library.register_autograd("afa_ext::affinity_from_attention", _affinity_backward, setup_context=_affinity_context)
+torch.library.register_autograd("afa_ext::affinity_loss", _loss_backward, setup_context=_loss_context)

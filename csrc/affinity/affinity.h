@@ -1,0 +1,121 @@
+// Affinity learned from attention (AFA, CVPR 2022): A = sigmoid(sum_k weight_k (S_k + S_k^T) + bias), its
+// labels and its loss.
+//
+// Pairs of nodes are stored dense, [B, N, N], or windowed, [B, N, (2*radius+1)^2]: at [b, i, k] the pair of
+// node i and the node that the k-th offset leads to, offsets row by row from (-radius, -radius).
+#pragma once
+
+#include <cstdint>
+
+#include "common/geometry.h"
+#include "common/simd.h"
+
+namespace afa {
+
+struct PairLayout {
+  int64_t batch = 0, height = 0, width = 0;
+  int64_t radius = -1;    // Chebyshev, in nodes; below 0: all pairs
+  bool windowed = false;  // storage; a dense one may have a radius too, and is empty outside the window then
+};
+
+struct AffinityParams {
+  PairLayout pairs;
+  Kind kind =
+      Kind::f32;  // of attention, affinity and their gradients; sums are float64 for float64, else float32
+  int64_t maps = 0;
+  const void* attention = nullptr;  // [B, K, N, N] contiguous
+  const void* weight = nullptr;     // [K] in the type of sums
+  const void* bias = nullptr;       // [1] in the type of sums
+  void* mixed = nullptr;  // CPU: sum_k weight_k S_k stored as pairs, in the type of sums; may be `affinity`
+  void* affinity = nullptr;        // pairs; an input of the backward passes
+  const void* grad = nullptr;      // pairs: gradient of affinity
+  void* grad_attention = nullptr;  // [B, K, N, N] contiguous
+  void* partial =
+      nullptr;  // [parts, K + 1] sums towards the gradients of weight and bias, in the type of sums
+  void* grad_weight = nullptr;  // CUDA: [K + 1], the sums of `partial`
+};
+
+struct AffinityLabelParams {
+  PairLayout pairs;
+  int64_t ignore = 255;
+  const int64_t* tokens = nullptr;  // [B, h, w]
+  uint8_t* labels = nullptr;        // pairs: 1 same, 0 different, 255 neither
+};
+
+struct AffinityLossParams {
+  Kind kind = Kind::f32;  // forward: of affinity; backward: of both gradients
+  int64_t count = 0;
+  const void* affinity = nullptr;   // [count]
+  const uint8_t* labels = nullptr;  // [count]
+  double* partial =
+      nullptr;  // [blocks, 4]: sum of 1 - A over same pairs, of A over different ones, both counts
+  void* sums =
+      nullptr;  // [3], in the type of sums: loss, 1/2 / (same pairs + 1), 1/2 / (different pairs + 1)
+  const void* grad = nullptr;  // [3], of which the first is used
+  void* grad_affinity = nullptr;
+};
+
+namespace {  // one copy for each file: see geometry.h
+
+constexpr int64_t kAffinityRows = 16;  // of attention that a CPU task takes at a time
+constexpr int64_t kAffinityTile = 32;  // nodes a side of a tile of pairs
+constexpr int64_t kLossBlock = int64_t{1}
+                               << 14;  // pairs whose sums are formed together, whatever the threads
+
+AFA_HOST_DEVICE inline int64_t nodes_of(const PairLayout& p) {
+  return p.height * p.width;
+}
+AFA_HOST_DEVICE inline int64_t window_of(const PairLayout& p) {
+  return (2 * p.radius + 1) * (2 * p.radius + 1);
+}
+AFA_HOST_DEVICE inline int64_t pairs_of_node(const PairLayout& p) {
+  return p.windowed ? window_of(p) : nodes_of(p);
+}
+
+AFA_HOST_DEVICE inline int64_t tiles_of(const PairLayout& p) {
+  return (nodes_of(p) + kAffinityTile - 1) / kAffinityTile;
+}
+AFA_HOST_DEVICE inline int64_t blocks_of(const PairLayout& p) {
+  return (nodes_of(p) + kAffinityRows - 1) / kAffinityRows;
+}
+
+// Where pair (i, j) lies in its image's pairs; -1 outside the window.
+AFA_HOST_DEVICE inline int64_t pair_index(const PairLayout& p, int64_t i, int64_t j) {
+  if (p.radius < 0) return i * nodes_of(p) + j;
+  const int64_t dy = j / p.width - i / p.width, dx = j % p.width - i % p.width;
+  if (dy < -p.radius || dy > p.radius || dx < -p.radius || dx > p.radius) return -1;
+  return p.windowed ? i * window_of(p) + (dy + p.radius) * (2 * p.radius + 1) + dx + p.radius
+                    : i * nodes_of(p) + j;
+}
+
+// Distance of the rows in a CPU task's scratch: no power of two, so that a column's entries don't share a
+// cache set.
+inline int64_t scratch_stride(const PairLayout& p) {
+  return nodes_of(p) + kAffinityRows;
+}
+
+}  // namespace
+
+// `scratch` holds kAffinityRows rows of scratch_stride(pairs) sums. Items are rows, B * N of them; for dense
+// sigmoid, B * ceil(tiles / 2); for backward, blocks of kAffinityRows rows, each with its part of `partial`.
+AFA_SIMD_DECLARE(void affinity_mix_rows(const AffinityParams& p, int64_t begin, int64_t end, void* scratch))
+AFA_SIMD_DECLARE(void affinity_sigmoid_items(const AffinityParams& p, int64_t begin, int64_t end))
+AFA_SIMD_DECLARE(void affinity_backward_attention_blocks(const AffinityParams& p, int64_t begin, int64_t end,
+                                                         void* scratch))
+AFA_SIMD_DECLARE(void affinity_backward_weight_blocks(const AffinityParams& p, int64_t begin, int64_t end,
+                                                      void* scratch))
+AFA_SIMD_DECLARE(void affinity_label_rows(const AffinityLabelParams& p, int64_t begin, int64_t end))
+// Blocks of kLossBlock pairs.
+AFA_SIMD_DECLARE(void affinity_loss_blocks(const AffinityLossParams& p, int64_t begin, int64_t end))
+AFA_SIMD_DECLARE(void affinity_loss_backward_blocks(const AffinityLossParams& p, int64_t begin, int64_t end))
+
+// `affinity` zeroed beforehand where there is a radius.
+const char* affinity_cuda(const AffinityParams& p, void* stream);
+const char* affinity_backward_attention_cuda(const AffinityParams& p, void* stream);
+// One part a tile of pairs, B * tiles^2 of them.
+const char* affinity_backward_weight_cuda(const AffinityParams& p, void* stream);
+const char* affinity_labels_cuda(const AffinityLabelParams& p, void* stream);
+const char* affinity_loss_cuda(const AffinityLossParams& p, void* stream);
+const char* affinity_loss_backward_cuda(const AffinityLossParams& p, void* stream);
+
+}  // namespace afa
