@@ -7,13 +7,13 @@
 
 #if defined(__AVX512F__)
 #define AFA_VECTOR_BYTES 64
-#define AFA_VECTORS_PER_TILE 4  // 4 classes x 4 vectors of sums, of 32 registers
+#define AFA_VECTOR_REGISTERS 32
 #elif defined(__AVX2__)
 #define AFA_VECTOR_BYTES 32
-#define AFA_VECTORS_PER_TILE 2  // 4 classes x 2 vectors of sums, of 16 registers
+#define AFA_VECTOR_REGISTERS 16
 #else
 #define AFA_VECTOR_BYTES 16
-#define AFA_VECTORS_PER_TILE 2
+#define AFA_VECTOR_REGISTERS 16
 #endif
 
 namespace afa {
@@ -91,14 +91,20 @@ inline typename Vec<double>::type exp_nonpositive(typename Vec<double>::type x) 
   return x;
 }
 
+// Through an array, as the compiler makes one instruction of a loop over memory, but not over a vector's
+// lanes.
 inline typename Vec<float>::type square_root(typename Vec<float>::type x) {
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
+  float lanes[kLanes<float>];
+  store<float>(lanes, x);
+  for (int i = 0; i < kLanes<float>; ++i) lanes[i] = __builtin_sqrtf(lanes[i]);
+  return load<float>(lanes);
 }
 
 inline typename Vec<double>::type square_root(typename Vec<double>::type x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
-  return x;
+  double lanes[kLanes<double>];
+  store<double>(lanes, x);
+  for (int i = 0; i < kLanes<double>; ++i) lanes[i] = __builtin_sqrt(lanes[i]);
+  return load<double>(lanes);
 }
 
 }  // namespace

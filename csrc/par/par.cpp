@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "ops.h"
@@ -78,15 +77,14 @@ Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations,
     AFA_CUDA_LAUNCH("par_affinity", par_affinity_cuda(p, scope->stream()));
     return weights;
   }
-  std::vector<int64_t> all(p.batch * p.channels);
-  std::iota(all.begin(), all.end(), int64_t{0});
-  PaddedPlanes padded(dense, p.stencil.reach_x);
+  const ActivePlanes all(p.batch, p.channels, std::nullopt);
+  PaddedPlanes padded(dense, all, p.stencil.reach_x);
   padded.fill(dense, all);
   p.images = padded.planes.data;
   p.image_pad = padded.planes.pad;
-  p.image_stride_y = padded.planes.row_stride;
   p.image_stride_c = padded.planes.plane_stride;
-  p.image_stride_b = p.channels * p.image_stride_c;
+  p.image_stride_y = p.channels * p.image_stride_c;
+  p.image_stride_b = p.height * p.image_stride_y;
   parallel_rows(p.batch * p.height, p.width * p.stencil.size * (3 * p.channels + 20),
                 [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(par_affinity_rows, p, begin, end); });
   return contiguous_as(weights, images.scalar_type());

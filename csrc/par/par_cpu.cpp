@@ -1,9 +1,10 @@
 // PAR's affinity on the CPU; compiled once per SIMD level.
 //
-// One vector of pixels at a time: three passes over the neighbours for each colour channel (mean, variance,
-// logits; the mean first, as a sum of squares alone loses the small deviations that matter), then the softmax
-// over the neighbours with the logits in a local array (K * 64 bytes). Reads 3 channels, writes K weights a
-// pixel.
+// One vector of pixels at a time. For each colour channel the neighbours are read once, as differences to the
+// centre, into a local array (K * 64 bytes) that two more passes take from the first-level cache: the
+// variance (the mean first, as a sum of squares alone loses the small deviations that matter) and the logits,
+// themselves a local array that the softmax then works on. Sums run in four strands, so that they don't wait
+// for each other. Reads the image, writes K weights a pixel.
 #include "common/vec.h"
 #include "par/par.h"
 
@@ -11,46 +12,58 @@ namespace afa {
 namespace AFA_SIMD {
 namespace {
 
-constexpr int kMaxNeighbours = 8 * kMaxDilations;
+constexpr int kRing = 8;
+constexpr int kMaxNeighbours = kRing * kMaxDilations;
+
+// Sum of f(k) over the neighbours.
+template <typename V, typename F>
+inline V sum_over(int size, const F& f) {
+  V a = {}, b = {}, c = {}, d = {};
+  for (int k = 0; k < size; k += kRing) {
+    a += f(k) + f(k + 4);
+    b += f(k + 1) + f(k + 5);
+    c += f(k + 2) + f(k + 6);
+    d += f(k + 3) + f(k + 7);
+  }
+  return (a + b) + (c + d);
+}
 
 template <typename T, bool PARTIAL>
 inline void pixels(const ParAffinityParams& p, int64_t b, int64_t y, int64_t x, const int64_t* offset,
                    int64_t count) {
   using V = typename Vec<T>::type;
   const int size = p.stencil.size;
-  V logit[kMaxNeighbours];
-  for (int k = 0; k < size; ++k) logit[k] = V{};
+  const V channels = V{} + static_cast<T>(p.channels);
+  const V one_over_size = V{} + T{1} / static_cast<T>(size);
+  V logit[kMaxNeighbours], difference[kMaxNeighbours];
   for (int64_t c = 0; c < p.channels; ++c) {
     const T* plane = static_cast<const T*>(p.images) + b * p.image_stride_b + c * p.image_stride_c + x;
-    V mean = {};
-    for (int k = 0; k < size; ++k) mean += load<T>(plane + offset[k]);
-    mean /= V{} + static_cast<T>(size);
-    V squares = {};
-    for (int k = 0; k < size; ++k) {
-      const V deviation = load<T>(plane + offset[k]) - mean;
-      squares += deviation * deviation;
-    }
+    const V centre = load<T>(plane + y * p.image_stride_y);
+    const V mean = one_over_size * sum_over<V>(size, [&](int k) {
+                     return difference[k] = load<T>(plane + offset[k]) - centre;
+                   });
+    const V squares = sum_over<V>(size, [&](int k) {
+      const V deviation = difference[k] - mean;
+      return deviation * deviation;
+    });
     const V sigma = square_root(squares / (V{} + static_cast<T>(size - 1)));
     const V scale = T{1} / ((sigma + static_cast<T>(1e-8)) * static_cast<T>(p.w1));
-    const V centre = load<T>(plane + y * p.image_stride_y);
     for (int k = 0; k < size; ++k) {
-      const V step = (load<T>(plane + offset[k]) - centre) * scale;
-      logit[k] -= step * step;
+      const V step = difference[k] * scale;
+      logit[k] = c == 0 ? -(step * step) : logit[k] - step * step;
     }
   }
-  const V channels = V{} + static_cast<T>(p.channels);
   V top = logit[0];
   for (int k = 1; k < size; ++k) top = larger(top, logit[k]);
-  V sum = {};
-  for (int k = 0; k < size; ++k) {
-    logit[k] = exp_nonpositive((logit[k] - top) / channels);
-    sum += logit[k];
-  }
+  const V one_over_channels = T{1} / channels;
+  const V sum = sum_over<V>(
+      size, [&](int k) { return logit[k] = exp_nonpositive((logit[k] - top) * one_over_channels); });
   const V inverse = T{1} / sum;
   T* out = static_cast<T*>(p.weights) + (b * size * p.height + y) * p.width + x;
   for (int k = 0; k < size; ++k, out += p.height * p.width) {
-    const bool corner = k % 8 == 0 || k % 8 == 2 || k % 8 == 5 || k % 8 == 7;
-    const V weight = logit[k] * inverse + static_cast<T>(corner ? p.corner[k / 8] : p.edge[k / 8]);
+    const int i = k % kRing;
+    const bool corner = i == 0 || i == 2 || i == 5 || i == 7;
+    const V weight = logit[k] * inverse + static_cast<T>(corner ? p.corner[k / kRing] : p.edge[k / kRing]);
     if (PARTIAL) {
       store_first<T>(out, weight, count);
     } else {

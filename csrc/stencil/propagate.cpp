@@ -40,8 +40,7 @@ Planes whole_planes(const Tensor& t) {
   return {t.mutable_data_ptr(), t.size(2) * t.size(3), t.size(3), 0};
 }
 
-// ---- CPU
-// ----------------------------------------------------------------------------------------------------
+// ---- CPU ----
 
 void attach(const ActivePlanes& active, StencilParams& p) {
   p.active = active.plane.data();
@@ -54,8 +53,10 @@ int64_t row_work(const StencilParams& p) {
 }
 
 void step_cpu(const StencilParams& p) {
-  parallel_rows(p.batch * p.height, row_work(p),
-                [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(stencil_step, p, begin, end); });
+  parallel_rows(p.batch * p.height, row_work(p), [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> offsets(p.stencil.size);
+    AFA_SIMD_CALL(stencil_step, p, begin, end, offsets.data());
+  });
 }
 
 void adjoint_cpu(const StencilParams& p) {
@@ -71,8 +72,7 @@ void weight_grad_cpu(const StencilParams& p) {
                 [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(stencil_weight_grad, p, begin, end); });
 }
 
-// ---- CUDA
-// ---------------------------------------------------------------------------------------------------
+// ---- CUDA ----
 
 const bool* device_mask(const std::optional<Tensor>& class_mask) {
   return class_mask ? static_cast<const bool*>(class_mask->const_data_ptr()) : nullptr;
@@ -84,13 +84,16 @@ std::optional<Tensor> dense_mask(const std::optional<Tensor>& class_mask) {
 }
 
 template <typename T>
-void fill_padded(const T* from, const Planes& to, const std::vector<int64_t>& planes, int64_t height,
-                 int64_t width) {
-  parallel_rows(static_cast<int64_t>(planes.size()), height * width, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t y = 0; y < height; ++y) {
-        const T* source = from + (planes[i] * height + y) * width;
-        T* row = static_cast<T*>(to.data) + planes[i] * to.plane_stride + y * to.row_stride;
+void fill_padded(const T* from, const Planes& to, const ActivePlanes& active, int64_t height, int64_t width) {
+  const auto batch = static_cast<int64_t>(active.begin.size()) - 1;
+  const int64_t most = active.begin.back() / (batch > 0 ? batch : 1) + 1;
+  parallel_rows(batch * height, most * width, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / height, y = item % height;
+      const int64_t first = active.begin[b], count = active.begin[b + 1] - first;
+      T* row = static_cast<T*>(to.data) + (first * height + y * count) * to.plane_stride;
+      for (int64_t i = first; i < first + count; ++i, row += to.plane_stride) {
+        const T* source = from + (active.plane[i] * height + y) * width;
         std::fill(row - to.pad, row, source[0]);
         std::copy(source, source + width, row);
         std::fill(row + width, row + width + to.pad, source[width - 1]);
@@ -110,9 +113,8 @@ void check_class_mask(const std::optional<Tensor>& class_mask, const Tensor& pla
 }
 
 ActivePlanes::ActivePlanes(int64_t batch, int64_t classes, const std::optional<Tensor>& class_mask) {
-  std::optional<Tensor> dense;
-  if (class_mask) dense = torch::stable::contiguous(*class_mask);
-  const bool* keep = dense ? static_cast<const bool*>(dense->const_data_ptr()) : nullptr;
+  const std::optional<Tensor> dense = dense_mask(class_mask);
+  const bool* keep = device_mask(dense);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t c = 0; c < classes; ++c) {
       if (keep == nullptr || keep[b * classes + c]) plane.push_back(b * classes + c);
@@ -121,21 +123,25 @@ ActivePlanes::ActivePlanes(int64_t batch, int64_t classes, const std::optional<T
   }
 }
 
-PaddedPlanes::PaddedPlanes(const Tensor& like, int64_t reach) {
+PaddedPlanes::PaddedPlanes(const Tensor& like, const ActivePlanes& active, int64_t reach) {
+  // x = 0 starts a cache line. Rows are an odd number of lines apart, so that neighbouring classes never
+  // share a cache set.
+  constexpr int64_t kLine = 16;
   const Sizes s = sizes_of(like);
   const int64_t pad = std::min(reach, s.width - 1);
-  const int64_t row = s.width + 2 * pad;
-  storage = empty(like, {s.batch * s.classes * s.height * row + kSlack}, sum_type(like));
-  char* first = static_cast<char*>(storage.mutable_data_ptr()) + pad * storage.element_size();
-  planes = {first, s.height * row, row, pad};
+  const int64_t left = (pad + kLine - 1) / kLine;
+  const int64_t row = (left + (s.width + pad + kLine - 1) / kLine) | 1;
+  storage = empty(like, {active.begin.back() * s.height * row * kLine + kSlack}, sum_type(like));
+  char* first = static_cast<char*>(storage.mutable_data_ptr()) + left * kLine * storage.element_size();
+  planes = {first, row * kLine, 0, pad, true};
 }
 
-void PaddedPlanes::fill(const Tensor& source, const std::vector<int64_t>& which) {
+void PaddedPlanes::fill(const Tensor& source, const ActivePlanes& active) {
   const Sizes s = sizes_of(source);
   if (source.scalar_type() == ScalarType::Double) {
-    fill_padded(static_cast<const double*>(source.const_data_ptr()), planes, which, s.height, s.width);
+    fill_padded(static_cast<const double*>(source.const_data_ptr()), planes, active, s.height, s.width);
   } else {
-    fill_padded(static_cast<const float*>(source.const_data_ptr()), planes, which, s.height, s.width);
+    fill_padded(static_cast<const float*>(source.const_data_ptr()), planes, active, s.height, s.width);
   }
 }
 
@@ -201,11 +207,12 @@ Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& w
     const ActivePlanes active(s.batch, s.classes, class_mask);
     StencilParams p = make_params(stencil, s, w);
     attach(active, p);
-    PaddedPlanes first(planes, stencil.reach_x);
+    PaddedPlanes first(planes, active, stencil.reach_x);
     std::optional<PaddedPlanes> second;
-    if (steps > 1) second.emplace(planes, stencil.reach_x);
-    first.fill(contiguous_as(planes, type), active.plane);
+    if (steps > 1) second.emplace(planes, active, stencil.reach_x);
+    first.fill(contiguous_as(planes, type), active);
     for (int64_t t = 0; t < steps; ++t) {
+      p.upwards = t % 2 == 1;  // begins with the rows and weights that the last step left in the cache
       p.in = t % 2 == 0 ? first.planes : second->planes;
       p.out = t + 1 == steps ? whole_planes(out) : (t % 2 == 0 ? second->planes : first.planes);
       step_cpu(p);
@@ -282,8 +289,8 @@ Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Te
     } else {
       active.emplace(s.batch, s.classes, mask);
       attach(*active, p);
-      padded.emplace_back(planes, stencil.reach_x);
-      padded[0].fill(source, active->plane);
+      padded.emplace_back(planes, *active, stencil.reach_x);
+      padded[0].fill(source, *active);
     }
     for (int64_t t = 0; t + 1 < steps; ++t) {
       if (cuda) {
@@ -292,7 +299,7 @@ Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Te
         p.out = whole_planes(dense[t + 1]);
         AFA_CUDA_LAUNCH(op, stencil_step_cuda(p, scope->stream()));
       } else {
-        padded.emplace_back(planes, stencil.reach_x);
+        padded.emplace_back(planes, *active, stencil.reach_x);
         p.in = padded[t].planes;
         p.out = padded[t + 1].planes;
         step_cpu(p);

@@ -25,14 +25,14 @@ struct ActivePlanes {
   ActivePlanes(int64_t batch, int64_t classes, const std::optional<Tensor>& class_mask);
 };
 
-// CPU: B * C planes with min(reach, W - 1) replicated columns on each side, in one allocation.
+// CPU: the active planes by row, with min(reach, W - 1) replicated columns on each side, in one allocation.
 struct PaddedPlanes {
   Tensor storage;
   Planes planes;
 
-  PaddedPlanes(const Tensor& like, int64_t reach);  // [B, C, H, W]
-  // Copies the planes `which` (b * C + c) of a contiguous float32 or float64 tensor.
-  void fill(const Tensor& source, const std::vector<int64_t>& which);
+  PaddedPlanes(const Tensor& like, const ActivePlanes& active, int64_t reach);  // [B, C, H, W]
+  void fill(const Tensor& source,
+            const ActivePlanes& active);  // copies a contiguous float32 or float64 tensor
 };
 
 // weights [B, K, H, W], planes [B, C, H, W] of one type and device, class_mask bool [B, C] (false: output 0).

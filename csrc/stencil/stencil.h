@@ -16,6 +16,9 @@ struct Planes {
   int64_t plane_stride = 0;
   int64_t row_stride = 0;
   int64_t pad = 0;  // columns before x = 0 and after x = W - 1 that hold the border's value (CPU only)
+  // CPU only: row y of an image's n active planes lie side by side, so that a tile's rows share pages and
+  // differ in their cache sets; plane_stride is the length of one row, plane_stride * n that of all.
+  bool by_row = false;
 };
 
 struct StencilParams {
@@ -30,14 +33,15 @@ struct StencilParams {
   const bool* class_mask = nullptr;       // CUDA: [B, C] on the device, or null for all
   const int64_t* active = nullptr;        // CPU: the active planes, in order
   const int64_t* active_begin = nullptr;  // CPU: [B + 1] where each image's begin
+  bool upwards = false;                   // CPU: stencil_step takes the last row first
 };
 
 // CPU: rows `begin` to `end` of the batch's B * H rows, float32 and float64. The planes stencil_step and
-// stencil_weight_grad read are padded by min(reach_x, W - 1) columns and followed by kSlack readable
-// elements. stencil_weight_grad takes the incoming gradient as `out`. `scratch` holds 4 * (W + 2 * reach_x)
-// values.
+// stencil_weight_grad read are by row, padded by min(reach_x, W - 1) columns, and followed by kSlack readable
+// elements. stencil_weight_grad takes the incoming gradient as `out`. `offsets` holds K elements, `scratch`
+// 4 * (W + 2 * reach_x) values.
 constexpr int64_t kSlack = 16;  // a vector's worth: short rows are read by whole vectors
-AFA_SIMD_DECLARE(void stencil_step(const StencilParams& p, int64_t begin, int64_t end))
+AFA_SIMD_DECLARE(void stencil_step(const StencilParams& p, int64_t begin, int64_t end, int64_t* offsets))
 AFA_SIMD_DECLARE(void stencil_adjoint(const StencilParams& p, int64_t begin, int64_t end, void* scratch))
 AFA_SIMD_DECLARE(void stencil_weight_grad(const StencilParams& p, int64_t begin, int64_t end))
 

@@ -1,12 +1,11 @@
 // The stencil on the CPU; compiled once per SIMD level.
 //
-// A tile is a few vectors of one row. Its weights (48 * 256 bytes for PAR with AVX-512) stay in the
-// first-level cache while the classes pass in blocks of four, so that a weight is loaded once for four sums
-// held in registers: 1.25 loads a multiply-add, the limit of this kernel. The planes carry replicated columns
-// on both sides, which leaves no border case in the loops; a row that is no multiple of the vector's length
-// ends with an overlapping vector, and only rows shorter than one vector take the path by elements. Every
-// pixel is the same sequence of operations whatever the tile or thread, so results don't depend on the number
-// of threads.
+// A tile is a few vectors of one row. Its classes pass in blocks of up to four, whose sums stay in registers,
+// so that a weight is loaded once for four sums while the tile's weights stay in the first-level cache for
+// all blocks. The planes carry replicated columns on both sides, which leaves no border case in the loops; a
+// row that is no multiple of the vector's length ends with an overlapping vector, and only rows shorter than
+// one vector take the path by elements. Every pixel is the same sequence of operations whatever the tile or
+// thread, so results don't depend on the number of threads.
 #include "common/vec.h"
 #include "stencil/stencil.h"
 
@@ -16,98 +15,149 @@ namespace {
 
 constexpr int kClassBlock = 4;
 
+// An active plane: its row 0, and from there to the next row.
 template <typename T>
-inline T* row_of(const Planes& planes, int64_t plane, int64_t y) {
-  return static_cast<T*>(planes.data) + plane * planes.plane_stride + y * planes.row_stride;
+struct Plane {
+  T* first;
+  int64_t row_stride;
+
+  T* row(int64_t y) const { return first + y * row_stride; }
+};
+
+// Plane i of the active ones; image b's.
+template <typename T>
+inline Plane<T> plane_of(const StencilParams& p, const Planes& planes, int64_t b, int64_t i) {
+  T* data = static_cast<T*>(planes.data);
+  if (!planes.by_row) return {data + p.active[i] * planes.plane_stride, planes.row_stride};
+  const int64_t before = p.active_begin[b], count = p.active_begin[b + 1] - before;
+  return {data + (before * p.height + i - before) * planes.plane_stride, count * planes.plane_stride};
 }
 
-// `weights` and the sources point at (row, x) of the tile; `offset(k)` is shared by all classes.
+// The widest tile: sums fill three quarters of the registers, which leaves room for the weights.
+constexpr int most_vectors(int classes) {
+  return AFA_VECTOR_REGISTERS / 2 / classes < 8 ? AFA_VECTOR_REGISTERS / 2 / classes : 8;
+}
+
+// Where the inner loop finds a tile: `weights` and `source` (class 0 of the block, row 0) point at the tile's
+// x.
+template <typename T>
+struct Tile {
+  const T* weights;
+  int64_t weight_stride;
+  const int64_t* offsets;  // of the neighbours, from x in row 0
+  int size;
+  const T* source;
+  int64_t class_stride;
+  T* target[kClassBlock];
+  int64_t count;  // pixels, where fewer than a vector
+};
+
 template <typename T, int CLASSES, int VECTORS, bool PARTIAL>
-inline void tile(const StencilParams& p, int64_t y, const T* weights, const T* const* source,
-                 T* const* target, int64_t count) {
+void sum_tile(const Tile<T>& t) {
   using V = typename Vec<T>::type;
   V sum[CLASSES][VECTORS] = {};
-  for (int r = 0; r < p.stencil.runs; ++r) {
-    const Run& run = p.stencil.run[r];
-    const int64_t row = clamp_index(y + run.dy, p.height) * p.in.row_stride;
-    for (int j = 0; j < run.count; ++j) {
-      const int64_t offset = row + clip_offset(run.dx + int64_t{j} * run.step, p.in.pad);
-      V weight[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) {
-        weight[v] = PARTIAL ? load_first<T>(weights, count) : load<T>(weights + v * kLanes<T>);
-      }
-      for (int c = 0; c < CLASSES; ++c) {
-        for (int v = 0; v < VECTORS; ++v)
-          sum[c][v] += weight[v] * load<T>(source[c] + offset + v * kLanes<T>);
-      }
-      weights += p.weight_stride_k;
+  const T* weights = t.weights;
+  for (int k = 0; k < t.size; ++k, weights += t.weight_stride) {
+    V weight[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
+      weight[v] = PARTIAL ? load_first<T>(weights, t.count) : load<T>(weights + v * kLanes<T>);
+    }
+    const T* source = t.source + t.offsets[k];
+    for (int c = 0; c < CLASSES; ++c, source += t.class_stride) {
+      for (int v = 0; v < VECTORS; ++v) sum[c][v] += weight[v] * load<T>(source + v * kLanes<T>);
     }
   }
+#pragma GCC unroll 4
   for (int c = 0; c < CLASSES; ++c) {
+#pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
       if (PARTIAL) {
-        store_first<T>(target[c], sum[c][v], count);
+        store_first<T>(t.target[c], sum[c][v], t.count);
       } else {
-        store<T>(target[c] + v * kLanes<T>, sum[c][v]);
+        store<T>(t.target[c] + v * kLanes<T>, sum[c][v]);
       }
     }
   }
 }
 
-template <typename T, int VECTORS, bool PARTIAL>
-inline void classes_of_tile(const StencilParams& p, int64_t b, int64_t y, int64_t x, int64_t count) {
-  const T* weights = static_cast<const T*>(p.weights) + b * p.weight_stride_b + y * p.weight_stride_y + x;
-  const T* source[kClassBlock];
-  T* target[kClassBlock];
+template <typename T, int CLASSES, int VECTORS = most_vectors(CLASSES)>
+inline void sum_vectors(const Tile<T>& t, int64_t vectors) {
+  if (vectors == VECTORS) return sum_tile<T, CLASSES, VECTORS, false>(t);
+  if constexpr (VECTORS > 1) sum_vectors<T, CLASSES, VECTORS - 1>(t, vectors);
+}
+
+template <typename T, int CLASSES = kClassBlock>
+inline void sum_classes(const Tile<T>& t, int64_t classes, int64_t vectors) {
+  if (classes == CLASSES) {
+    if (vectors == 0) return sum_tile<T, CLASSES, 1, true>(t);
+    return sum_vectors<T, CLASSES>(t, vectors);
+  }
+  if constexpr (CLASSES > 1) sum_classes<T, CLASSES - 1>(t, classes, vectors);
+}
+
+// A tile of `vectors` whole vectors from x, or of the whole row (0 vectors) where that is shorter than one.
+template <typename T>
+inline void tile_of_all_classes(const StencilParams& p, int64_t b, int64_t y, int64_t x, int64_t vectors,
+                                const int64_t* offsets) {
+  Tile<T> t;
+  t.weights = static_cast<const T*>(p.weights) + b * p.weight_stride_b + y * p.weight_stride_y + x;
+  t.weight_stride = p.weight_stride_k;
+  t.offsets = offsets;
+  t.size = p.stencil.size;
+  t.class_stride = p.in.plane_stride;
+  t.count = p.width;
   const int64_t end = p.active_begin[b + 1];
-  for (int64_t i = p.active_begin[b]; i < end; i += kClassBlock) {
-    const int64_t block = end - i < kClassBlock ? end - i : kClassBlock;
-    for (int64_t c = 0; c < block; ++c) {
-      source[c] = row_of<T>(p.in, p.active[i + c], 0) + x;
-      target[c] = row_of<T>(p.out, p.active[i + c], y) + x;
-    }
-    switch (block) {
-      case 1:
-        tile<T, 1, VECTORS, PARTIAL>(p, y, weights, source, target, count);
-        break;
-      case 2:
-        tile<T, 2, VECTORS, PARTIAL>(p, y, weights, source, target, count);
-        break;
-      case 3:
-        tile<T, 3, VECTORS, PARTIAL>(p, y, weights, source, target, count);
-        break;
-      default:
-        tile<T, kClassBlock, VECTORS, PARTIAL>(p, y, weights, source, target, count);
-    }
+  int64_t i = p.active_begin[b];
+  for (int64_t blocks = (end - i + kClassBlock - 1) / kClassBlock; blocks > 0; --blocks) {
+    const int64_t classes = (end - i + blocks - 1) / blocks;
+    t.source = plane_of<const T>(p, p.in, b, i).first + x;
+    for (int64_t c = 0; c < classes; ++c) t.target[c] = plane_of<T>(p, p.out, b, i + c).row(y) + x;
+    sum_classes<T>(t, classes, vectors);
+    i += classes;
   }
 }
 
 template <typename T>
-void replicate_border(const Planes& planes, int64_t plane, int64_t y, int64_t width) {
-  T* row = row_of<T>(planes, plane, y);
-  for (int64_t i = 1; i <= planes.pad; ++i) {
+inline void replicate_border(T* row, int64_t pad, int64_t width) {
+  for (int64_t i = 1; i <= pad; ++i) {
     row[-i] = row[0];
     row[width - 1 + i] = row[width - 1];
   }
 }
 
 template <typename T>
-void step_rows(const StencilParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kWide = AFA_VECTORS_PER_TILE * kLanes<T>;
-  for (int64_t item = begin; item < end; ++item) {
+void step_rows(const StencilParams& p, int64_t begin, int64_t end, int64_t* offsets) {
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t item = p.upwards ? begin + end - 1 - n : n;
     const int64_t b = item / p.height, y = item % p.height;
-    if (p.width < kLanes<T>) {
-      classes_of_tile<T, 1, true>(p, b, y, 0, p.width);
-    } else {
-      int64_t x = 0;
-      for (; x + kWide <= p.width; x += kWide) classes_of_tile<T, AFA_VECTORS_PER_TILE, false>(p, b, y, x, 0);
-      for (; x < p.width; x += kLanes<T>) {
-        const int64_t last = p.width - kLanes<T>;
-        classes_of_tile<T, 1, false>(p, b, y, x < last ? x : last, 0);
+    const int64_t classes = p.active_begin[b + 1] - p.active_begin[b];
+    if (classes == 0) continue;
+    const int64_t row_stride = classes * p.in.plane_stride;
+    int64_t* offset = offsets;
+    for (int r = 0; r < p.stencil.runs; ++r) {
+      const Run& run = p.stencil.run[r];
+      const int64_t row = clamp_index(y + run.dy, p.height) * row_stride;
+      for (int j = 0; j < run.count; ++j) {
+        *offset++ = row + clip_offset(run.dx + int64_t{j} * run.step, p.in.pad);
       }
     }
-    for (int64_t i = p.active_begin[b]; i < p.active_begin[b + 1]; ++i) {
-      replicate_border<T>(p.out, p.active[i], y, p.width);
+    const int64_t vectors = p.width / kLanes<T>;
+    if (vectors == 0) {
+      tile_of_all_classes<T>(p, b, y, 0, 0, offsets);
+    } else {
+      const int64_t most = most_vectors(classes < kClassBlock ? static_cast<int>(classes) : kClassBlock);
+      int64_t x = 0;
+      for (int64_t tiles = (vectors + most - 1) / most; tiles > 0; --tiles) {
+        const int64_t here = (vectors - x / kLanes<T> + tiles - 1) / tiles;
+        tile_of_all_classes<T>(p, b, y, x, here, offsets);
+        x += here * kLanes<T>;
+      }
+      if (x < p.width) tile_of_all_classes<T>(p, b, y, p.width - kLanes<T>, 1, offsets);
+    }
+    if (p.out.pad > 0) {
+      for (int64_t i = p.active_begin[b]; i < p.active_begin[b + 1]; ++i) {
+        replicate_border(plane_of<T>(p, p.out, b, i).row(y), p.out.pad, p.width);
+      }
     }
   }
 }
@@ -133,7 +183,7 @@ void adjoint_rows(const StencilParams& p, int64_t begin, int64_t end, T* scratch
           for (int64_t from = rows.begin; from < rows.end; ++from) {
             const T* weights = plane_weights + from * p.weight_stride_y;
             for (int64_t c = 0; c < block; ++c) {
-              const T* grad = row_of<T>(p.in, p.active[i + c], from);
+              const T* grad = plane_of<const T>(p, p.in, b, i + c).row(from);
               T* sum = scratch + c * length + reach + dx;
 #pragma GCC ivdep
               for (int64_t x = 0; x < p.width; ++x) sum[x] += weights[x] * grad[x];
@@ -147,7 +197,7 @@ void adjoint_rows(const StencilParams& p, int64_t begin, int64_t end, T* scratch
           sum[0] += sum[-n];
           sum[p.width - 1] += sum[p.width - 1 + n];
         }
-        T* out = row_of<T>(p.out, p.active[i + c], y);
+        T* out = plane_of<T>(p, p.out, b, i + c).row(y);
         for (int64_t x = 0; x < p.width; ++x) out[x] = sum[x];
       }
     }
@@ -165,8 +215,8 @@ void weight_grad_rows(const StencilParams& p, int64_t begin, int64_t end) {
       for (int j = 0; j < run.count; ++j, target += p.height * p.width) {
         const int64_t dx = clip_offset(run.dx + int64_t{j} * run.step, p.in.pad);
         for (int64_t i = p.active_begin[b]; i < p.active_begin[b + 1]; ++i) {
-          const T* source = row_of<T>(p.in, p.active[i], from) + dx;
-          const T* grad = row_of<T>(p.out, p.active[i], y);
+          const T* source = plane_of<const T>(p, p.in, b, i).row(from) + dx;
+          const T* grad = plane_of<const T>(p, p.out, b, i).row(y);
 #pragma GCC ivdep
           for (int64_t x = 0; x < p.width; ++x) target[x] += grad[x] * source[x];
         }
@@ -177,11 +227,11 @@ void weight_grad_rows(const StencilParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void stencil_step(const StencilParams& p, int64_t begin, int64_t end) {
+void stencil_step(const StencilParams& p, int64_t begin, int64_t end, int64_t* offsets) {
   if (p.kind == Kind::f64) {
-    step_rows<double>(p, begin, end);
+    step_rows<double>(p, begin, end, offsets);
   } else {
-    step_rows<float>(p, begin, end);
+    step_rows<float>(p, begin, end, offsets);
   }
 }
 
