@@ -47,6 +47,7 @@ pretrain: install
 bench: install
 	$(BIN)/python benchmarks/par_kernel.py
 	$(BIN)/python benchmarks/pseudo_labels.py
+	$(BIN)/python benchmarks/random_walk.py
 
 clean:
 	rm -rf build dist *.egg-info runs data/demo

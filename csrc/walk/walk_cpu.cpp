@@ -179,21 +179,36 @@ inline void each_source_row(const WalkParams& p, int64_t y, int64_t x0, int64_t 
   }
 }
 
-// Entries of the targets within `half` of x among x0 + lane < x0 + count, the first at `entries[at]`; the
-// other lanes are 0, whatever lies there.
-template <typename T>
-inline typename Vec<T>::type window_entries(const T* entries, int64_t at, int64_t size, int64_t low,
-                                            int64_t high) {
-  typename Vec<T>::type value = {};
-  if (at < 0 || at + kLanes<T> > size) {
-    for (int64_t lane = low; lane <= high; ++lane) value[lane] = entries[at + lane];
-    return value;
-  }
-  const typename Vec<T>::type all = load<T>(entries + at);
-  typename Vec<T>::ints lane;
+// The powers of a run's entries from sources first to stop - 1 to the lanes' targets, `entries` at the first
+// source's first lane and `stride` a source; added to `sum` and stored one source after the other. Lanes
+// beyond `half` from the source, or not under `count`, are 0, whatever lies there. `before` and `after` are
+// the elements that may be read on each side of `entries`; `ahead` leads to what the next run reads.
+template <typename T, typename Raise>
+inline void run_powers(const T* entries, int64_t stride, int64_t before, int64_t after, int64_t ahead,
+                       int64_t first, int64_t stop, int64_t half, int64_t count, const Raise& raise,
+                       typename Vec<T>::type& sum, T* powers) {
+  using V = typename Vec<T>::type;
+  using Ints = typename Vec<T>::ints;
+  using Int = decltype(Ints{}[0] + Ints{}[0]);
+  Ints lane;
   for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-  using Int = decltype(lane[0] + lane[0]);
-  return (lane >= static_cast<Int>(low)) & (lane <= static_cast<Int>(high)) ? all : value;
+  V total = sum;
+  for (int64_t source = first, at = 0; source < stop; ++source, at += stride, powers += kLanes<T>) {
+    const int64_t low = source - half > 0 ? source - half : 0;
+    const int64_t high = source + half < count ? source + half : count - 1;
+    V value = {};
+    if (at >= -before && at + kLanes<T> <= after) {
+      const V all = load<T>(entries + at);
+      value = (lane >= static_cast<Int>(low)) & (lane <= static_cast<Int>(high)) ? all : value;
+    } else {
+      for (int64_t i = low; i <= high; ++i) value[i] = entries[at + i];
+    }
+    __builtin_prefetch(entries + at + ahead);
+    value = raise(value);
+    total += value;
+    store<T>(powers, value);
+  }
+  sum = total;
 }
 
 template <typename T, int CLASSES>
@@ -243,17 +258,25 @@ void step_rows(const WalkStepParams& p, int64_t begin, int64_t end, T* powers) {
       V sum = V{} + static_cast<T>(walk.eps);
       each_source_row(
           walk, y, x0, count, [&](int64_t row, int64_t first, int64_t stop, int64_t half, int64_t k) {
-            for (int64_t source = first; source < stop; ++source, power += kLanes<T>) {
-              const int64_t low = source - half - x0, high = source + half - x0;
-              // Targets are adjacent in a dense row, and so are the offsets that lead to them in a window.
-              const int64_t at =
-                  dense ? affinity_index(walk, b, row * walk.width + source, y * walk.width + x0, 0)
-                        : affinity_index(walk, b, row * walk.width + source, 0, k - low);
-              const V value = raised_lanes<T>(walk, window_entries(affinity, at, size, low > 0 ? low : 0,
-                                                                   high < count ? high : count - 1));
-              sum += value;
-              store<T>(power, value);
+            // Targets are adjacent in a dense row, and so are the offsets that lead to them in a window. The
+            // next row of sources is fetched meanwhile: its entries lie too far apart for the processor to
+            // guess.
+            const int64_t stride = dense ? nodes : walk.stencil.size - 1;
+            const int64_t ahead =
+                row == 0 ? 0 : (dense ? -walk.width * nodes : 2 * half + 1 - walk.width * walk.stencil.size);
+            const int64_t at =
+                dense ? affinity_index(walk, b, row * walk.width + first, y * walk.width + x0, 0)
+                      : affinity_index(walk, b, row * walk.width + first, 0, k + half + x0 - first);
+            auto powers_of_run = [&](auto raise) {
+              run_powers<T>(affinity + at, stride, at, size - at, ahead, first - x0, stop - x0, half, count,
+                            raise, sum, power);
+            };
+            if (walk.whole_power == 2) {
+              powers_of_run([](V value) { return value * value; });
+            } else {
+              powers_of_run([&](V value) { return raised_lanes<T>(walk, value); });
             }
+            power += (stop - first) * kLanes<T>;
           });
       const V scale = walk.normalize ? 1 / sum : V{} + 1;
       for (int64_t c = 0; c < classes;) {

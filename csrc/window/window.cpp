@@ -104,7 +104,7 @@ Tensor feature_affinity_backward(const Tensor& grad, const Tensor& features, con
       AFA_CUDA_LAUNCH("feature_affinity_backward", window_feature_backward_cuda(p, scope->stream()));
     } else {
       parallel_rows(p.batch * p.height, row_work(p, 2 * p.channels), [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(p.stencil.size * p.width);
+        std::vector<double> scratch(p.stencil.size * (p.width + kWindowSlack));
         AFA_SIMD_CALL(window_feature_backward_rows, p, begin, end, scratch.data());
       });
     }

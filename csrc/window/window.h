@@ -45,7 +45,8 @@ AFA_HOST_DEVICE inline void each_path_point(int64_t dy, int64_t dx, const F& f) 
 }  // namespace
 
 // Rows `begin` to `end` of the batch's B * h rows; float32 and float64. A row also writes what it mirrors
-// into later rows. `scratch` holds K * w values.
+// into later rows. `scratch` holds K * (w + kWindowSlack) values.
+constexpr int64_t kWindowSlack = 16;
 AFA_SIMD_DECLARE(void window_edge_rows(const WindowParams& p, int64_t begin, int64_t end))
 AFA_SIMD_DECLARE(void window_feature_rows(const WindowParams& p, int64_t begin, int64_t end))
 AFA_SIMD_DECLARE(void window_feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end,

@@ -151,38 +151,67 @@ void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is that of both its entries.
+// dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is that of both its entries. `slope`
+// holds the factors of one row of nodes, [K, length], 0 where there is no neighbour: the loop over vectors
+// of nodes needs no border case but for the ends of memory.
 template <typename T>
 void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T* slope) {
-  const int64_t nodes = p.height * p.width;
+  using V = typename Vec<T>::type;
+  const int64_t nodes = p.height * p.width, size = p.batch * p.channels * nodes;
+  const int64_t length = (p.width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const T scale = T{-1} / static_cast<T>(p.channels);
+  const T* features = static_cast<const T*>(p.in);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / p.height, y = item % p.height;
     const T* grad = static_cast<const T*>(p.grad) + b * p.stencil.size * nodes;
     const T* affinity = static_cast<const T*>(p.affinity) + b * p.stencil.size * nodes;
+    for (int64_t i = 0; i < p.stencil.size * length; ++i) slope[i] = 0;
     each_offset(p, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
       if (y + dy < 0 || y + dy >= p.height) return;
       const int64_t here = k * nodes + y * p.width;
       const int64_t there = (p.stencil.size - 1 - k) * nodes + (y + dy) * p.width + dx;
       for (int64_t x = first; x < last; ++x) {
-        slope[k * p.width + x] = (grad[here + x] + grad[there + x]) * affinity[here + x] * scale;
+        slope[k * length + x] = (grad[here + x] + grad[there + x]) * affinity[here + x] * scale;
       }
     });
     for (int64_t c = 0; c < p.channels; ++c) {
-      const int64_t row = (b * p.channels + c) * nodes + y * p.width;
-      const T* features = static_cast<const T*>(p.in) + row;
-      T* out = static_cast<T*>(p.out) + row;
-      for (int64_t x = 0; x < p.width; ++x) out[x] = 0;
-      each_offset(p, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
-        if (y + dy < 0 || y + dy >= p.height) return;
-        const T* other = features + dy * p.width + dx;
-        const T* weight = slope + k * p.width;
-#pragma GCC ivdep
-        for (int64_t x = first; x < last; ++x) {
-          const T difference = features[x] - other[x], slope_here = weight[x];
-          out[x] += difference > 0 ? slope_here : (difference < 0 ? -slope_here : T{0});
+      const int64_t plane = (b * p.channels + c) * nodes + y * p.width;
+      for (int64_t x = 0; x < p.width; x += kLanes<T>) {
+        const int64_t count = p.width - x < kLanes<T> ? p.width - x : kLanes<T>;
+        const bool whole = count == kLanes<T>;
+        const V centre = whole ? load<T>(features + plane + x) : load_first<T>(features + plane + x, count);
+        V sum = {};
+        const T* weight = slope + x;
+        for (int r = 0; r < p.stencil.runs; ++r) {
+          const Run& run = p.stencil.run[r];
+          const int64_t half = run.dx, dy = -int64_t{run.dy};
+          if (y + dy < 0 || y + dy >= p.height) {
+            weight += run.count * length;
+            continue;
+          }
+          const int64_t at = plane + x + dy * p.width - half;
+          const bool safe = at >= 0 && at + run.count + kLanes<T> <= size;
+          for (int64_t j = 0; j < run.count; ++j, weight += length) {
+            V other = centre;
+            if (safe) {
+              other = load<T>(features + at + j);
+            } else {
+              for (int64_t i = 0; i < count; ++i) {
+                const int64_t column = x + i - half + j;
+                if (column >= 0 && column < p.width) other[i] = features[at + j + i];
+              }
+            }
+            const V factor = load<T>(weight), nothing = {};
+            sum += (centre > other ? factor : nothing) - (centre < other ? factor : nothing);
+          }
         }
-      });
+        T* out = static_cast<T*>(p.out) + plane + x;
+        if (whole) {
+          store<T>(out, sum);
+        } else {
+          store_first<T>(out, sum, count);
+        }
+      }
     }
   }
 }
