@@ -47,12 +47,26 @@ AffinityParams backward_params(const Tensor& grad, const Tensor& affinity, int64
   return p;
 }
 
+// Sums of a task's own, from the start of a cache line on.
+class Scratch {
+ public:
+  Scratch(int64_t count, const Tensor& like)
+      : bytes_(static_cast<size_t>(count) * (sum_type(like) == ScalarType::Double ? 8 : 4) + kLineBytes) {}
+  void* data() const {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(bytes_.data());
+    return reinterpret_cast<void*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
+  }
+
+ private:
+  static constexpr uintptr_t kLineBytes = 64;
+  std::vector<char> bytes_;
+};
+
 template <typename F>
 void over_blocks(const AffinityParams& p, const Tensor& like, const F& f) {
   const int64_t work = p.maps * nodes_of(p.pairs) * kAffinityRows;
   parallel_rows(p.pairs.batch * blocks_of(p.pairs), work, [&](int64_t begin, int64_t end) {
-    std::vector<char> scratch(kAffinityRows * scratch_stride(p.pairs) *
-                              (sum_type(like) == ScalarType::Double ? sizeof(double) : sizeof(float)));
+    const Scratch scratch(kAffinityRows * scratch_stride(p.pairs), like);
     f(begin, end, scratch.data());
   });
 }
@@ -130,7 +144,7 @@ Tensor affinity_from_attention(const Tensor& attention, const Tensor& weight, co
   }
   p.mixed = mixed.mutable_data_ptr();
   parallel_rows(p.pairs.batch * nodes, p.maps * nodes, [&](int64_t begin, int64_t end) {
-    std::vector<double> scratch(windowed ? nodes : 0);
+    const Scratch scratch(windowed ? nodes : 0, attention);
     AFA_SIMD_CALL(affinity_mix_rows, p, begin, end, scratch.data());
   });
   const int64_t items = p.pairs.batch * (windowed ? nodes : (tiles_of(p.pairs) + 1) / 2);

@@ -12,7 +12,8 @@ namespace AFA_SIMD {
 namespace {
 
 constexpr int kMapsAtOnce = 4;
-constexpr int64_t kLineGap = 16;  // a gap of fewer nodes than this is read through rather than skipped
+constexpr int64_t kLine =
+    16;  // nodes that ranges begin and end at multiples of: 64 bytes of float, a cache line
 
 template <typename S>
 inline typename Vec<S>::type sigmoid(typename Vec<S>::type z) {
@@ -23,7 +24,8 @@ inline typename Vec<S>::type sigmoid(typename Vec<S>::type z) {
   return z == z ? result : z;  // NaN stays
 }
 
-// f(begin, end): ranges of nodes that hold all pairs of node i, and few others.
+// f(begin, end): ranges of whole lines that hold all nodes of node i's window, and few others. Lines, as a
+// vector that straddles two of them costs twice as much to store.
 template <typename F>
 inline void each_range(const PairLayout& p, int64_t i, const F& f) {
   if (p.radius < 0) {
@@ -35,11 +37,16 @@ inline void each_range(const PairLayout& p, int64_t i, const F& f) {
   const int64_t bottom = y + p.radius < p.height ? y + p.radius + 1 : p.height;
   const int64_t left = x > p.radius ? x - p.radius : 0;
   const int64_t right = x + p.radius < p.width ? x + p.radius + 1 : p.width;
-  if (p.width - (right - left) < kLineGap) {
-    f(top * p.width + left, (bottom - 1) * p.width + right);
-    return;
+  int64_t begin = (top * p.width + left) / kLine * kLine, end = begin;
+  for (int64_t row = top; row < bottom; ++row) {
+    const int64_t from = (row * p.width + left) / kLine * kLine;
+    if (from > end) {
+      f(begin, end);
+      begin = from;
+    }
+    end = (row * p.width + right + kLine - 1) / kLine * kLine;
   }
-  for (int64_t row = top; row < bottom; ++row) f(row * p.width + left, row * p.width + right);
+  f(begin, end < nodes_of(p) ? end : nodes_of(p));
 }
 
 // f(first entry of the window, first node, how many of both): the pairs of node i with the nodes of each grid
