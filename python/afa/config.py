@@ -302,7 +302,7 @@ def validate(config: Config) -> None:
     for key in ("cam_threshold", "low", "high"):
         need(0 < getattr(labels, key) < 1, f"labels.{key}", "between 0 and 1")
     need(labels.low <= labels.high, "labels.low", f"no larger than labels.high ({labels.high})")
-    need(labels.walk_radius >= 1, "labels.walk_radius", "at least 1 token")
+    need(1 <= labels.walk_radius <= 63, "labels.walk_radius", "1 to 63 tokens")
     need(labels.walk_power >= 1, "labels.walk_power", "at least 1")
     need(labels.walk_steps >= 0, "labels.walk_steps", "0 or more")
     need(labels.walk_eps > 0, "labels.walk_eps", "above 0")

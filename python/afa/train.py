@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import afa_ext
 from afa.cam import multi_scale_cam, pack_classes
 from afa.config import Config, TrainConfig, load_config, to_dict, to_yaml
 from afa.data.voc import VOCDataset, train_loader
@@ -31,7 +32,7 @@ from afa.errors import UserError
 from afa.evaluate import evaluate
 from afa.files import atomic_path, write_text
 from afa.labels import par_labels, par_weights, walk_labels
-from afa.losses import affinity_labels, affinity_loss, classification_loss, segmentation_loss
+from afa.losses import classification_loss, segmentation_loss
 from afa.metrics import IGNORE
 from afa.model.backbone import one_line
 from afa.model.network import AFANet, build_model, normalize, save_checkpoint_weights
@@ -143,7 +144,7 @@ class Trainer:
         labels, pairs = self.targets(batch, images, inputs, tags, out.cam.detach(), phase)
         loss_cls = classification_loss(out.class_logits, tags)
         loss_seg = segmentation_loss(out.seg_logits, labels)
-        loss_aff = affinity_loss(out.affinity, pairs)
+        loss_aff = afa_ext.affinity_loss(out.affinity, pairs)
         total = loss_cls + train.weight_seg * loss_seg + train.weight_affinity * loss_aff
         return Step(torch.stack([loss_cls, loss_seg, loss_aff]).detach(), labels, pairs), total
 
@@ -201,7 +202,7 @@ class Trainer:
             )
         assert segmentation is not None
         source = segmentation if target is None else target
-        pairs = affinity_labels(source, stride=self.model.stride, radius=settings.walk_radius)
+        pairs = afa_ext.affinity_labels(source, stride=self.model.stride, radius=settings.walk_radius)
         return segmentation, pairs
 
     def _precision(self) -> torch.autocast:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from afa.losses import affinity_labels, affinity_loss, classification_loss, segmentation_loss
-from afa.model import affinity_from_attention
+from afa.losses import classification_loss, segmentation_loss
 from afa.model.heads import AffinityHead
+from afa_ext import affinity_from_attention, affinity_labels, affinity_loss
 
 
 def test_affinity_golden(golden: Any) -> None:

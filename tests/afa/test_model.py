@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from afa.config import Config
 from afa.errors import UserError
-from afa.model import AFANet, affinity_from_attention, build_model, load_model, normalize, save_checkpoint_weights
+from afa.model import AFANet, build_model, load_model, normalize, save_checkpoint_weights
 from afa.model.heads import MLPDecoder
+from afa_ext import affinity_from_attention
 
 Make = Callable[..., tuple[AFANet, Config]]
 

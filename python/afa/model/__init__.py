@@ -1,7 +1,6 @@
 """The network: a timm backbone, its heads, and its file format."""
 
 from afa.model.backbone import Backbone, Features
-from afa.model.heads import affinity_from_attention
 from afa.model.network import (
     AFANet,
     Output,
@@ -16,7 +15,6 @@ __all__ = [
     "Backbone",
     "Features",
     "Output",
-    "affinity_from_attention",
     "build_model",
     "load_model",
     "normalize",

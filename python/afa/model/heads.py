@@ -63,7 +63,8 @@ class SingleDecoder(nn.Module):
 
 class AffinityHead(nn.Module):
     """Affinity of token pairs, A = sigmoid(sum_k weight_k (S_k + S_k^T) + bias): a 1x1 convolution over the attention
-    maps S made symmetric (AFA, CVPR 2022, affinity from attention).
+    maps S made symmetric (AFA, CVPR 2022, affinity from attention): `afa_ext.affinity_from_attention` of S = q k^T,
+    from q and k.
 
     It starts as the mean over maps of the scaled attention logits, so that like tokens are already near each other.
     """
@@ -86,13 +87,6 @@ class AffinityHead(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             mixed = left @ right
         return torch.sigmoid(mixed + mixed.transpose(1, 2) + self.bias)
-
-
-def affinity_from_attention(attention: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The definition AffinityHead computes, from the maps themselves: attention [B, K, N, N], weight [K], bias [1] ->
-    [B, N, N]."""
-    mixed = torch.einsum("bkij,k->bij", attention, weight)
-    return torch.sigmoid(mixed + mixed.transpose(1, 2) + bias)
 
 
 DECODERS = {"mlp": MLPDecoder, "single": SingleDecoder}
