@@ -5,6 +5,10 @@
 #include <cmath>
 #include <cstdint>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define AFA_VECTOR_BYTES 64
 #define AFA_VECTOR_REGISTERS 32
@@ -61,18 +65,31 @@ inline void store_first(T* p, typename Vec<T>::type v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
 
+// The larger of each lane; b where a is NaN. The compiler makes two instructions of the comparison, not one.
 template <typename V>
 inline V larger(V a, V b) {
   return a > b ? a : b;
 }
+#if defined(__AVX512F__)
+inline Vec<float>::type larger(Vec<float>::type a, Vec<float>::type b) {
+  return (Vec<float>::type)_mm512_max_ps((__m512)a, (__m512)b);
+}
+#elif defined(__AVX2__)
+inline Vec<float>::type larger(Vec<float>::type a, Vec<float>::type b) {
+  return (Vec<float>::type)_mm256_max_ps((__m256)a, (__m256)b);
+}
+#endif
 
 // exp(x) for x <= 0, below -87 taken as exp(-87). Relative error under 2e-7 (range reduction by ln 2 in two
 // parts, then a degree-6 Taylor polynomial on |r| <= ln(2)/2, whose remainder is under 1.2e-7).
 inline typename Vec<float>::type exp_nonpositive(typename Vec<float>::type x) {
   using V = typename Vec<float>::type;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+  // Adding 1.5 * 2^23 rounds to an integer n, which then lies in the low bits; with 127, as a float's
+  // exponent.
+  constexpr float kRound = 12582912.0f + 127;
   x = larger(x, V{} - 87.0f);
-  const V n = (x * 1.44269504088896341f + kRound) - kRound;
+  const V shifted = x * 1.44269504088896341f + kRound;
+  const V n = shifted - kRound;
   const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   V p = r * (1.0f / 720) + (1.0f / 120);
   p = p * r + (1.0f / 24);
@@ -80,7 +97,9 @@ inline typename Vec<float>::type exp_nonpositive(typename Vec<float>::type x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  typename Vec<float>::ints bits = (__builtin_convertvector(n, typename Vec<float>::ints) + 127) << 23;
+  typename Vec<float>::ints bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 23;
   V scale;
   __builtin_memcpy(&scale, &bits, sizeof scale);
   return p * scale;

@@ -28,12 +28,23 @@ inline V sum_over(int size, const F& f) {
   return (a + b) + (c + d);
 }
 
+template <typename V>
+inline V largest(int size, const V* values) {
+  V a = values[0], b = values[1], c = values[2], d = values[3];
+  for (int k = 4; k < size; k += 4) {
+    a = larger(a, values[k]);
+    b = larger(b, values[k + 1]);
+    c = larger(c, values[k + 2]);
+    d = larger(d, values[k + 3]);
+  }
+  return larger(larger(a, b), larger(c, d));
+}
+
 template <typename T, bool PARTIAL>
 inline void pixels(const ParAffinityParams& p, int64_t b, int64_t y, int64_t x, const int64_t* offset,
                    int64_t count) {
   using V = typename Vec<T>::type;
   const int size = p.stencil.size;
-  const V channels = V{} + static_cast<T>(p.channels);
   const V one_over_size = V{} + T{1} / static_cast<T>(size);
   V logit[kMaxNeighbours], difference[kMaxNeighbours];
   for (int64_t c = 0; c < p.channels; ++c) {
@@ -53,11 +64,10 @@ inline void pixels(const ParAffinityParams& p, int64_t b, int64_t y, int64_t x, 
       logit[k] = c == 0 ? -(step * step) : logit[k] - step * step;
     }
   }
-  V top = logit[0];
-  for (int k = 1; k < size; ++k) top = larger(top, logit[k]);
-  const V one_over_channels = T{1} / channels;
+  const V one_over_channels = V{} + T{1} / static_cast<T>(p.channels);
+  const V top = largest(size, logit) * one_over_channels;
   const V sum = sum_over<V>(
-      size, [&](int k) { return logit[k] = exp_nonpositive((logit[k] - top) * one_over_channels); });
+      size, [&](int k) { return logit[k] = exp_nonpositive(logit[k] * one_over_channels - top); });
   const V inverse = T{1} / sum;
   T* out = static_cast<T*>(p.weights) + (b * size * p.height + y) * p.width + x;
   for (int k = 0; k < size; ++k, out += p.height * p.width) {
