@@ -5,7 +5,7 @@ Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain
 
 from ._native import build_info
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss
-from .labels import pseudo_labels
+from .labels import pseudo_labels, refine_labels
 from .par import PAR, par_affinity, par_propagate, par_refine
 from .walk import (
     edge_affinity,
@@ -32,5 +32,6 @@ __all__ = [
     "propagate_to_edge",
     "pseudo_labels",
     "random_walk",
+    "refine_labels",
     "window_offsets",
 ]

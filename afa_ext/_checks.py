@@ -7,6 +7,7 @@ opening this package.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -261,18 +262,18 @@ def window_offsets(radius: int, window: str = "square") -> list[tuple[int, int]]
 
 def check_propagate_cams(cams: Tensor, class_labels: Tensor, background: float) -> None:
     check_float_tensor("cams", cams, "[B, C, h, w]")
-    check_class_labels(class_labels, cams)
+    check_class_labels(class_labels, cams.shape[:2], "cams", cams)
     if isinstance(background, bool) or not isinstance(background, (int, float)):
         raise TypeError(f"background must be a number, got {_describe(background)}")
 
 
-def check_class_labels(class_labels: Tensor, cams: Tensor) -> None:
-    if not isinstance(class_labels, Tensor) or class_labels.shape != cams.shape[:2]:
+def check_class_labels(class_labels: Tensor, shape: Sequence[int], scores_name: str, scores: Tensor) -> None:
+    if not isinstance(class_labels, Tensor) or class_labels.shape != torch.Size(shape):
         raise ValueError(
-            f"class_labels must be a tensor of shape {tuple(cams.shape[:2])} (batch and classes of cams; "
+            f"class_labels must be a tensor of shape {tuple(shape)} (batch and classes of {scores_name}; "
             f"nonzero where the class is present), got {_describe(class_labels)}"
         )
-    check_same_device("class_labels", class_labels, "cams", cams)
+    check_same_device("class_labels", class_labels, scores_name, scores)
 
 
 def check_number(name: str, value: float) -> None:
@@ -289,12 +290,23 @@ def check_int_tensor(name: str, value: Tensor, shape: tuple[int, ...], what: str
         raise ValueError(f"{name} must have shape {tuple(shape)} {what}, got {tuple(value.shape)}")
 
 
-def check_pseudo_labels(
+def _check_label_images(images: Tensor) -> None:
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        if images.dim() != 4:
+            raise ValueError(f"images must have 4 dimensions [B, 3, H, W], got {_describe(images)}")
+    elif isinstance(images, Tensor) and images.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"images must be uint8 or floating-point, got {_describe(images)}")
+    else:
+        check_float_tensor("images", images, "[B, 3, H, W]")
+    if images.shape[1] < 1:
+        raise ValueError(f"images must have at least one colour channel, got shape {tuple(images.shape)}")
+
+
+def _check_label_settings(
     images: Tensor,
-    cams: Tensor,
-    class_labels: Tensor,
-    low: float,
-    high: float,
+    scores: Tensor,
+    scores_name: str,
+    num_classes: int,
     box: Tensor | None,
     weights: Tensor | None,
     class_index: Tensor | None,
@@ -306,33 +318,16 @@ def check_pseudo_labels(
     w2: float,
     ignore_index: int,
 ) -> list[int]:
-    if isinstance(images, Tensor) and images.dtype == torch.uint8:
-        if images.dim() != 4:
-            raise ValueError(f"images must have 4 dimensions [B, 3, H, W], got {_describe(images)}")
-    elif isinstance(images, Tensor) and images.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"images must be uint8 or floating-point, got {_describe(images)}")
-    else:
-        check_float_tensor("images", images, "[B, 3, H, W]")
-    if images.shape[1] < 1:
-        raise ValueError(f"images must have at least one colour channel, got shape {tuple(images.shape)}")
-    check_float_tensor("cams", cams, "[B, C, H, W]")
-    for dim, what in ((0, "batch"), (2, "height"), (3, "width")):
-        check_size("images", images, dim, cams.shape[dim], f"the {what} of cams")
-    check_same_device("images", images, "cams", cams)
-    check_class_labels(class_labels, cams)
-    check_number("low", low)
-    check_number("high", high)
-    if high < low:
-        raise ValueError(f"high must be at least low ({low}), got {high}")
+    batch = scores.shape[0]
     if box is not None:
-        check_int_tensor("box", box, (cams.shape[0], 4), "[B, 4] of y0, y1, x0, x1")
-        check_same_device("box", box, "cams", cams)
+        check_int_tensor("box", box, (batch, 4), "[B, 4] of y0, y1, x0, x1")
+        check_same_device("box", box, scores_name, scores)
     check_int("ignore_index", ignore_index, -(2**31), 2**31 - 1)
     if class_index is not None:
-        check_int_tensor("class_index", class_index, (cams.shape[0], cams.shape[1]), "[B, C]")
-        check_same_device("class_index", class_index, "cams", cams)
-    elif 0 <= ignore_index <= cams.shape[1]:
-        raise ValueError(f"ignore_index must differ from the labels 0 to {cams.shape[1]}, got {ignore_index}")
+        check_int_tensor("class_index", class_index, (batch, num_classes), "[B, C]")
+        check_same_device("class_index", class_index, scores_name, scores)
+    elif 0 <= ignore_index <= num_classes:
+        raise ValueError(f"ignore_index must differ from the labels 0 to {num_classes}, got {ignore_index}")
     if max_classes is not None:
         check_int("max_classes", max_classes, 1)
     check_int("downscale", downscale, 1)
@@ -342,19 +337,69 @@ def check_pseudo_labels(
     offsets = check_dilations(dilations)
     if weights is not None:
         check_float_tensor("weights", weights, "[B, 8*len(dilations), h, w]")
-        check_size("weights", weights, 0, cams.shape[0], "the batch of cams")
+        check_size("weights", weights, 0, batch, f"the batch of {scores_name}")
         check_size("weights", weights, 1, 8 * len(offsets), "8 neighbours a dilation")
         for dim, what in ((2, "height"), (3, "width")):
-            small = max(1, cams.shape[dim] // downscale)
-            check_size("weights", weights, dim, small, f"the {what} of cams over downscale")
-        wide = torch.float64 if cams.dtype == torch.float64 else torch.float32
+            small = max(1, images.shape[dim] // downscale)
+            check_size("weights", weights, dim, small, f"the {what} of images over downscale")
+        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
         if weights.dtype != wide:
             raise TypeError(
-                f"weights must be {wide} for cams of {cams.dtype} (the background is what their sum leaves), "
-                f"got {weights.dtype}; make them from images of {wide}"
+                f"weights must be {wide} for {scores_name} of {scores.dtype}, got {weights.dtype}; "
+                f"make them from images of {wide}"
             )
-        check_same_device("weights", weights, "cams", cams)
+        check_same_device("weights", weights, scores_name, scores)
     return offsets
+
+
+def check_pseudo_labels(
+    images: Tensor, cams: Tensor, class_labels: Tensor, low: float, high: float, *settings: Any
+) -> list[int]:
+    """``settings``: box and what follows it in :func:`_check_label_settings`."""
+    _check_label_images(images)
+    check_float_tensor("cams", cams, "[B, C, H, W]")
+    for dim, what in ((0, "batch"), (2, "height"), (3, "width")):
+        check_size("images", images, dim, cams.shape[dim], f"the {what} of cams")
+    check_same_device("images", images, "cams", cams)
+    check_class_labels(class_labels, cams.shape[:2], "cams", cams)
+    check_number("low", low)
+    check_number("high", high)
+    if high < low:
+        raise ValueError(f"high must be at least low ({low}), got {high}")
+    return _check_label_settings(images, cams, "cams", cams.shape[1], *settings)
+
+
+def check_refine_labels(
+    images: Tensor,
+    scores: Tensor,
+    class_labels: Tensor,
+    low_scores: Tensor | None,
+    box: Tensor | None,
+    weights: Tensor | None,
+    *settings: Any,
+) -> list[int]:
+    """``settings``: class_index and what follows it in :func:`_check_label_settings`."""
+    _check_label_images(images)
+    check_float_tensor("scores", scores, "[B, C+1, h, w]")
+    check_size("images", images, 0, scores.shape[0], "the batch of scores")
+    if scores.shape[1] < 1:
+        raise ValueError(f"scores must hold the background's map, got shape {tuple(scores.shape)}")
+    if 0 in scores.shape[2:] and 0 not in images.shape[2:]:
+        raise ValueError(f"scores must have at least one position, got shape {tuple(scores.shape)}")
+    check_same_device("images", images, "scores", scores)
+    if low_scores is not None:
+        check_float_tensor("low_scores", low_scores, "[B, C+1, h, w]")
+        if low_scores.shape != scores.shape:
+            raise ValueError(
+                f"low_scores must have shape {tuple(scores.shape)} (that of scores), got {tuple(low_scores.shape)}"
+            )
+        check_same_dtype("low_scores", low_scores, "scores", scores)
+        check_same_device("low_scores", low_scores, "scores", scores)
+    num_classes = scores.shape[1] - 1
+    check_class_labels(class_labels, (scores.shape[0], num_classes), "scores", scores)
+    if weights is not None and box is not None:
+        raise ValueError("weights must be None where box is given: each box's region has weights of its own")
+    return _check_label_settings(images, scores, "scores", num_classes, box, weights, *settings)
 
 
 def check_affinity_from_attention(

@@ -46,6 +46,10 @@
     "(Tensor images, Tensor cams, Tensor present, Tensor? class_index, Tensor? box, Tensor? weights, "     \
     "float low, float high, int downscale, int[] dilations, int num_iter, float w1, float w2, "            \
     "int max_classes, int ignore_index) -> Tensor")                                                        \
+  X(refine_labels,                                                                                         \
+    "(Tensor images, Tensor scores, Tensor? low_scores, Tensor present, Tensor? class_index, "             \
+    "Tensor? box, Tensor? weights, int downscale, int[] dilations, int num_iter, float w1, float w2, "     \
+    "int max_classes, int ignore_index) -> Tensor")                                                        \
   X(affinity_from_attention,                                                                               \
     "(Tensor attention, Tensor weight, Tensor bias, SymInt height, SymInt width, int? radius, "            \
     "bool windowed) -> Tensor")                                                                            \

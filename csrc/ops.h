@@ -10,6 +10,10 @@
 namespace afa {
 
 Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2);
+// The same, not registered. extent, CUDA only, int64 [B, 2]: image b is but its first extent[b] = (rows,
+// columns); the rest of the output is undefined.
+Tensor par_affinity_within(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2,
+                           const std::optional<Tensor>& extent);
 Tensor par_propagate(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
                      int64_t num_iter, const std::optional<Tensor>& class_mask);
 Tensor par_propagate_backward_masks(const Tensor& grad, const Tensor& weights,
@@ -46,6 +50,11 @@ Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& pre
                      const std::optional<Tensor>& weights, double low, double high, int64_t downscale,
                      const std::vector<int64_t>& dilations, int64_t num_iter, double w1, double w2,
                      int64_t max_classes, int64_t ignore_index);
+Tensor refine_labels(const Tensor& images, const Tensor& scores, const std::optional<Tensor>& low_scores,
+                     const Tensor& present, const std::optional<Tensor>& class_index,
+                     const std::optional<Tensor>& box, const std::optional<Tensor>& weights,
+                     int64_t downscale, const std::vector<int64_t>& dilations, int64_t num_iter, double w1,
+                     double w2, int64_t max_classes, int64_t ignore_index);
 
 Tensor affinity_from_attention(const Tensor& attention, const Tensor& weight, const Tensor& bias,
                                int64_t height, int64_t width, std::optional<int64_t> radius, bool windowed);

@@ -410,7 +410,12 @@ W = torch.rand(2, 48, 4, 4)
         ((IMAGES, CAMS, LABELS), {"weights": W[:, :8]}, ValueError, "weights must have size 48 in dimension 1"),
         ((IMAGES, CAMS, LABELS), {"weights": W[:, :, :3]}, ValueError, "weights must have size 4 in dimension 2"),
         ((IMAGES, CAMS, LABELS), {"weights": W, "downscale": 1}, ValueError, "weights must have size 8 in dimension 2"),
-        ((IMAGES, CAMS, LABELS), {"weights": W[..., :3]}, ValueError, r"weights must .*\(the width of cams over downs"),
+        (
+            (IMAGES, CAMS, LABELS),
+            {"weights": W[..., :3]},
+            ValueError,
+            r"weights must .*\(the width of images over downs",
+        ),
         ((IMAGES, CAMS, LABELS), {"weights": W.half()}, TypeError, r"weights must be torch.float32.*torch.float16"),
         ((IMAGES, CAMS, LABELS), {"weights": W.to("meta")}, ValueError, "weights must be on the device of cams"),
     ],

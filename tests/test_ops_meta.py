@@ -99,6 +99,28 @@ CASES: dict[str, Callable[[Make], list[tuple]]] = {
     "walk_propagate_backward_transition": lambda make: [
         (make(2, 3, 4, 5).detach(), make(2, 3, 4, 5).detach(), make(2, 25, 4, 5).detach(), 2, "square", 2, None),
     ],
+    "refine_labels": lambda make: [
+        (
+            (make(2, 3, 8, 9).detach() * 255).byte(),
+            make(2, 4, 3, 4).detach(),
+            None,
+            keep(make),
+            None,
+            None,
+            wide_weights(make),
+            *(2, DILATIONS, 2, 0.3, 0.01, 0, 255),
+        ),
+        (
+            make(2, 3, 8, 9).detach(),
+            make(2, 4, 4, 3).detach().mT,
+            make(2, 4, 4, 3).detach().mT,
+            keep(make),
+            torch.tensor([[4, 7, 1]] * 2, device=make(1).device),
+            torch.tensor([[1, 7, 0, 5]] * 2, device=make(1).device),
+            None,
+            *(2, DILATIONS, 2, 0.3, 0.01, 2, -1),
+        ),
+    ],
     "pseudo_labels": lambda make: [
         (
             (make(2, 3, 8, 9).detach() * 255).byte(),

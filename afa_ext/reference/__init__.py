@@ -5,7 +5,7 @@ floating-point input, at the price of time and memory.
 """
 
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss
-from .labels import pseudo_labels
+from .labels import pseudo_labels, refine_labels
 from .par import PAR, par_affinity, par_propagate, par_refine
 from .walk import edge_affinity, feature_affinity, propagate_cams, propagate_to_edge, random_walk
 
@@ -23,4 +23,5 @@ __all__ = [
     "propagate_to_edge",
     "pseudo_labels",
     "random_walk",
+    "refine_labels",
 ]

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "stencil/propagate.h"
 
 namespace afa {
 namespace {
@@ -46,103 +47,298 @@ void check_type(const Tensor& t, const char* name, ScalarType type) {
             type_name(t.scalar_type()));
 }
 
-// images [B, channels, H, W] as PAR compares them: resized, in [0, 1] if they are bytes.
-Tensor shrink(const Tensor& images, const Axis& rows, const Axis& columns, ScalarType type,
-              const std::optional<CudaScope>& scope) {
-  const bool bytes = images.scalar_type() == ScalarType::Byte;
-  const Tensor source = contiguous_as(images, bytes ? ScalarType::Byte : type);
-  if (!bytes && rows.from == rows.to && columns.from == columns.to) return source;
-  const Tensor out = empty(images, {images.size(0), images.size(1), rows.to, columns.to}, type);
-  ShrinkParams p;
-  p.kind = kind_of(out, "images");
-  p.bytes = bytes;
-  p.in = source.const_data_ptr();
-  p.out = out.mutable_data_ptr();
-  p.planes = images.size(0) * images.size(1);
-  p.rows = rows;
-  p.columns = columns;
-  if (scope) {
-    AFA_CUDA_LAUNCH("pseudo_labels", shrink_cuda(p, scope->stream()));
-  } else {
-    parallel_rows(p.planes * rows.to, 4 * columns.to,
-                  [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(shrink_rows, p, begin, end); });
-  }
-  return out;
+void check_images(const Tensor& images, int64_t batch, int64_t height, int64_t width, const Tensor& like,
+                  const char* like_name) {
+  check_shape(images, "images", "[B, 3, H, W]", {batch, -1, height, width});
+  if (images.scalar_type() != ScalarType::Byte) kind_of(images, "images");
+  check_device(images, "images", like, like_name);
 }
 
-// CPU: each image's present classes, packed, and the CAMs in a form the kernels read.
-struct PresentClasses {
-  std::vector<int32_t> plane, number, count;
-  Tensor cams;
-  std::optional<Tensor> mask;  // bool [B, most * thresholds]; none if every image has `most` classes
+void check_flags(const Tensor& present, const std::optional<Tensor>& class_index,
+                 const std::optional<Tensor>& box, int64_t batch, int64_t classes, const Tensor& like,
+                 const char* like_name) {
+  check_shape(present, "present", "[B, C]", {batch, classes});
+  check_type(present, "present", ScalarType::Bool);
+  check_device(present, "present", like, like_name);
+  if (class_index) {
+    check_shape(*class_index, "class_index", "[B, C]", {batch, classes});
+    check_type(*class_index, "class_index", ScalarType::Long);
+    check_device(*class_index, "class_index", like, like_name);
+  }
+  if (box) {
+    check_shape(*box, "box", "[B, 4]", {batch, 4});
+    check_type(*box, "box", ScalarType::Long);
+    check_device(*box, "box", like, like_name);
+  }
+}
 
-  PresentClasses(LabelParams& p, const Tensor& all_cams, const Tensor& present,
-                 const std::optional<Tensor>& class_index, int64_t max_classes)
-      : count(p.batch), cams(all_cams) {
+void check_settings(int64_t downscale, int64_t num_iter, int64_t max_classes, int64_t ignore_index) {
+  AFA_CHECK(downscale >= 1, "downscale must be at least 1, got ", downscale);
+  AFA_CHECK(num_iter >= 0, "num_iter must be at least 0, got ", num_iter);
+  AFA_CHECK(max_classes >= 0, "max_classes must be at least 0, got ", max_classes);
+  AFA_CHECK(ignore_index == static_cast<int32_t>(ignore_index), "ignore_index must fit 32 bits, got ",
+            ignore_index);
+}
+
+void check_weights(const std::optional<Tensor>& weights, const std::vector<int64_t>& dilations, int64_t batch,
+                   const Region& whole, const Tensor& like, const char* like_name) {
+  if (!weights) return;
+  check_shape(*weights, "weights", "[B, 8*len(dilations), h, w]",
+              {batch, 8 * static_cast<int64_t>(dilations.size()), whole.small_height, whole.small_width});
+  check_type(*weights, "weights", sum_type(like));
+  check_device(*weights, "weights", like, like_name);
+}
+
+Kind kind_of_sums(const Tensor& t) {
+  return sum_type(t) == ScalarType::Double ? Kind::f64 : Kind::f32;
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  if (!t) return std::nullopt;
+  return torch::stable::contiguous(*t);
+}
+
+const int64_t* pointer(const std::optional<Tensor>& t) {
+  return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
+}
+
+// Bytes stay bytes; any other type becomes that of the sums.
+Tensor readable_images(const Tensor& images, ScalarType type) {
+  return contiguous_as(images, images.scalar_type() == ScalarType::Byte ? ScalarType::Byte : type);
+}
+
+ShrinkParams shrink_params(const Tensor& images, const Tensor& out) {
+  ShrinkParams p;
+  p.kind = kind_of(out, "images");
+  p.bytes = images.scalar_type() == ScalarType::Byte;
+  p.in = images.const_data_ptr();
+  p.in_stride_y = images.size(3);
+  p.in_stride_p = images.size(2) * images.size(3);
+  p.out = out.mutable_data_ptr();
+  p.planes = images.size(0) * images.size(1);
+  p.channels = images.size(1);
+  return p;
+}
+
+void shrink_cpu(const ShrinkParams& p) {
+  parallel_rows(p.planes * p.rows.to, 4 * p.columns.to,
+                [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(shrink_rows, p, begin, end); });
+}
+
+void choose_cpu(const ChoiceParams& p) {
+  parallel_rows(p.batch * p.height, 8 * (p.classes.most + 1) * p.width, [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(choice_scratch(p));
+    AFA_SIMD_CALL(label_choice_rows, p, begin, end, scratch.data());
+  });
+}
+
+// The present classes of a batch, packed: on the host for the CPU kernels, on the device for CUDA.
+class PackedClasses {
+ public:
+  Classes classes;
+
+  // CPU. Throws if an image has more than max_classes (0: any number).
+  PackedClasses(const Tensor& present, const std::optional<Tensor>& class_index, int64_t max_classes) {
+    const int64_t batch = present.size(0), all = present.size(1);
     const Tensor flags = torch::stable::contiguous(present);
     const bool* flag = static_cast<const bool*>(flags.const_data_ptr());
-    for (int64_t b = 0; b < p.batch; ++b) {
-      count[b] = static_cast<int32_t>(std::count(flag + b * p.classes, flag + (b + 1) * p.classes, true));
-      AFA_CHECK(max_classes == 0 || count[b] <= max_classes, "max_classes is ", max_classes, ", but image ",
-                b, " has ", count[b], " classes");
-      p.most = std::max<int64_t>(p.most, count[b]);
+    for (int64_t b = 0; b < batch; ++b) {
+      count_.push_back(static_cast<int32_t>(std::count(flag + b * all, flag + (b + 1) * all, true)));
+      AFA_CHECK(max_classes == 0 || count_[b] <= max_classes, "max_classes is ", max_classes, ", but image ",
+                b, " has ", count_[b], " classes");
+      classes.most = std::max<int64_t>(classes.most, count_[b]);
     }
-    plane.resize(p.batch * p.most);
-    number.resize(p.batch * p.most);
-    std::optional<Tensor> index;
-    if (class_index) index = torch::stable::contiguous(*class_index);
-    for (int64_t b = 0; b < p.batch; ++b) {
-      int64_t at = b * p.most;
-      for (int64_t c = 0; c < p.classes; ++c) {
-        const int64_t i = b * p.classes + c;
+    const std::optional<Tensor> index = dense(class_index);
+    plane_.resize(batch * classes.most);
+    number_.resize(batch * classes.most);
+    for (int64_t b = 0; b < batch; ++b) {
+      int64_t at = b * classes.most;
+      for (int64_t i = b * all; i < (b + 1) * all; ++i) {
         if (!flag[i]) continue;
-        plane[at] = static_cast<int32_t>(c);
-        number[at++] =
-            static_cast<int32_t>(1 + (index ? static_cast<const int64_t*>(index->const_data_ptr())[i] : c));
+        plane_[at] = static_cast<int32_t>(i - b * all);
+        number_[at++] = static_cast<int32_t>(1 + (index ? pointer(index)[i] : i - b * all));
       }
     }
-    p.plane = plane.data();
-    p.number = number.data();
-    p.count = count.data();
-    if (p.most > 0) {
-      read_cams(p);
-      make_mask(p);
+    classes.plane = plane_.data();
+    classes.number = number_.data();
+    classes.count = count_.data();
+  }
+
+  // CUDA, with what PAR needs to know: the maps in use and, if asked for, each image's small size.
+  PackedClasses(const char* op, [[maybe_unused]] const CudaScope& scope, PackParams p, const Tensor& present,
+                const std::optional<Tensor>& class_index, int64_t max_classes, bool with_extent) {
+    p.batch = present.size(0);
+    p.classes = present.size(1);
+    p.most = classes.most = max_classes == 0 ? p.classes : std::min(max_classes, p.classes);
+    const int64_t maps = (p.most + (p.background_map ? 1 : 0)) * p.thresholds;
+    const Tensor flags = torch::stable::contiguous(present);
+    const std::optional<Tensor> index = dense(class_index);
+    storage_ = {empty(present, {p.batch, p.most}, ScalarType::Int),
+                empty(present, {p.batch, p.most}, ScalarType::Int),
+                empty(present, {p.batch}, ScalarType::Int)};
+    mask = empty(present, {p.batch, maps}, ScalarType::Bool);
+    if (with_extent) extent = empty(present, {p.batch, 2}, ScalarType::Long);
+    p.present = static_cast<const bool*>(flags.const_data_ptr());
+    p.class_index = pointer(index);
+    classes.plane = p.plane = static_cast<int32_t*>(storage_[0].mutable_data_ptr());
+    classes.number = p.number = static_cast<int32_t*>(storage_[1].mutable_data_ptr());
+    classes.count = p.count = static_cast<int32_t*>(storage_[2].mutable_data_ptr());
+    p.mask = static_cast<bool*>(mask->mutable_data_ptr());
+    p.extent = extent ? static_cast<int64_t*>(extent->mutable_data_ptr()) : nullptr;
+    AFA_CUDA_LAUNCH(op, label_pack_cuda(p, scope.stream()));
+  }
+
+  std::optional<Tensor> mask;    // bool [B, maps]; CPU: none if every image has `most` classes
+  std::optional<Tensor> extent;  // int64 [B, 2]
+
+  // CPU: fills `mask`.
+  void make_mask(const Tensor& like, int64_t thresholds) {
+    const int64_t maps = classes.most * thresholds;
+    if (std::all_of(count_.begin(), count_.end(), [&](int32_t n) { return n == classes.most; })) return;
+    mask = empty(like, {static_cast<int64_t>(count_.size()), maps}, ScalarType::Bool);
+    bool* keep = static_cast<bool*>(mask->mutable_data_ptr());
+    for (int32_t n : count_) {
+      for (int64_t i = 0; i < maps; ++i) *keep++ = i < n * thresholds;
     }
+  }
+
+  // CPU: the CAMs in a form the kernels read. Planes they can't read as they lie (half precision, strided
+  // rows) are copied, but only the present ones.
+  Tensor readable_cams(const Tensor& cams) {
+    const ScalarType type = sum_type(cams);
+    if (cams.scalar_type() == type && (cams.stride(3) == 1 || cams.size(3) == 1)) return cams;
+    const int64_t batch = cams.size(0);
+    const Tensor packed = empty(cams, {batch, classes.most, cams.size(2), cams.size(3)}, type);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t j = 0; j < count_[b]; ++j) {
+        int32_t& from = plane_[b * classes.most + j];
+        Tensor to = torch::stable::select(torch::stable::select(packed, 0, b), 0, j);
+        torch::stable::copy_(to, torch::stable::select(torch::stable::select(cams, 0, b), 0, from));
+        from = static_cast<int32_t>(j);
+      }
+    }
+    return packed;
   }
 
  private:
-  // Planes the kernels can't read as they lie (half precision, strided rows) are copied, but only the present
-  // ones.
-  void read_cams(LabelParams& p) {
-    const ScalarType type = sum_type(cams);
-    if (cams.scalar_type() != type || (cams.stride(3) != 1 && cams.size(3) > 1)) {
-      const Tensor packed = empty(cams, {p.batch, p.most, cams.size(2), cams.size(3)}, type);
-      for (int64_t b = 0; b < p.batch; ++b) {
-        for (int64_t j = 0; j < count[b]; ++j) {
-          int32_t& from = plane[b * p.most + j];
-          Tensor to = torch::stable::select(torch::stable::select(packed, 0, b), 0, j);
-          torch::stable::copy_(to, torch::stable::select(torch::stable::select(cams, 0, b), 0, from));
-          from = static_cast<int32_t>(j);
-        }
-      }
-      cams = packed;
+  std::vector<int32_t> plane_, number_, count_;
+  std::vector<Tensor> storage_;
+};
+
+// Four samples for each of `to` maps' rows or columns: see place_taps.
+struct PlaceTables {
+  std::vector<int32_t> at;
+  std::vector<float> narrow;
+  std::vector<double> wide;
+
+  PlaceTables(Kind kind, int64_t from, int64_t to, int64_t start, int64_t grid, int64_t size) {
+    if (kind == Kind::f64) {
+      fill(wide, from, to, start, grid, size);
+    } else {
+      fill(narrow, from, to, start, grid, size);
     }
-    p.kind = kind_of(cams, "cams");
-    p.cams = cams.const_data_ptr();
-    p.cam_stride_b = cams.stride(0);
-    p.cam_stride_c = cams.stride(1);
-    p.cam_stride_y = cams.stride(2);
   }
 
-  void make_mask(const LabelParams& p) {
-    if (std::all_of(count.begin(), count.end(), [&](int32_t n) { return n == p.most; })) return;
-    mask = empty(cams, {p.batch, p.most * p.thresholds}, ScalarType::Bool);
-    bool* keep = static_cast<bool*>(mask->mutable_data_ptr());
-    for (int64_t b = 0; b < p.batch; ++b) {
-      for (int64_t i = 0; i < p.most * p.thresholds; ++i) *keep++ = i < count[b] * p.thresholds;
+  const void* weight() const { return wide.empty() ? static_cast<const void*>(narrow.data()) : wide.data(); }
+
+ private:
+  template <typename T>
+  void fill(std::vector<T>& weight, int64_t from, int64_t to, int64_t start, int64_t grid, int64_t size) {
+    for (int64_t i = 0; i < to; ++i) {
+      const FourTaps<T> taps = place_taps<T>(i, from, to, start, grid, size);
+      for (int n = 0; n < 4; ++n) {
+        at.push_back(static_cast<int32_t>(taps.at[n]));
+        weight.push_back(taps.weight[n]);
+      }
     }
   }
 };
+
+struct ParSettings {
+  const std::vector<int64_t>& dilations;
+  int64_t num_iter;
+  double w1, w2;
+};
+
+// refine_labels on the CPU: every image by itself, cut to its region, since the host knows the boxes.
+void refine_labels_cpu(const Tensor& images, const Tensor& scores, const std::optional<Tensor>& low_scores,
+                       const PackedClasses& packed, const std::optional<Tensor>& weights, int64_t downscale,
+                       const ParSettings& par, ChoiceParams choice) {
+  const ScalarType type = sum_type(scores);
+  const Kind kind = kind_of_sums(scores);
+  const Tensor colours = readable_images(images, type);
+  const Tensor wide[2] = {contiguous_as(scores, type),
+                          low_scores ? contiguous_as(*low_scores, type) : contiguous_as(scores, type)};
+  const int64_t planes = scores.size(1), image_pixels = choice.height * choice.width;
+  const Classes all = packed.classes;
+  const int64_t* boxes = choice.box;
+  int64_t* labels = choice.labels;
+  choice.batch = 1;
+  choice.kind = kind;
+  for (int64_t b = 0; b < scores.size(0); ++b) {
+    const Region r = region_of(boxes, b, choice.height, choice.width, downscale);
+    const Classes own = {all.count[b], all.plane + b * all.most, all.number + b * all.most, all.count + b};
+    choice.classes = own;
+    choice.box = boxes == nullptr ? nullptr : boxes + 4 * b;
+    choice.labels = labels + b * image_pixels;
+    choice.y = r.y;
+    choice.x = r.x;
+    choice.map_height = r.small_height;
+    choice.map_width = r.small_width;
+    AxisTables tables[4];
+    choice.rows = tables[0].fill(r.small_height, r.height, kind);
+    choice.columns = tables[1].fill(r.small_width, r.width, kind);
+    std::optional<Tensor> maps;
+    if (r.height > 0 && own.most > 0) {
+      maps = empty(scores, {1, (own.most + 1) * choice.thresholds, r.small_height, r.small_width}, type);
+      PlaceParams place;
+      place.kind = kind;
+      place.thresholds = choice.thresholds;
+      place.grid_height = scores.size(2);
+      place.grid_width = scores.size(3);
+      for (int t = 0; t < kMaxThresholds; ++t) {
+        place.scores[t] = static_cast<const char*>(wide[t].const_data_ptr()) +
+                          b * planes * place.grid_height * place.grid_width * wide[t].element_size();
+      }
+      place.classes = own;
+      place.maps = maps->mutable_data_ptr();
+      place.map_height = r.small_height;
+      place.map_width = r.small_width;
+      const PlaceTables rows(kind, r.height, r.small_height, r.y, place.grid_height, choice.height);
+      const PlaceTables columns(kind, r.width, r.small_width, r.x, place.grid_width, choice.width);
+      place.row_at = rows.at.data();
+      place.column_at = columns.at.data();
+      place.row_weight = rows.weight();
+      place.column_weight = columns.weight();
+      const int64_t row_work = 4 * (place.grid_width + place.map_width);
+      parallel_rows(maps->size(1) * place.map_height, row_work, [&](int64_t begin, int64_t end) {
+        std::vector<double> scratch(place.grid_width);
+        AFA_SIMD_CALL(label_place_rows, place, begin, end, scratch.data());
+      });
+      if (par.num_iter > 0) {
+        Tensor affinity;
+        if (weights) {
+          Tensor every = *weights;
+          affinity = torch::stable::narrow(every, 0, b, 1);
+        } else {
+          const Tensor small = empty(colours, {1, colours.size(1), r.small_height, r.small_width}, type);
+          ShrinkParams shrink = shrink_params(colours, small);
+          shrink.planes = colours.size(1);
+          shrink.in =
+              static_cast<const char*>(shrink.in) +
+              (b * colours.size(1) * image_pixels + r.y * choice.width + r.x) * colours.element_size();
+          shrink.rows = tables[2].fill(r.height, r.small_height, kind);
+          shrink.columns = tables[3].fill(r.width, r.small_width, kind);
+          shrink_cpu(shrink);
+          affinity = par_affinity(small, par.dilations, par.w1, par.w2);
+        }
+        maps = par_propagate(affinity, *maps, par.dilations, par.num_iter, std::nullopt);
+      }
+      choice.maps = maps->const_data_ptr();
+    }
+    choose_cpu(choice);
+  }
+}
 
 }  // namespace
 
@@ -152,132 +348,220 @@ Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& pre
                      const std::vector<int64_t>& dilations, int64_t num_iter, double w1, double w2,
                      int64_t max_classes, int64_t ignore_index) {
   check_shape(cams, "cams", "[B, C, H, W]", {-1, -1, -1, -1});
-  LabelParams p;
-  p.kind = kind_of(cams, "cams");
-  p.batch = cams.size(0);
-  p.classes = cams.size(1);
-  const int64_t height = cams.size(2), width = cams.size(3);
-  check_shape(images, "images", "[B, 3, H, W]", {p.batch, -1, height, width});
-  if (images.scalar_type() != ScalarType::Byte) kind_of(images, "images");
-  check_device(images, "images", cams, "cams");
-  check_shape(present, "present", "[B, C]", {p.batch, p.classes});
-  check_type(present, "present", ScalarType::Bool);
-  check_device(present, "present", cams, "cams");
-  if (class_index) {
-    check_shape(*class_index, "class_index", "[B, C]", {p.batch, p.classes});
-    check_type(*class_index, "class_index", ScalarType::Long);
-    check_device(*class_index, "class_index", cams, "cams");
-  }
-  if (box) {
-    check_shape(*box, "box", "[B, 4]", {p.batch, 4});
-    check_type(*box, "box", ScalarType::Long);
-    check_device(*box, "box", cams, "cams");
-  }
+  kind_of(cams, "cams");
+  const int64_t batch = cams.size(0), height = cams.size(2), width = cams.size(3);
+  check_images(images, batch, height, width, cams, "cams");
+  check_flags(present, class_index, box, batch, cams.size(1), cams, "cams");
   AFA_CHECK(high >= low, "high must be at least low (", low, "), got ", high);
-  AFA_CHECK(downscale >= 1, "downscale must be at least 1, got ", downscale);
-  AFA_CHECK(num_iter >= 0, "num_iter must be at least 0, got ", num_iter);
-  AFA_CHECK(max_classes >= 0, "max_classes must be at least 0, got ", max_classes);
-  AFA_CHECK(ignore_index == static_cast<int32_t>(ignore_index), "ignore_index must fit 32 bits, got ",
-            ignore_index);
-  const ScalarType type = sum_type(cams);
-  const int64_t small_height = std::max<int64_t>(1, height / downscale);
-  const int64_t small_width = std::max<int64_t>(1, width / downscale);
-  if (weights) {
-    check_shape(*weights, "weights", "[B, 8*len(dilations), h, w]",
-                {p.batch, 8 * static_cast<int64_t>(dilations.size()), small_height, small_width});
-    check_type(*weights, "weights", type);
-    check_device(*weights, "weights", cams, "cams");
-  }
+  check_settings(downscale, num_iter, max_classes, ignore_index);
+  const Region whole = region_of(nullptr, 0, height, width, downscale);
+  check_weights(weights, dilations, batch, whole, cams, "cams");
 
   const bool cuda = on_cuda(cams);
   std::optional<CudaScope> scope;
   if (cuda) scope.emplace(cams);
-  const Tensor labels = empty(cams, {p.batch, height, width}, ScalarType::Long);
+  const Tensor labels = empty(cams, {batch, height, width}, ScalarType::Long);
   if (labels.numel() == 0) return labels;
-
-  p.thresholds = high > low ? 2 : 1;
-  p.background[0] = high;
-  p.background[1] = low;
-  p.total = std::pow(1 + w2, static_cast<double>(num_iter));
-  p.ignore = static_cast<int32_t>(ignore_index);
-  p.labels = static_cast<int64_t*>(labels.mutable_data_ptr());
-  const Kind kind = type == ScalarType::Double ? Kind::f64 : Kind::f32;
+  const ScalarType type = sum_type(cams);
+  const Kind kind = kind_of_sums(cams);
   AxisTables tables[4];
-  p.down_rows = tables[0].fill(height, small_height, kind);
-  p.down_columns = tables[1].fill(width, small_width, kind);
-  p.up_rows = tables[2].fill(small_height, height, kind);
-  p.up_columns = tables[3].fill(small_width, width, kind);
-  std::optional<Tensor> boxes;
-  if (box) {
-    boxes = torch::stable::contiguous(*box);
-    p.box = static_cast<const int64_t*>(boxes->const_data_ptr());
-  }
+  ScoreParams score;
+  score.batch = batch;
+  score.thresholds = high > low ? 2 : 1;
+  score.background[0] = high;
+  score.background[1] = low;
+  score.rows = tables[0].fill(height, whole.small_height, kind);
+  score.columns = tables[1].fill(width, whole.small_width, kind);
 
-  // The present classes, packed.
-  std::optional<PresentClasses> on_host;
-  std::optional<Tensor> mask;
-  Tensor plane, number, count, flags;
-  std::optional<Tensor> index;
+  std::optional<PackedClasses> packed;
+  Tensor source = cams;
   if (cuda) {
-    p.most = max_classes == 0 ? p.classes : std::min(max_classes, p.classes);
     PackParams pack;
-    pack.batch = p.batch;
-    pack.classes = p.classes;
-    pack.most = p.most;
-    pack.thresholds = p.thresholds;
-    plane = empty(cams, {p.batch, p.most}, ScalarType::Int);
-    number = empty(cams, {p.batch, p.most}, ScalarType::Int);
-    count = empty(cams, {p.batch}, ScalarType::Int);
-    mask = empty(cams, {p.batch, p.most * p.thresholds}, ScalarType::Bool);
-    flags = torch::stable::contiguous(present);
-    if (class_index) index = torch::stable::contiguous(*class_index);
-    pack.present = static_cast<const bool*>(flags.const_data_ptr());
-    pack.class_index = index ? static_cast<const int64_t*>(index->const_data_ptr()) : nullptr;
-    p.plane = pack.plane = static_cast<int32_t*>(plane.mutable_data_ptr());
-    p.number = pack.number = static_cast<int32_t*>(number.mutable_data_ptr());
-    p.count = pack.count = static_cast<int32_t*>(count.mutable_data_ptr());
-    pack.mask = static_cast<bool*>(mask->mutable_data_ptr());
-    AFA_CUDA_LAUNCH("pseudo_labels", label_pack_cuda(pack, scope->stream()));
-    p.cams = cams.const_data_ptr();
-    p.cam_stride_b = cams.stride(0);
-    p.cam_stride_c = cams.stride(1);
-    p.cam_stride_y = cams.stride(2);
-    p.cam_stride_x = cams.stride(3);
+    pack.thresholds = score.thresholds;
+    packed.emplace("pseudo_labels", *scope, pack, present, class_index, max_classes, false);
   } else {
-    on_host.emplace(p, cams, present, class_index, max_classes);
-    mask = on_host->mask;
+    packed.emplace(present, class_index, max_classes);
+    packed->make_mask(cams, score.thresholds);
+    source = packed->readable_cams(cams);
   }
+  score.classes = packed->classes;
 
   // Scores at reduced size, refined. PAR is linear and takes a constant 1 to (1 + w2)^num_iter, so the
   // refined background is that less the refined classes, and its map need not travel along.
-  Tensor maps = empty(cams, {p.batch, p.most * p.thresholds, small_height, small_width}, type);
-  p.maps = maps.mutable_data_ptr();
-  if (p.most > 0) {
+  Tensor maps = empty(
+      cams, {batch, score.classes.most * score.thresholds, whole.small_height, whole.small_width}, type);
+  if (score.classes.most > 0) {
+    score.kind = kind_of(source, "cams");
+    score.cams = source.const_data_ptr();
+    score.cam_stride_b = source.stride(0);
+    score.cam_stride_c = source.stride(1);
+    score.cam_stride_y = source.stride(2);
+    score.cam_stride_x = source.stride(3);
+    score.maps = maps.mutable_data_ptr();
     if (cuda) {
-      AFA_CUDA_LAUNCH("pseudo_labels", label_scores_cuda(p, scope->stream()));
+      AFA_CUDA_LAUNCH("pseudo_labels", label_scores_cuda(score, scope->stream()));
     } else {
-      parallel_rows(p.batch * small_height, 40 * p.most * small_width, [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(score_scratch(p));
-        AFA_SIMD_CALL(label_score_rows, p, begin, end, scratch.data());
-      });
+      parallel_rows(batch * score.rows.to, 40 * score.classes.most * score.columns.to,
+                    [&](int64_t begin, int64_t end) {
+                      std::vector<double> scratch(score_scratch(score));
+                      AFA_SIMD_CALL(label_score_rows, score, begin, end, scratch.data());
+                    });
     }
     if (num_iter > 0) {
-      Tensor affinity =
-          weights ? *weights
-                  : par_affinity(shrink(images, p.down_rows, p.down_columns, type, scope), dilations, w1, w2);
-      maps = par_propagate(affinity, maps, dilations, num_iter, mask);
-      p.maps = maps.mutable_data_ptr();
+      Tensor affinity;
+      if (weights) {
+        affinity = *weights;
+      } else {
+        const Tensor colours = readable_images(images, type);
+        const Tensor small =
+            empty(images, {batch, images.size(1), whole.small_height, whole.small_width}, type);
+        ShrinkParams shrink = shrink_params(colours, small);
+        shrink.rows = score.rows;
+        shrink.columns = score.columns;
+        shrink.downscale = downscale;
+        if (cuda) {
+          AFA_CUDA_LAUNCH("pseudo_labels", shrink_cuda(shrink, scope->stream()));
+        } else {
+          shrink_cpu(shrink);
+        }
+        affinity = par_affinity(small, dilations, w1, w2);
+      }
+      maps = par_propagate(affinity, maps, dilations, num_iter, packed->mask);
     }
   }
 
+  const std::optional<Tensor> boxes = dense(box);
+  ChoiceParams choice;
+  choice.kind = kind;
+  choice.batch = batch;
+  choice.thresholds = score.thresholds;
+  choice.height = height;
+  choice.width = width;
+  choice.total = std::pow(1 + w2, static_cast<double>(num_iter));
+  choice.maps = maps.const_data_ptr();
+  choice.map_height = whole.small_height;
+  choice.map_width = whole.small_width;
+  choice.classes = score.classes;
+  choice.box = pointer(boxes);
+  choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr());
+  choice.ignore = static_cast<int32_t>(ignore_index);
+  choice.rows = tables[2].fill(whole.small_height, height, kind);
+  choice.columns = tables[3].fill(whole.small_width, width, kind);
   if (cuda) {
-    AFA_CUDA_LAUNCH("pseudo_labels", label_choices_cuda(p, scope->stream()));
+    AFA_CUDA_LAUNCH("pseudo_labels", label_choices_cuda(choice, scope->stream()));
   } else {
-    parallel_rows(p.batch * height, 8 * (p.most + 1) * width, [&](int64_t begin, int64_t end) {
-      std::vector<double> scratch(choice_scratch(p));
-      AFA_SIMD_CALL(label_choice_rows, p, begin, end, scratch.data());
-    });
+    choose_cpu(choice);
   }
+  return labels;
+}
+
+Tensor refine_labels(const Tensor& images, const Tensor& scores, const std::optional<Tensor>& low_scores,
+                     const Tensor& present, const std::optional<Tensor>& class_index,
+                     const std::optional<Tensor>& box, const std::optional<Tensor>& weights,
+                     int64_t downscale, const std::vector<int64_t>& dilations, int64_t num_iter, double w1,
+                     double w2, int64_t max_classes, int64_t ignore_index) {
+  check_shape(images, "images", "[B, 3, H, W]", {-1, -1, -1, -1});
+  const int64_t batch = images.size(0), height = images.size(2), width = images.size(3);
+  check_shape(scores, "scores", "[B, C+1, h, w]", {batch, -1, -1, -1});
+  kind_of(scores, "scores");
+  AFA_CHECK(scores.size(1) >= 1, "scores must hold the background's map, got shape ", shape_string(scores));
+  check_images(images, batch, height, width, scores, "scores");
+  if (low_scores) {
+    check_shape(*low_scores, "low_scores", "[B, C+1, h, w]",
+                {batch, scores.size(1), scores.size(2), scores.size(3)});
+    check_like(*low_scores, "low_scores", scores, "scores");
+  }
+  check_flags(present, class_index, box, batch, scores.size(1) - 1, scores, "scores");
+  check_settings(downscale, num_iter, max_classes, ignore_index);
+  const Region whole = region_of(nullptr, 0, height, width, downscale);
+  check_weights(weights, dilations, batch, whole, scores, "scores");
+  AFA_CHECK(!weights || !box,
+            "weights must not be given along with box, whose regions have weights of their own");
+
+  const bool cuda = on_cuda(scores);
+  std::optional<CudaScope> scope;
+  if (cuda) scope.emplace(scores);
+  const Tensor labels = empty(scores, {batch, height, width}, ScalarType::Long);
+  if (labels.numel() == 0) return labels;
+  AFA_CHECK(scores.numel() > 0, "scores must have at least one position, got shape ", shape_string(scores));
+  const std::optional<Tensor> boxes = dense(box);
+  ChoiceParams choice;
+  choice.kind = kind_of_sums(scores);
+  choice.batch = batch;
+  choice.thresholds = low_scores ? 2 : 1;
+  choice.height = height;
+  choice.width = width;
+  choice.background_map = true;
+  choice.box = pointer(boxes);
+  choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr());
+  choice.ignore = static_cast<int32_t>(ignore_index);
+  const ParSettings par = {dilations, num_iter, w1, w2};
+  if (!cuda) {
+    const PackedClasses packed(present, class_index, max_classes);
+    refine_labels_cpu(images, scores, low_scores, packed, weights, downscale, par, choice);
+    return labels;
+  }
+
+  PackParams pack;
+  pack.thresholds = choice.thresholds;
+  pack.background_map = true;
+  pack.height = height;
+  pack.width = width;
+  pack.downscale = downscale;
+  pack.box = choice.box;
+  const PackedClasses packed("refine_labels", *scope, pack, present, class_index, max_classes,
+                             box.has_value());
+  const ScalarType type = sum_type(scores);
+  const Tensor dense_scores[2] = {torch::stable::contiguous(scores),
+                                  torch::stable::contiguous(low_scores ? *low_scores : scores)};
+  PlaceParams place;
+  place.kind = kind_of(scores, "scores");
+  place.batch = batch;
+  place.thresholds = choice.thresholds;
+  place.planes = scores.size(1);
+  place.height = height;
+  place.width = width;
+  place.downscale = downscale;
+  for (int t = 0; t < kMaxThresholds; ++t) place.scores[t] = dense_scores[t].const_data_ptr();
+  place.grid_height = scores.size(2);
+  place.grid_width = scores.size(3);
+  place.classes = choice.classes = packed.classes;
+  place.map_height = choice.map_height = whole.small_height;
+  place.map_width = choice.map_width = whole.small_width;
+  place.box = choice.box;
+  Tensor maps =
+      empty(scores, {batch, (packed.classes.most + 1) * choice.thresholds, place.map_height, place.map_width},
+            type);
+  place.maps = maps.mutable_data_ptr();
+  AFA_CUDA_LAUNCH("refine_labels", label_place_cuda(place, scope->stream()));
+  if (num_iter > 0) {
+    Tensor affinity;
+    if (weights) {
+      affinity = *weights;
+    } else {
+      const Tensor colours = readable_images(images, type);
+      const Tensor small = empty(images, {batch, images.size(1), place.map_height, place.map_width}, type);
+      [[maybe_unused]] ShrinkParams shrink = shrink_params(colours, small);
+      shrink.rows.from = height;
+      shrink.rows.to = place.map_height;
+      shrink.columns.from = width;
+      shrink.columns.to = place.map_width;
+      shrink.box = choice.box;
+      shrink.downscale = downscale;
+      AFA_CUDA_LAUNCH("refine_labels", shrink_cuda(shrink, scope->stream()));
+      affinity = par_affinity_within(small, dilations, w1, w2, packed.extent);
+    }
+    maps = stencil_propagate("refine_labels", ring_stencil(dilations), affinity, maps, num_iter, packed.mask,
+                             packed.extent);
+  }
+  choice.maps = maps.const_data_ptr();
+  choice.rows.from = place.map_height;
+  choice.rows.to = height;
+  choice.columns.from = place.map_width;
+  choice.columns.to = width;
+  choice.regional = box.has_value();
+  choice.downscale = downscale;
+  AFA_CUDA_LAUNCH("refine_labels", label_choices_cuda(choice, scope->stream()));
   return labels;
 }
 

@@ -57,32 +57,32 @@ template <typename T, typename In>
 void shrink(const ShrinkParams& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t plane = item / p.rows.to, y = item % p.rows.to;
-    const In* in = static_cast<const In*>(p.in) + plane * p.rows.from * p.columns.from;
-    shrink_row<T>(p.columns, in + p.rows.left[y] * p.columns.from, in + p.rows.right[y] * p.columns.from,
+    const In* in = static_cast<const In*>(p.in) + plane * p.in_stride_p;
+    shrink_row<T>(p.columns, in + p.rows.left[y] * p.in_stride_y, in + p.rows.right[y] * p.in_stride_y,
                   static_cast<const T*>(p.rows.weight)[y], static_cast<T*>(p.out) + item * p.columns.to);
   }
 }
 
 // The softmax over the background's score and the present classes, without the background's own share.
 template <typename T>
-void score_rows(const LabelParams& p, int64_t begin, int64_t end, T* scratch) {
+void score_rows(const ScoreParams& p, int64_t begin, int64_t end, T* scratch) {
   using V = typename Vec<T>::type;
-  const int64_t height = p.down_rows.to, width = p.down_columns.to, length = width + kRowSlack;
+  const int64_t height = p.rows.to, width = p.columns.to, length = width + kRowSlack;
+  const int64_t most = p.classes.most;
   T* score = scratch;
-  T* share = scratch + p.most * length;
+  T* share = scratch + most * length;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / height, y = item % height;
-    const int64_t count = p.count[b];
+    const int64_t count = p.classes.count[b];
     for (int64_t j = 0; j < count; ++j) {
       const T* cam =
-          static_cast<const T*>(p.cams) + b * p.cam_stride_b + p.plane[b * p.most + j] * p.cam_stride_c;
-      shrink_row<T>(p.down_columns, cam + p.down_rows.left[y] * p.cam_stride_y,
-                    cam + p.down_rows.right[y] * p.cam_stride_y, static_cast<const T*>(p.down_rows.weight)[y],
-                    score + j * length);
+          static_cast<const T*>(p.cams) + b * p.cam_stride_b + p.classes.plane[b * most + j] * p.cam_stride_c;
+      shrink_row<T>(p.columns, cam + p.rows.left[y] * p.cam_stride_y, cam + p.rows.right[y] * p.cam_stride_y,
+                    static_cast<const T*>(p.rows.weight)[y], score + j * length);
     }
     for (int64_t t = 0; t < p.thresholds; ++t) {
       const V background = V{} + static_cast<T>(p.background[t]);
-      T* out = static_cast<T*>(p.maps) + ((b * p.most * p.thresholds + t) * height + y) * width;
+      T* out = static_cast<T*>(p.maps) + ((b * most * p.thresholds + t) * height + y) * width;
       const int64_t step = p.thresholds * height * width;
       for (int64_t x = 0; x < width; x += kLanes<T>) {
         V top = background;
@@ -103,6 +103,29 @@ void score_rows(const LabelParams& p, int64_t begin, int64_t end, T* scratch) {
           }
         }
       }
+    }
+  }
+}
+
+template <typename T>
+void place_rows(const PlaceParams& p, int64_t begin, int64_t end, T* scratch) {
+  const T* column_weight = static_cast<const T*>(p.column_weight);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t map = item / p.map_height, y = item % p.map_height;
+    const int64_t j = map / p.thresholds, t = map % p.thresholds;
+    const int64_t plane = j == 0 ? 0 : 1 + p.classes.plane[j - 1];
+    const T* scores = static_cast<const T*>(p.scores[t]) + plane * p.grid_height * p.grid_width;
+    for (int64_t x = 0; x < p.grid_width; ++x) scratch[x] = 0;
+    for (int n = 0; n < 4; ++n) {
+      const T weight = static_cast<const T*>(p.row_weight)[4 * y + n];
+      const T* row = scores + p.row_at[4 * y + n] * p.grid_width;
+      for (int64_t x = 0; x < p.grid_width; ++x) scratch[x] += weight * row[x];
+    }
+    T* out = static_cast<T*>(p.maps) + item * p.map_width;
+    for (int64_t x = 0; x < p.map_width; ++x) {
+      T sum = 0;
+      for (int n = 0; n < 4; ++n) sum += column_weight[4 * x + n] * scratch[p.column_at[4 * x + n]];
+      out[x] = sum;
     }
   }
 }
@@ -129,47 +152,61 @@ void enlarge_row(const Axis& columns, const T* in, T* out) {
 }
 
 template <typename T>
-void choice_rows(const LabelParams& p, int64_t begin, int64_t end, T* scratch) {
+void choice_rows(const ChoiceParams& p, int64_t begin, int64_t end, T* scratch) {
   using Int = typename IntOf<T>::type;
-  const int64_t height = p.up_rows.to, width = p.up_columns.to;
-  const int64_t small_height = p.up_rows.from, small_width = p.up_columns.from;
+  const int64_t width = p.columns.to, map_width = p.columns.from;
+  const int64_t extra = p.background_map ? 1 : 0, maps = (p.classes.most + extra) * p.thresholds;
   T* row = scratch + 1;
-  T* map = scratch + small_width + 2;
+  T* map = scratch + map_width + 2;
   T* best = map + width;
-  T* sum = best + width;
-  Int* choice =
-      reinterpret_cast<Int*>(sum + width);  // against each background score: 0, or the class's label
-  const T total = static_cast<T>(p.total);
+  T* background = best + width;
+  Int* choice = reinterpret_cast<Int*>(background + width);  // for each threshold: 0, or the class's label
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / height, y = item % height;
-    int64_t* labels = p.labels + item * width;
-    int64_t first = 0, last = width;
+    const int64_t b = item / p.height, y = item % p.height;
+    int64_t* labels = p.labels + item * p.width;
+    int64_t first = 0, last = p.width;
     if (p.box != nullptr) {
       const int64_t* box = p.box + 4 * b;
       const bool inside = y >= box[0] && y < box[1];
-      if (box[2] > first) first = box[2] < width ? box[2] : width;
+      if (box[2] > first) first = box[2] < last ? box[2] : last;
       if (box[3] < last) last = box[3];
       if (!inside || last < first) last = first;
     }
-    const int64_t count = first < last ? p.count[b] : 0;
-    const T lower = static_cast<const T*>(p.up_rows.weight)[y], upper = 1 - lower;
+    for (int64_t x = 0; x < first; ++x) labels[x] = p.ignore;
+    for (int64_t x = last; x < p.width; ++x) labels[x] = p.ignore;
+    if (first == last) continue;
+    const int64_t count = p.classes.count[b], from = y - p.y;
+    const T lower = static_cast<const T*>(p.rows.weight)[from], upper = 1 - lower;
+    auto enlarged = [&](int64_t index) {
+      const T* plane = static_cast<const T*>(p.maps) + (b * maps + index) * p.map_height * p.map_width;
+      const T* above = plane + p.rows.left[from] * p.map_width;
+      const T* below = plane + p.rows.right[from] * p.map_width;
+      for (int64_t x = 0; x < map_width; ++x) row[x] = upper * above[x] + lower * below[x];
+      row[-1] = row[0];
+      row[map_width] = row[map_width - 1];
+      enlarge_row(p.columns, row, map);
+    };
     for (int64_t t = 0; t < p.thresholds; ++t) {
       Int* chosen = choice + t * width;
-      for (int64_t x = 0; x < width; ++x) chosen[x] = 0;
+      if (count == 0) {
+        for (int64_t x = 0; x < width; ++x) chosen[x] = 0;
+        continue;
+      }
+      if (p.background_map) {
+        enlarged(t);
+        for (int64_t x = 0; x < width; ++x) background[x] = map[x];
+      } else {
+        for (int64_t x = 0; x < width; ++x) background[x] = static_cast<T>(p.total);
+      }
+      const T share = p.background_map ? T{0} : T{1};  // of each class, taken from the background
       for (int64_t j = 0; j < count; ++j) {
-        const T* plane = static_cast<const T*>(p.maps) +
-                         ((b * p.most + j) * p.thresholds + t) * small_height * small_width;
-        const T* above = plane + p.up_rows.left[y] * small_width;
-        const T* below = plane + p.up_rows.right[y] * small_width;
-        for (int64_t x = 0; x < small_width; ++x) row[x] = upper * above[x] + lower * below[x];
-        row[-1] = row[0];
-        row[small_width] = row[small_width - 1];
-        enlarge_row(p.up_columns, row, map);
-        const Int number = p.number[b * p.most + j];
+        enlarged((j + extra) * p.thresholds + t);
+        const Int number = p.classes.number[b * p.classes.most + j];
         if (j == 0) {
           for (int64_t x = 0; x < width; ++x) {
-            best[x] = sum[x] = map[x];
+            best[x] = map[x];
             chosen[x] = number;
+            background[x] -= share * map[x];
           }
         } else {
 #pragma GCC ivdep
@@ -177,24 +214,21 @@ void choice_rows(const LabelParams& p, int64_t begin, int64_t end, T* scratch) {
             const bool better = map[x] > best[x];
             best[x] = better ? map[x] : best[x];
             chosen[x] = better ? number : chosen[x];
-            sum[x] += map[x];
+            background[x] -= share * map[x];
           }
         }
       }
-      if (count == 0) continue;
 #pragma GCC ivdep
-      for (int64_t x = 0; x < width; ++x) chosen[x] = best[x] > total - sum[x] ? chosen[x] : 0;
+      for (int64_t x = 0; x < width; ++x) chosen[x] = best[x] > background[x] ? chosen[x] : 0;
     }
-    const Int* high = choice;
-    const Int* low = choice + (p.thresholds - 1) * width;
+    const Int* high = choice - p.x;
+    const Int* low = choice + (p.thresholds - 1) * width - p.x;
     const Int ignore = p.ignore;
-    for (int64_t x = 0; x < first; ++x) labels[x] = ignore;
 #pragma GCC ivdep
     for (int64_t x = first; x < last; ++x) {
       const Int unsure = low[x] != 0 ? ignore : 0;
       labels[x] = high[x] != 0 ? high[x] : unsure;
     }
-    for (int64_t x = last; x < width; ++x) labels[x] = ignore;
   }
 }
 
@@ -208,7 +242,7 @@ void shrink_rows(const ShrinkParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void label_score_rows(const LabelParams& p, int64_t begin, int64_t end, double* scratch) {
+void label_score_rows(const ScoreParams& p, int64_t begin, int64_t end, double* scratch) {
   if (p.kind == Kind::f64) {
     score_rows(p, begin, end, scratch);
   } else {
@@ -216,7 +250,15 @@ void label_score_rows(const LabelParams& p, int64_t begin, int64_t end, double* 
   }
 }
 
-void label_choice_rows(const LabelParams& p, int64_t begin, int64_t end, double* scratch) {
+void label_place_rows(const PlaceParams& p, int64_t begin, int64_t end, double* scratch) {
+  if (p.kind == Kind::f64) {
+    place_rows(p, begin, end, scratch);
+  } else {
+    place_rows(p, begin, end, reinterpret_cast<float*>(scratch));
+  }
+}
+
+void label_choice_rows(const ChoiceParams& p, int64_t begin, int64_t end, double* scratch) {
   if (p.kind == Kind::f64) {
     choice_rows(p, begin, end, scratch);
   } else {

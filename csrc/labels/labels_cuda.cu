@@ -21,10 +21,14 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
       }
       ++count;
     }
-    const int64_t kept = count > p.most ? 0 : count;
+    const int64_t kept = count > p.most ? 0 : count, extra = p.background_map ? 1 : 0;
     p.count[b] = count > p.most ? -1 : static_cast<int32_t>(count);
-    for (int64_t i = 0; i < p.most * p.thresholds; ++i) {
-      p.mask[b * p.most * p.thresholds + i] = i < kept * p.thresholds;
+    const int64_t maps = (p.most + extra) * p.thresholds;
+    for (int64_t i = 0; i < maps; ++i) p.mask[b * maps + i] = kept > 0 && i < (kept + extra) * p.thresholds;
+    if (p.extent != nullptr) {
+      const Region region = region_of(p.box, b, p.height, p.width, p.downscale);
+      p.extent[2 * b] = region.small_height;
+      p.extent[2 * b + 1] = region.small_width;
     }
   }
 }
@@ -50,27 +54,30 @@ template <typename T, typename In>
 __global__ void __launch_bounds__(kThreads) shrink_kernel(const __grid_constant__ ShrinkParams p) {
   const int64_t pixels = p.rows.to * p.columns.to;
   for (int64_t plane = blockIdx.y; plane < p.planes; plane += gridDim.y) {
-    const In* in = static_cast<const In*>(p.in) + plane * p.rows.from * p.columns.from;
+    const Region r = region_of(p.box, plane / p.channels, p.rows.from, p.columns.from, p.downscale);
+    const Axis rows{r.height, r.small_height}, columns{r.width, r.small_width};
+    const In* in = static_cast<const In*>(p.in) + plane * p.in_stride_p + r.y * p.in_stride_y + r.x;
     T* out = static_cast<T*>(p.out) + plane * pixels;
     for (int64_t pixel = first_item(); pixel < pixels; pixel += item_stride()) {
       const int64_t y = pixel / p.columns.to, x = pixel - y * p.columns.to;
-      out[pixel] = sample<T>(in, p.columns.from, 1, tap<T>(p.rows, y), tap<T>(p.columns, x));
+      if (y >= r.small_height || x >= r.small_width) continue;
+      out[pixel] = sample<T>(in, p.in_stride_y, 1, tap<T>(rows, y), tap<T>(columns, x));
     }
   }
 }
 
 template <typename In>
-__global__ void __launch_bounds__(kThreads) score_kernel(const __grid_constant__ LabelParams p) {
+__global__ void __launch_bounds__(kThreads) score_kernel(const __grid_constant__ ScoreParams p) {
   using T = typename SumOf<In>::type;
-  const int64_t width = p.down_columns.to, pixels = p.down_rows.to * width;
+  const int64_t width = p.columns.to, pixels = p.rows.to * width, most = p.classes.most;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
     const In* cams = static_cast<const In*>(p.cams) + b * p.cam_stride_b;
-    const int32_t* planes = p.plane + b * p.most;
-    T* maps = static_cast<T*>(p.maps) + b * p.most * p.thresholds * pixels;
-    const int64_t count = p.count[b];
+    const int32_t* planes = p.classes.plane + b * most;
+    T* maps = static_cast<T*>(p.maps) + b * most * p.thresholds * pixels;
+    const int64_t count = p.classes.count[b];
     for (int64_t pixel = first_item(); pixel < pixels; pixel += item_stride()) {
       const int64_t y = pixel / width, x = pixel - y * width;
-      const Tap<T> row = tap<T>(p.down_rows, y), column = tap<T>(p.down_columns, x);
+      const Tap<T> row = tap<T>(p.rows, y), column = tap<T>(p.columns, x);
       auto score = [&](int64_t j) {
         return sample<T>(cams + planes[j] * p.cam_stride_c, p.cam_stride_y, p.cam_stride_x, row, column);
       };
@@ -104,36 +111,83 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const __grid_constant__
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) choice_kernel(const __grid_constant__ LabelParams p) {
-  const int64_t width = p.up_columns.to, pixels = p.up_rows.to * width;
-  const int64_t small_pixels = p.up_rows.from * p.up_columns.from;
+template <typename In>
+__global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__ PlaceParams p) {
+  using T = typename SumOf<In>::type;
+  const int64_t pixels = p.map_height * p.map_width, grid = p.grid_height * p.grid_width;
+  const int64_t most = p.classes.most;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
-    const T* maps = static_cast<const T*>(p.maps) + b * p.most * p.thresholds * small_pixels;
-    const int32_t* numbers = p.number + b * p.most;
-    const int64_t* box = p.box == nullptr ? nullptr : p.box + 4 * b;
-    const int64_t count = p.count[b];
+    const Region r = region_of(p.box, b, p.height, p.width, p.downscale);
+    T* maps = static_cast<T*>(p.maps) + b * (most + 1) * p.thresholds * pixels;
+    const int64_t count = p.classes.count[b];
+    if (count <= 0) continue;
     for (int64_t pixel = first_item(); pixel < pixels; pixel += item_stride()) {
-      const int64_t y = pixel / width, x = pixel - y * width;
-      const bool inside = box == nullptr || (y >= box[0] && y < box[1] && x >= box[2] && x < box[3]);
-      int32_t label = inside && count >= 0 ? 0 : p.ignore;
-      if (inside && count > 0) {
-        const Tap<T> row = tap<T>(p.up_rows, y), column = tap<T>(p.up_columns, x);
-        int32_t choice[kMaxThresholds] = {};  // against each background score: 0, or the class's label
+      const int64_t y = pixel / p.map_width, x = pixel - y * p.map_width;
+      if (y >= r.small_height || x >= r.small_width) continue;
+      const FourTaps<T> rows = place_taps<T>(y, r.height, r.small_height, r.y, p.grid_height, p.height);
+      const FourTaps<T> columns = place_taps<T>(x, r.width, r.small_width, r.x, p.grid_width, p.width);
+      for (int64_t j = 0; j <= count; ++j) {
+        const int64_t plane = b * p.planes + (j == 0 ? 0 : 1 + p.classes.plane[b * most + j - 1]);
 #pragma unroll
         for (int t = 0; t < kMaxThresholds; ++t) {
           if (t >= p.thresholds) break;
-          T best = 0, sum = 0;
+          const In* scores = static_cast<const In*>(p.scores[t]) + plane * grid;
+          T sum = 0;
+          for (int m = 0; m < 4; ++m) {
+            T across = 0;
+            for (int n = 0; n < 4; ++n) {
+              across += columns.weight[n] * to_sum<T>(scores[rows.at[m] * p.grid_width + columns.at[n]]);
+            }
+            sum += rows.weight[m] * across;
+          }
+          maps[(j * p.thresholds + t) * pixels + pixel] = sum;
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) choice_kernel(const __grid_constant__ ChoiceParams p) {
+  const int64_t pixels = p.height * p.width, map_pixels = p.map_height * p.map_width;
+  const int64_t most = p.classes.most, extra = p.background_map ? 1 : 0;
+  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+    const T* maps = static_cast<const T*>(p.maps) + b * (most + extra) * p.thresholds * map_pixels;
+    const int32_t* numbers = p.classes.number + b * most;
+    const int64_t* box = p.box == nullptr ? nullptr : p.box + 4 * b;
+    const int64_t count = p.classes.count[b];
+    Axis rows = p.rows, columns = p.columns;
+    int64_t first_y = 0, first_x = 0;
+    if (p.regional) {
+      const Region r = region_of(p.box, b, p.height, p.width, p.downscale);
+      rows = {r.small_height, r.height};
+      columns = {r.small_width, r.width};
+      first_y = r.y;
+      first_x = r.x;
+    }
+    for (int64_t pixel = first_item(); pixel < pixels; pixel += item_stride()) {
+      const int64_t y = pixel / p.width, x = pixel - y * p.width;
+      const bool inside = box == nullptr || (y >= box[0] && y < box[1] && x >= box[2] && x < box[3]);
+      int32_t label = inside && count >= 0 ? 0 : p.ignore;
+      if (inside && count > 0) {
+        const Tap<T> row = tap<T>(rows, y - first_y), column = tap<T>(columns, x - first_x);
+        auto value = [&](int64_t map) {
+          return sample<T>(maps + map * map_pixels, p.map_width, 1, row, column);
+        };
+        int32_t choice[kMaxThresholds] = {};  // for each threshold: 0, or the class's label
+#pragma unroll
+        for (int t = 0; t < kMaxThresholds; ++t) {
+          if (t >= p.thresholds) break;
+          T best = 0, background = p.background_map ? value(t) : static_cast<T>(p.total);
           for (int64_t j = 0; j < count; ++j) {
-            const T value =
-                sample<T>(maps + (j * p.thresholds + t) * small_pixels, p.up_columns.from, 1, row, column);
-            if (j == 0 || value > best) {
-              best = value;
+            const T score = value((j + extra) * p.thresholds + t);
+            if (j == 0 || score > best) {
+              best = score;
               choice[t] = numbers[j];
             }
-            sum += value;
+            if (!p.background_map) background -= score;
           }
-          if (!(best > static_cast<T>(p.total) - sum)) choice[t] = 0;
+          if (!(best > background)) choice[t] = 0;
         }
         label = choice[0];
         if (p.thresholds > 1 && label == 0 && choice[1] != 0) label = p.ignore;
@@ -166,16 +220,24 @@ const char* shrink_cuda(const ShrinkParams& p, void* stream) {
   return launch_error();
 }
 
-const char* label_scores_cuda(const LabelParams& p, void* stream) {
+const char* label_scores_cuda(const ScoreParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
-    AFA_LAUNCH((score_kernel<decltype(type)>), grid_for(p.down_rows.to * p.down_columns.to, p.batch),
-               kThreads, stream, p);
+    AFA_LAUNCH((score_kernel<decltype(type)>), grid_for(p.rows.to * p.columns.to, p.batch), kThreads, stream,
+               p);
   });
   return launch_error();
 }
 
-const char* label_choices_cuda(const LabelParams& p, void* stream) {
-  const dim3 grid = grid_for(p.up_rows.to * p.up_columns.to, p.batch);
+const char* label_place_cuda(const PlaceParams& p, void* stream) {
+  with_type(p.kind, [&](auto type) {
+    AFA_LAUNCH((place_kernel<decltype(type)>), grid_for(p.map_height * p.map_width, p.batch), kThreads,
+               stream, p);
+  });
+  return launch_error();
+}
+
+const char* label_choices_cuda(const ChoiceParams& p, void* stream) {
+  const dim3 grid = grid_for(p.height * p.width, p.batch);
   if (p.kind == Kind::f64) {
     AFA_LAUNCH((choice_kernel<double>), grid, kThreads, stream, p);
   } else {

@@ -47,6 +47,11 @@ void check_propagate(const Stencil& stencil, const Tensor& weights, const Tensor
 }  // namespace
 
 Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2) {
+  return par_affinity_within(images, dilations, w1, w2, std::nullopt);
+}
+
+Tensor par_affinity_within(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2,
+                           const std::optional<Tensor>& extent) {
   check_shape(images, "images", "[B, 3, H, W]", {-1, -1, -1, -1});
   AFA_CHECK(images.size(1) >= 1, "images must have at least one colour channel, got shape ",
             shape_string(images));
@@ -74,6 +79,7 @@ Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations,
     p.image_stride_y = p.width;
     p.image_stride_c = p.height * p.width;
     p.image_stride_b = p.channels * p.image_stride_c;
+    p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
     AFA_CUDA_LAUNCH("par_affinity", par_affinity_cuda(p, scope->stream()));
     return weights;
   }

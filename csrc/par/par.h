@@ -16,7 +16,8 @@ struct ParAffinityParams {
       nullptr;  // [B, channels, H, W], unit stride in x; CPU: rows padded as for stencil_step
   int64_t image_stride_b = 0, image_stride_c = 0, image_stride_y = 0;
   int64_t image_pad = 0;
-  void* weights = nullptr;  // [B, K, H, W] contiguous
+  const int64_t* extent = nullptr;  // CUDA: [B, 2], see par_affinity_within
+  void* weights = nullptr;          // [B, K, H, W] contiguous
   double w1 = 0;
   // w2 * softmax(position logits): the same for a dilation's four edge and for its four corner neighbours.
   double edge[kMaxDilations];

@@ -8,24 +8,28 @@
 namespace afa {
 namespace {
 
+struct Pixel {
+  int64_t y, x, height, width;  // height and width: of its image
+};
+
 template <typename F>
-__device__ void each_neighbour(const ParAffinityParams& p, int64_t y, int64_t x, const F& f) {
+__device__ void each_neighbour(const ParAffinityParams& p, const Pixel& at, const F& f) {
   int k = 0;
   for (int r = 0; r < p.stencil.runs; ++r) {
     const Run run = p.stencil.run[r];
-    const int64_t row = clamp_index(y + run.dy, p.height) * p.image_stride_y;
+    const int64_t row = clamp_index(at.y + run.dy, at.height) * p.image_stride_y;
     for (int j = 0; j < run.count; ++j)
-      f(k++, row + clamp_index(x + run.dx + int64_t{j} * run.step, p.width));
+      f(k++, row + clamp_index(at.x + run.dx + int64_t{j} * run.step, at.width));
   }
 }
 
 template <typename Sum, typename T>
-__device__ Sum inverse_scale(const ParAffinityParams& p, const T* plane, int64_t y, int64_t x) {
+__device__ Sum inverse_scale(const ParAffinityParams& p, const T* plane, const Pixel& at) {
   Sum mean = 0, squares = 0;
-  each_neighbour(p, y, x, [&](int, int64_t at) { mean += to_sum<Sum>(plane[at]); });
+  each_neighbour(p, at, [&](int, int64_t index) { mean += to_sum<Sum>(plane[index]); });
   mean /= static_cast<Sum>(p.stencil.size);
-  each_neighbour(p, y, x, [&](int, int64_t at) {
-    const Sum deviation = to_sum<Sum>(plane[at]) - mean;
+  each_neighbour(p, at, [&](int, int64_t index) {
+    const Sum deviation = to_sum<Sum>(plane[index]) - mean;
     squares += deviation * deviation;
   });
   const Sum sigma = sqrt(squares / static_cast<Sum>(p.stencil.size - 1));
@@ -41,14 +45,18 @@ __global__ void __launch_bounds__(kThreads) par_affinity_kernel(const __grid_con
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
     const T* image = static_cast<const T*>(p.images) + b * p.image_stride_b;
     T* weights = static_cast<T*>(p.weights) + b * p.stencil.size * pixels;
+    const int64_t height = p.extent == nullptr ? p.height : p.extent[2 * b];
+    const int64_t width = p.extent == nullptr ? p.width : p.extent[2 * b + 1];
     for (int64_t pixel = first_item(); pixel < pixels; pixel += item_stride()) {
       const int64_t y = pixel / p.width, x = pixel - y * p.width;
+      if (y >= height || x >= width) continue;
+      const Pixel here = {y, x, height, width};
       Sum scale[kChannelsKept], centre[kChannelsKept];
 #pragma unroll
       for (int c = 0; c < kChannelsKept; ++c) {
         if (c >= p.channels) break;
         const T* plane = image + c * p.image_stride_c;
-        scale[c] = inverse_scale<Sum>(p, plane, y, x);
+        scale[c] = inverse_scale<Sum>(p, plane, here);
         centre[c] = to_sum<Sum>(plane[y * p.image_stride_y + x]);
       }
       auto logit = [&](int64_t at) {
@@ -62,13 +70,13 @@ __global__ void __launch_bounds__(kThreads) par_affinity_kernel(const __grid_con
         for (int64_t c = kChannelsKept; c < p.channels; ++c) {
           const T* plane = image + c * p.image_stride_c;
           const Sum difference = to_sum<Sum>(plane[at]) - to_sum<Sum>(plane[y * p.image_stride_y + x]);
-          const Sum step = difference * inverse_scale<Sum>(p, plane, y, x);
+          const Sum step = difference * inverse_scale<Sum>(p, plane, here);
           total += step * step;
         }
         return -total / static_cast<Sum>(p.channels);
       };
       Sum top = 0, sum = 0;
-      each_neighbour(p, y, x, [&](int k, int64_t at) {
+      each_neighbour(p, here, [&](int k, int64_t at) {
         const Sum value = logit(at);
         if (k == 0 || value > top) {
           sum = (k == 0 ? 0 : sum * exp(top - value)) + 1;
@@ -77,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) par_affinity_kernel(const __grid_con
           sum += exp(value - top);
         }
       });
-      each_neighbour(p, y, x, [&](int k, int64_t at) {
+      each_neighbour(p, here, [&](int k, int64_t at) {
         const bool corner = k % 8 == 0 || k % 8 == 2 || k % 8 == 5 || k % 8 == 7;
         const Sum position = static_cast<Sum>(corner ? p.corner[k / 8] : p.edge[k / 8]);
         weights[k * pixels + pixel] = from_sum<T>(exp(logit(at) - top) / sum + position);

@@ -177,7 +177,8 @@ Stencil window_stencil(int64_t radius, const std::string& window) {
 }
 
 Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& weights, const Tensor& planes,
-                         int64_t steps, const std::optional<Tensor>& class_mask) {
+                         int64_t steps, const std::optional<Tensor>& class_mask,
+                         const std::optional<Tensor>& extent) {
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
   AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
@@ -189,6 +190,7 @@ Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& w
     const std::optional<Tensor> mask = dense_mask(class_mask);
     StencilParams p = make_params(stencil, s, w);
     p.class_mask = device_mask(mask);
+    p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
     const Tensor source = torch::stable::contiguous(planes);
     Tensor other = steps > 1 ? torch::stable::empty_like(out) : out;
     p.in = whole_planes(source);

@@ -45,20 +45,23 @@ __global__ void __launch_bounds__(kThreads) stencil_kernel(const __grid_constant
   const int64_t groups = p.batch * ((p.classes + kClassBlock - 1) / kClassBlock);
   for (int64_t index = blockIdx.y; index < groups; index += gridDim.y) {
     const Group g = group_of(p, index);
+    const int64_t height = p.extent == nullptr ? p.height : p.extent[2 * g.b];
+    const int64_t width = p.extent == nullptr ? p.width : p.extent[2 * g.b + 1];
     for (int64_t pixel = first_item(); pixel < pixels; pixel += item_stride()) {
       const int64_t y = pixel / p.width, x = pixel - y * p.width;
+      if (y >= height || x >= width) continue;
       Sum sum[kClassBlock] = {};
       if (g.any) {
         const T* weights = static_cast<const T*>(p.weights) + g.b * p.weight_stride_b;
         for (int r = 0; r < p.stencil.runs; ++r) {
           const Run run = p.stencil.run[r];
           // Where the weight lies and where the value: the same row and column, swapped in the adjoint.
-          const int64_t source_y = clamp_index(y + run.dy, p.height);
-          const Range ys = ADJOINT ? clamp_preimage(y, run.dy, p.height) : Range{y, y + 1};
+          const int64_t source_y = clamp_index(y + run.dy, height);
+          const Range ys = ADJOINT ? clamp_preimage(y, run.dy, height) : Range{y, y + 1};
           for (int j = 0; j < run.count; ++j, weights += p.weight_stride_k) {
             const int64_t dx = run.dx + int64_t{j} * run.step;
-            const int64_t source_x = clamp_index(x + dx, p.width);
-            const Range xs = ADJOINT ? clamp_preimage(x, dx, p.width) : Range{x, x + 1};
+            const int64_t source_x = clamp_index(x + dx, width);
+            const Range xs = ADJOINT ? clamp_preimage(x, dx, width) : Range{x, x + 1};
             for (int64_t wy = ys.begin; wy < ys.end; ++wy) {
               for (int64_t wx = xs.begin; wx < xs.end; ++wx) {
                 const Sum weight = to_sum<Sum>(weights[wy * p.weight_stride_y + wx]);

@@ -197,7 +197,6 @@ class Trainer:
                 classes,
                 settings,
                 box=box,
-                whole=whole,
                 weights=weights if whole else None,
             )
         assert segmentation is not None

@@ -14,12 +14,8 @@ import afa_ext
 from afa.cam import ClassSet, pack_classes
 from afa.config import LabelConfig
 from afa.labels import (
-    box_mask,
-    cam_labels,
     par_label_single,
     par_labels,
-    par_weights,
-    refine_in_box,
     threshold_labels,
     walk_label_single,
     walk_labels,
@@ -53,51 +49,7 @@ def test_par_label_golden(gold: dict[str, Tensor], packed: Packed) -> None:
 
 def test_cam_label_golden(gold: dict[str, Tensor], packed: Packed) -> None:
     classes, cams = packed
-    assert torch.equal(cam_labels(cams, classes, box=gold["img_box"]), gold["cam_label"].long())
     assert torch.equal(threshold_labels(cams, classes, 0.45), gold["cam_label_nobox"].long())
-
-
-def test_refined_walk_golden(gold: dict[str, Tensor], packed: Packed) -> None:
-    """The recorded boxes differ: one is the whole image, one is not."""
-    classes, _ = packed
-    box = gold["img_box"]
-    maps = torch.cat([gold["walk_cams"][:, :1], classes.gather(gold["walk_cams"][:, 1:])], 1)
-    mask = F.pad(classes.valid, (1, 0), value=True)
-    refined = refine_in_box(gold["images"], maps, mask, CONFIG, box=box)
-    inside = box_mask(box, *refined.shape[2:])[:, None]
-    expected = gold["refined_walk_cams"]
-    expected = torch.cat([expected[:, :1], classes.gather(expected[:, 1:])], 1)
-    torch.testing.assert_close(refined * inside, expected, rtol=1e-4, atol=2e-6)
-
-
-def test_whole_boxes_take_a_short_way_to_the_same(gold: dict[str, Tensor]) -> None:
-    images = gold["images"]
-    maps = torch.rand(2, 3, *images.shape[2:])
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    box = torch.tensor([[0, 64, 0, 80]] * 2)
-    short = refine_in_box(images, maps, mask, CONFIG, box=box)
-    long = refine_in_box(images, maps, mask, CONFIG, box=box, whole=False)
-    given = refine_in_box(images, maps, mask, CONFIG, whole=True, weights=par_weights(images, CONFIG))
-    torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-5)
-    assert torch.equal(short, given)
-
-
-@pytest.mark.parametrize("downscale", [1, 2, 3])
-def test_boxes_of_any_size_match_crops_one_by_one(downscale: int) -> None:
-    """Odd sizes, boxes smaller than a dilation, one pixel wide after shrinking."""
-    torch.manual_seed(0)
-    config = dataclasses.replace(CONFIG, par_downscale=downscale, par_dilations=(1, 2, 12))
-    images = torch.randint(0, 256, (5, 3, 45, 38), dtype=torch.uint8)
-    maps = torch.rand(5, 2, 45, 38)
-    box = torch.tensor([[0, 45, 0, 38], [3, 40, 5, 22], [10, 17, 0, 9], [1, 44, 36, 38], [20, 45, 1, 38]])
-    refined = refine_in_box(images, maps, torch.ones(5, 2, dtype=torch.bool), config, box=box)
-    for i, (y0, y1, x0, x1) in enumerate(box.tolist()):
-        small = (max(1, (y1 - y0) // downscale), max(1, (x1 - x0) // downscale))
-        image = images[i : i + 1, :, y0:y1, x0:x1].float() / 255
-        image = F.interpolate(image, size=small, mode="bilinear", align_corners=False)
-        crop = afa_ext.par_refine(image, maps[i : i + 1, :, y0:y1, x0:x1], dilations=(1, 2, 12), num_iter=10)
-        crop = F.interpolate(crop, size=(y1 - y0, x1 - x0), mode="bilinear", align_corners=False)
-        torch.testing.assert_close(refined[i : i + 1, :, y0:y1, x0:x1], crop, rtol=1e-4, atol=1e-4)
 
 
 def ragged() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -204,6 +156,3 @@ def test_the_higher_threshold_never_adds_foreground() -> None:
     maps = classes.gather(cams)
     low, high = (threshold_labels(maps, classes, score) > 0 for score in (0.35, 0.55))
     assert (low | ~high).all()
-    three = cam_labels(maps, classes)
-    assert torch.equal(three == 255, low & ~high)
-    assert torch.equal((three > 0) & (three < 255), high)

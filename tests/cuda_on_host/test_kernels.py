@@ -199,6 +199,45 @@ def test_pseudo_labels_of_float_images_with_weights(kernels):
         assert torch.equal(kernels.pseudo_labels(*given), NATIVE.pseudo_labels(*given))
 
 
+def refine_arguments(scores, low=None, box=None, weights=None, index=None, size=(20, 26), **changed):
+    images, _, present, *_ = label_arguments(scores[:, 1:, :1, :1].expand(-1, -1, *size))
+    names = {"downscale": 2, "dilations": D6, "num_iter": 3, "w1": 0.3, "w2": 0.01, "max_classes": 0}
+    return (images, scores, low, present, index, box, weights, *(names | changed).values(), 255)
+
+
+@DTYPES
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4), (20, 26)], ids=str)
+def test_refine_labels(grid, dtype, kernels):
+    coarse = torch.rand(2, 4, 6, 4, 4)
+    scores, low = torch.nn.functional.interpolate(coarse.flatten(0, 1), size=grid, mode="bilinear").split(4)
+    scores, low = scores.to(dtype), low.to(dtype)
+    name = "refine_labels"
+    box = torch.tensor([[0, 20, 0, 26], [1, 9, 2, 12], [-2, 99, 3, 16], [4, 9, 9, 4]])
+    for arguments in (
+        refine_arguments(scores, low),
+        refine_arguments(scores, low, box),
+        refine_arguments(scores, None, box.flip(0), downscale=3),
+        refine_arguments(scores.mT.contiguous().mT, low, box, max_classes=3, downscale=1, num_iter=0),
+        refine_arguments(scores, low, box[[1, 2, 2, 1]], index=torch.arange(20).view(4, 5) * 3),
+    ):
+        actual, expected = (getattr(ops, name)(*arguments) for ops in (kernels, NATIVE))
+        allowed = 0 if dtype == torch.float64 else 1
+        assert int((actual != expected).sum()) <= allowed
+
+
+def test_refine_labels_golden(kernels, golden):
+    g = golden("pseudo_label")
+    settings = (2, D6, 10, 0.3, 0.01, 0, 255)
+    arguments = (g["images"], g["walk_cams"], None, g["cls_labels"] != 0, None, g["img_box"], None, *settings)
+    labels = kernels.refine_labels(*arguments)
+    for i, (y0, y1, x0, x1) in enumerate(g["img_box"].tolist()):
+        expected = g["refined_walk_cams"][i, :, y0:y1, x0:x1].argmax(0)
+        assert int((labels[i, y0:y1, x0:x1] != expected).sum()) <= 1
+    weights = NATIVE.par_affinity(torch.rand(2, 3, 32, 40, dtype=torch.float32), D6, 0.3, 0.01)
+    arguments = (*arguments[:5], None, weights, *settings)
+    assert int((kernels.refine_labels(*arguments) != NATIVE.refine_labels(*arguments)).sum()) <= 1
+
+
 def test_pseudo_labels_ignores_an_image_with_too_many_classes(kernels):
     arguments = label_arguments(torch.rand(4, 5, 12, 14))  # the last image has three classes
     every = kernels.pseudo_labels(*arguments)
