@@ -48,6 +48,7 @@ bench: install
 	$(BIN)/python benchmarks/par_kernel.py
 	$(BIN)/python benchmarks/pseudo_labels.py
 	$(BIN)/python benchmarks/random_walk.py
+	$(BIN)/python benchmarks/affinity.py
 
 clean:
 	rm -rf build dist *.egg-info runs data/demo

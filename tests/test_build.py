@@ -123,6 +123,12 @@ for name in ("walk_square", "walk_train"):
     cams = torch.from_numpy(g["cams"])
     out = afa_ext.random_walk(cams, torch.from_numpy(g["affinity"]), grid=cams.shape[2:], radius=int(g["radius"]))
     assert relative(out, g["plain_windowed"]) < 1e-4
+g = numpy.load(f"{{folder}}/affinity.npz")
+leaves = [torch.from_numpy(g[name]).requires_grad_() for name in ("attn", "weight", "bias")]
+labels = afa_ext.affinity_labels(torch.from_numpy(g["label_map"]), radius=int(g["radius"]))
+afa_ext.affinity_loss(afa_ext.affinity_from_attention(*leaves), labels).backward()
+for leaf, name in zip(leaves, ("grad_attn", "grad_weight", "grad_bias"), strict=True):
+    assert relative(leaf.grad, g[name]) < 1e-4
 print("computed")
 """
 

@@ -56,6 +56,11 @@ for path in sorted(folder.glob("*.npz")):
             cams, g["affinity"], g["cls_labels"], radius=radius, background=g["bkg_score"]
         )
         errors = close(path.stem, walked, g["plain_windowed"]), close(path.stem, labelled, g["with_bkg"])
+    elif path.stem == "affinity":
+        leaves = [g[name].requires_grad_() for name in ("attn", "weight", "bias")]
+        affinity = afa_ext.affinity_from_attention(*leaves)
+        afa_ext.affinity_loss(affinity, afa_ext.affinity_labels(g["label_map"], radius=g["radius"])).backward()
+        errors = close(path.stem, affinity, g["affinity"]), close(path.stem, leaves[0].grad, g["grad_attn"])
     else:
         continue
     worst, cases = max(worst, *errors), cases + 1
