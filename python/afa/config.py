@@ -56,6 +56,11 @@ class ModelConfig:
     decoder: str = "mlp"
     """'mlp': all-MLP head over all levels; 'single': a head on the last level alone."""
     decoder_width: int = 256
+    refine_iterations: int = 0
+    """PAR on the decoder's class probabilities, inside the network, with gradients; 0: none, as published."""
+    refine_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    refine_downscale: int = 2
+    """That PAR works at 1/refine_downscale of the image size, and so do the logits that come out."""
     pooling: str = "max"
     """Global pooling before the classifier: 'max' (published) or 'mean'."""
 
@@ -295,6 +300,8 @@ def validate(config: Config) -> None:
     need_one_of("model", "decoder", ("mlp", "single"))
     need_one_of("model", "pooling", ("max", "mean"))
     need(model.decoder_width >= 1, "model.decoder_width", "at least 1")
+    need(model.refine_iterations >= 0, "model.refine_iterations", "0 or more")
+    need(model.refine_downscale >= 1, "model.refine_downscale", "at least 1")
 
     for key in ("cam_scales", "scales"):
         section, scales = ("labels", labels.cam_scales) if key == "cam_scales" else ("eval", evaluation.scales)
@@ -306,11 +313,11 @@ def validate(config: Config) -> None:
     need(labels.walk_power >= 1, "labels.walk_power", "at least 1")
     need(labels.walk_steps >= 0, "labels.walk_steps", "0 or more")
     need(labels.walk_eps > 0, "labels.walk_eps", "above 0")
-    need(
-        bool(labels.par_dilations) and min(labels.par_dilations) >= 1,
-        "labels.par_dilations",
-        "one or more whole numbers of at least 1",
-    )
+    for key, dilations in (
+        ("model.refine_dilations", model.refine_dilations),
+        ("labels.par_dilations", labels.par_dilations),
+    ):
+        need(bool(dilations) and min(dilations) >= 1, key, "one or more whole numbers of at least 1")
     need(labels.par_iterations >= 0, "labels.par_iterations", "0 or more")
     need(labels.par_downscale >= 1, "labels.par_downscale", "at least 1")
 

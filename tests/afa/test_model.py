@@ -16,7 +16,7 @@ from afa.config import Config
 from afa.errors import UserError
 from afa.model import AFANet, build_model, load_model, normalize, save_checkpoint_weights
 from afa.model.heads import MLPDecoder
-from afa_ext import affinity_from_attention
+from afa_ext import affinity_from_attention, reference
 
 Make = Callable[..., tuple[AFANet, Config]]
 
@@ -92,6 +92,25 @@ def test_mlp_decoder_is_the_plain_one() -> None:
     theirs = torch.autograd.grad((plain() * probe).sum(), parameters)
     for got, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_refinement_is_par_inside_the_network(make: Make) -> None:
+    """Logits of refined probabilities at half the image's size; the decoder learns through it."""
+    plain, _ = make()
+    model, _ = make(refine_iterations=3, refine_dilations=(1, 4))
+    images = torch.randn(2, 3, 64, 96)
+    before, after = plain.eval()(images).seg_logits, model.eval()(images).seg_logits
+    assert after.shape == (2, 4, 32, 48)
+    small, maps = (F.interpolate(x, size=(32, 48), mode="bilinear", align_corners=False) for x in (images, before))
+    expected = reference.par_refine(small, maps.softmax(1), dilations=(1, 4), num_iter=3)
+    torch.testing.assert_close(after.exp(), expected, rtol=1e-4, atol=1e-6)
+
+    target = torch.randint(4, (2, 32, 48))
+    F.cross_entropy(model.train()(images).seg_logits, target).backward()
+    gradient = model.decoder.predict.weight.grad
+    assert gradient is not None and bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).seg_logits.dtype == torch.float32
 
 
 def test_plain_vit_model(tiny_config: Any) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import afa_ext
+
 
 class MLPDecoder(nn.Module):
     """All-MLP segmentation head: a linear layer a level, upsampled to the finest, concatenated, fused, predicted.
@@ -59,6 +61,24 @@ class SingleDecoder(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """maps: as for MLPDecoder -> logits [B, num_outputs, h, w] on the last level's grid."""
         return self.predict(self.dropout(F.relu(self.norm(self.fuse(maps[-1])))))
+
+
+def refine_along_colours(
+    logits: Tensor, images: Tensor, *, iterations: int, dilations: Sequence[int], downscale: int
+) -> Tensor:
+    """The decoder's last step where model.refine_iterations asks for it: PAR (AFA, CVPR 2022, section 3.3) on class
+    probabilities, so that what few coarse levels say of the classes ends at the image's own edges.
+
+    logits [B, C, h, w], images [B, 3, H, W] of any range, as PAR knows only differences -> logits
+    [B, C, H//downscale, W//downscale], differentiable in `logits`. In float32, under autocast too.
+    """
+    size = [max(1, side // downscale) for side in images.shape[2:]]
+    with torch.autocast(images.device.type, enabled=False):
+        small, maps = (
+            F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False) for x in (images, logits)
+        )
+        refined = afa_ext.par_refine(small, maps.softmax(1), dilations=dilations, num_iter=iterations)
+        return refined.clamp_min(1e-6).log()
 
 
 class AffinityHead(nn.Module):

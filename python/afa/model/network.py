@@ -14,7 +14,7 @@ from afa.config import Config, ModelConfig, from_dict, to_dict
 from afa.errors import UserError
 from afa.files import atomic_path
 from afa.model.backbone import Backbone, load_backbone_weights, one_line
-from afa.model.heads import DECODERS, AffinityHead
+from afa.model.heads import DECODERS, AffinityHead, refine_along_colours
 
 WANTS = frozenset({"class", "cam", "seg", "attention", "qk", "affinity"})
 FORMAT = "afa-model-1"
@@ -32,7 +32,7 @@ class Output:
     cam: Tensor | None = None
     """[B, C, h, w] raw class activation maps on the token grid, before ReLU."""
     seg_logits: Tensor | None = None
-    """[B, C+1, hs, ws] on the decoder's grid, background first."""
+    """[B, C+1, hs, ws] on the decoder's grid (or the refinement's), background first."""
     attention: Tensor | None = None
     """[B, K, N, N] raw logits q k^T, unscaled, N = h*w."""
     affinity: Tensor | None = None
@@ -82,6 +82,14 @@ class AFANet(nn.Module):
             out.cam = self.classifier(last)
         if "seg" in want:
             out.seg_logits = self.decoder(features.maps)
+            if self.config.refine_iterations:
+                out.seg_logits = refine_along_colours(
+                    out.seg_logits,
+                    images,
+                    iterations=self.config.refine_iterations,
+                    dilations=self.config.refine_dilations,
+                    downscale=self.config.refine_downscale,
+                )
         if record:
             assert features.queries is not None and features.keys is not None
             if "qk" in want:
