@@ -45,7 +45,8 @@ pretrain: install
 	$(BIN)/python -m afa.pretrain --out python/afa/weights/pvt_v2_mini.safetensors
 
 bench: install
-	$(BIN)/python benchmarks/par_kernel.py
+	for name in par_kernel random_walk affinity pseudo_labels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python tools/update_readme.py
 	$(BIN)/python benchmarks/pseudo_labels.py
 	$(BIN)/python benchmarks/random_walk.py
 	$(BIN)/python benchmarks/affinity.py

@@ -70,31 +70,54 @@ def demo_table() -> str:
     )
 
 
-def par_table() -> str:
+OPERATIONS = {
+    "par_kernel": "PAR, 10 iterations",
+    "random_walk": "{row} walk",
+    "affinity": "affinity from attention and its loss, forward and backward",
+    "pseudo_labels": "PAR pseudo labels, {present} classes an image",
+}
+"""What a benchmark's rows measure, by the benchmark's name and the row's own entries."""
+
+
+def benchmark_table() -> str:
+    """One line for each thing afa_ext was compared with, in every file of benchmarks/results."""
     lines = [
-        "| PAR, 10 iterations | device | afa_ext | plain PyTorch | torch.compile |",
-        "|---|---|---|---|---|",
+        "| | size | afa_ext | compared with | takes | speed-up | memory |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for file in sorted(RESULTS.glob("par_kernel-*.json")):
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        machine = content["machine"]
-        device = machine["device"] if machine["cuda"] else f"{machine['device']}, {machine['threads']} threads"
-        sizes: dict[str, dict[str, Any]] = {}
-        for row in content["rows"]:
-            sizes.setdefault(f"{row['size'].replace('x', '×')} {row['dtype']}", {})[row["candidate"]] = row
-        for size, row in sizes.items():
-            cells = [f"{row['afa_ext.par_refine']['median_ms']:.2f} ms"]
-            for other in ("plain PyTorch", "torch.compile"):
-                cells.append(
-                    f"{row[other]['median_ms']:.0f} ms ({row[other]['times_ours']:.0f}×)" if other in row else "–"
-                )
-            lines.append(f"| {size} | {device} | {' | '.join(cells)} |")
-    if not any(json.loads(f.read_text())["machine"]["cuda"] for f in RESULTS.glob("par_kernel-*.json")):
-        lines.append("| any | GPU | not measured | not measured | not measured |")
-    return "\n".join(lines)
+    machines = []
+    for name, operation in OPERATIONS.items():
+        for file in sorted(RESULTS.glob(f"{name}-*.json")):
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            machines.append(content["machine"])
+            ours: dict[str, Any] = {}
+            for row in content["rows"]:
+                if row["times_ours"] == 1:
+                    ours = row
+                elif row["times_ours"] is not None:
+                    memory = f"{row['peak_bytes'] / max(1, ours['peak_bytes']):.1f}×" if row.get("peak_bytes") else "–"
+                    lines.append(
+                        f"| {operation.format(**row)} | {row['size'].replace('x', '×')} {row['dtype']} "
+                        f"| {_milliseconds(ours)} | {row['candidate']} | {_milliseconds(row)} "
+                        f"| **{row['times_ours']:.0f}×** | {memory} |"
+                    )
+    about = sorted({_machine(machine) for machine in machines})
+    if not any(machine["cuda"] for machine in machines):
+        about.append("GPU: not measured")
+    return "\n".join(lines) + "\n\n" + "; ".join(about) + "."
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo_table, "par": par_table}
+def _milliseconds(row: dict[str, Any]) -> str:
+    value = row["median_ms"]
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    where = machine["device"] if machine["cuda"] else f"{machine['device']}, {machine['threads']} threads"
+    return f"{where}, torch {machine['torch']}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"demo": demo_table, "benchmarks": benchmark_table}
 
 
 def main() -> None:
