@@ -6,7 +6,7 @@ Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain
 from ._native import build_info
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss
 from .labels import pseudo_labels, refine_labels
-from .par import PAR, par_affinity, par_propagate, par_refine
+from .par import PAMR, PAR, pamr_affinity, pamr_refine, par_affinity, par_propagate, par_refine
 from .walk import (
     edge_affinity,
     feature_affinity,
@@ -18,6 +18,7 @@ from .walk import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "PAMR",
     "PAR",
     "affinity_from_attention",
     "affinity_labels",
@@ -25,6 +26,8 @@ __all__ = [
     "build_info",
     "edge_affinity",
     "feature_affinity",
+    "pamr_affinity",
+    "pamr_refine",
     "par_affinity",
     "par_propagate",
     "par_refine",

@@ -39,6 +39,14 @@ def check_float_tensor(name: str, value: Tensor, layout: str) -> None:
         )
 
 
+def check_images(images: Tensor) -> None:
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        raise TypeError(f"images must be floating-point, got {_describe(images)}; pass images.float() / 255")
+    check_float_tensor("images", images, "[B, 3, H, W]")
+    if images.shape[1] < 1:
+        raise ValueError(f"images must have at least one colour channel, got shape {tuple(images.shape)}")
+
+
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got one on {value.device}")
@@ -109,11 +117,14 @@ def check_no_grad(name: str, value: Tensor) -> None:
 
 
 def check_par_affinity(images: Tensor, dilations: Sequence[int], w1: float, w2: float) -> list[int]:
-    check_float_tensor("images", images, "[B, 3, H, W]")
-    if images.shape[1] < 1:
-        raise ValueError(f"images must have at least one colour channel, got shape {tuple(images.shape)}")
+    check_images(images)
     check_positive("w1", w1)
     check_positive("w2", w2, allow_zero=True)
+    return check_dilations(dilations)
+
+
+def check_pamr_affinity(images: Tensor, dilations: Sequence[int]) -> list[int]:
+    check_images(images)
     return check_dilations(dilations)
 
 
@@ -134,7 +145,7 @@ def check_par_propagate(
 
 
 def check_par_refine(images: Tensor, masks: Tensor, class_mask: Tensor | None, resize: str) -> None:
-    check_float_tensor("images", images, "[B, 3, H, W]")
+    check_images(images)
     check_float_tensor("masks", masks, "[B, C, Hm, Wm]")
     check_size("masks", masks, 0, images.shape[0], "the batch of images")
     check_same_device("masks", masks, "images", images)

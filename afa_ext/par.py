@@ -1,13 +1,14 @@
 """Pixel-adaptive refinement: score maps are smoothed along the colours of their image.
 
-"Learning Affinity from Attention" (AFA), CVPR 2022, section 3.3. Every pixel takes, ``num_iter`` times, a
-weighted mean of its 8 neighbours at each dilation; the weights come from the image alone.
+PAR is of "Learning Affinity from Attention" (AFA), CVPR 2022, section 3.3; its older sibling PAMR of "Single-Stage
+Semantic Segmentation from Image Labels" (1-stage-wseg), CVPR 2020, section 3.3. In both every pixel takes,
+``num_iter`` times, a weighted mean of its 8 neighbours at each dilation; the weights come from the image alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 
 from . import _native  # noqa: F401  (registers the operators)
 from ._autocast import autocast_to_float32
-from ._checks import check_no_grad, check_par_affinity, check_par_propagate, check_par_refine
+from ._checks import (
+    check_choice,
+    check_dilations,
+    check_int,
+    check_no_grad,
+    check_pamr_affinity,
+    check_par_affinity,
+    check_par_propagate,
+    check_par_refine,
+)
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 _ops = torch.ops.afa_ext
@@ -54,6 +64,22 @@ def par_affinity(
     return weights
 
 
+def pamr_affinity(images: Tensor, *, dilations: Sequence[int] = DILATIONS) -> Tensor:
+    """The weights PAMR propagates with: one softmax over the neighbours of every pixel.
+
+    ``softmax_n(mean_c -|I_n,c - I_c| / (1e-8 + 0.1 sigma_c))`` with sigma_c the unbiased standard deviation of
+    channel c over the neighbours and, once a dilation, the pixel itself. Weights sum to 1. Logits and sums are
+    formed in float32 (float64 for float64).
+
+    Args, returns and raises as :func:`par_affinity`, without ``w1`` and ``w2``.
+    """
+    (images,) = autocast_to_float32(images)
+    offsets = check_pamr_affinity(images, dilations)
+    check_no_grad("images", images)
+    weights: Tensor = _ops.pamr_affinity(images, offsets)
+    return weights
+
+
 def par_propagate(
     weights: Tensor,
     masks: Tensor,
@@ -69,7 +95,8 @@ def par_propagate(
     two buffers of the masks' size.
 
     Args:
-        weights: [B, 8*len(dilations), H, W] from :func:`par_affinity` with the same ``dilations``.
+        weights: [B, 8*len(dilations), H, W] from :func:`par_affinity` or :func:`pamr_affinity` with the same
+            ``dilations``.
         masks: [B, C, H, W], of the type of ``weights``.
         num_iter: at least 0; 0 returns the masks.
         class_mask: bool [B, C]; classes marked False come out 0 and are not computed.
@@ -116,6 +143,31 @@ def par_refine(
     Raises:
         TypeError, ValueError: an argument is not as stated, or ``images`` requires grad.
     """
+    images, masks = _prepare(images, masks, class_mask, resize)
+    weights = par_affinity(images, dilations=dilations, w1=w1, w2=w2)
+    return _propagate(weights, masks, dilations, num_iter, class_mask)
+
+
+def pamr_refine(
+    images: Tensor,
+    masks: Tensor,
+    *,
+    dilations: Sequence[int] = DILATIONS,
+    num_iter: int = 10,
+    class_mask: Tensor | None = None,
+    resize: str = "mask_to_image",
+) -> Tensor:
+    """Refines masks along the colours of their images: :func:`pamr_affinity`, then :func:`par_propagate`.
+
+    Args, returns and raises as :func:`par_refine`, without ``w1`` and ``w2``; soft output keeps its sum.
+    """
+    images, masks = _prepare(images, masks, class_mask, resize)
+    weights = pamr_affinity(images, dilations=dilations)
+    return _propagate(weights, masks, dilations, num_iter, class_mask)
+
+
+def _prepare(images: Tensor, masks: Tensor, class_mask: Tensor | None, resize: str) -> tuple[Tensor, Tensor]:
+    """Checked, of one size, and in float32 under autocast."""
     images, masks = autocast_to_float32(images, masks)
     check_par_refine(images, masks, class_mask, resize)
     check_no_grad("images", images)
@@ -124,38 +176,112 @@ def par_refine(
             masks = F.interpolate(masks, size=images.shape[2:], mode="bilinear", align_corners=True)
         else:
             images = F.interpolate(images, size=masks.shape[2:], mode="bilinear", align_corners=True)
-    dtype = torch.promote_types(images.dtype, masks.dtype)
-    weights = par_affinity(images, dilations=dilations, w1=w1, w2=w2).to(dtype)
-    return par_propagate(weights, masks.to(dtype), dilations=dilations, num_iter=num_iter, class_mask=class_mask)
+    return images, masks
 
 
-class PAR(nn.Module):
-    """Takes the place of the module of this name in AFA and the codebases that copied it.
+def _propagate(
+    weights: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, class_mask: Tensor | None
+) -> Tensor:
+    dtype = torch.promote_types(weights.dtype, masks.dtype)
+    weights, masks = weights.to(dtype), masks.to(dtype)
+    return par_propagate(weights, masks, dilations=dilations, num_iter=num_iter, class_mask=class_mask)
+
+
+class _Refinement(nn.Module):
+    """What PAR and PAMR share. It holds no state: the published modules' buffers are constants."""
+
+    published_buffers: ClassVar[frozenset[str]]
+
+    def __init__(self, dilations: Sequence[int], num_iter: int, resize: str) -> None:
+        super().__init__()
+        check_int("num_iter", num_iter, 0)
+        check_choice("resize", resize, ("mask_to_image", "image_to_mask"))
+        self.dilations = tuple(check_dilations(dilations))
+        self.num_iter = num_iter
+        self.resize = resize
+
+    def extra_repr(self) -> str:
+        return f"dilations={self.dilations}, num_iter={self.num_iter}, resize={self.resize!r}"
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Ignores the buffers that a checkpoint of the published module stores; anything else is unexpected."""
+        known = {prefix + name for name in self.published_buffers}
+        if strict:
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+
+
+class PAR(_Refinement):
+    """Takes the place of the module of this name in AFA and the codebases that copied it (ToCo, DuPL, SeCo, ...).
 
     Same constructor and forward arguments. It holds no state: checkpoints that store the published module's
-    buffers under its name load, and those entries are ignored.
+    buffer under its name load, and that entry is ignored. Where WeCLIP, WeCLIP+ and ExCEL import their PAR, which
+    resizes the image to the mask, write ``PAR = functools.partial(afa_ext.PAR, resize="image_to_mask")``.
+
+    Raises:
+        TypeError, ValueError: ``dilations``, ``num_iter`` or ``resize`` is not as in :func:`par_refine`.
     """
 
-    def __init__(self, dilations: Sequence[int], num_iter: int) -> None:
-        super().__init__()
-        self.dilations = tuple(dilations)
-        self.num_iter = num_iter
+    published_buffers = frozenset({"kernel"})
+
+    def __init__(self, dilations: Sequence[int], num_iter: int, *, resize: str = "mask_to_image") -> None:
+        super().__init__(dilations, num_iter, resize)
         self.w1 = 0.3
         self.w2 = 0.01
 
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
         """imgs [B, 3, H, W], masks [B, C, Hm, Wm] -> [B, C, H, W]; see :func:`par_refine`."""
-        return par_refine(imgs, masks, dilations=self.dilations, num_iter=self.num_iter, w1=self.w1, w2=self.w2)
+        return par_refine(
+            imgs,
+            masks,
+            dilations=self.dilations,
+            num_iter=self.num_iter,
+            w1=self.w1,
+            w2=self.w2,
+            resize=self.resize,
+        )
 
-    def extra_repr(self) -> str:
-        return f"dilations={self.dilations}, num_iter={self.num_iter}"
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Accepts whatever a checkpoint stores for this module: its buffers were constants of the dilations."""
+class PAMR(_Refinement):
+    """Takes the place of the module of this name in 1-stage-wseg and the codebases that copied it.
+
+    Same constructor and forward arguments (``num_iter`` comes first; the published use is 10 and
+    ``[1, 2, 4, 8, 12, 24]``). It holds no state: checkpoints that store the published module's buffers under its
+    name load, and those entries are ignored.
+
+    Raises:
+        TypeError, ValueError: ``num_iter``, ``dilations`` or ``resize`` is not as in :func:`pamr_refine`.
+    """
+
+    published_buffers = frozenset({"aff_x.kernel", "aff_m.kernel", "aff_std.kernel"})
+
+    def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,), *, resize: str = "mask_to_image") -> None:
+        super().__init__(dilations, num_iter, resize)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, 3, H, W], mask [B, C, Hm, Wm] -> [B, C, H, W]; see :func:`pamr_refine`."""
+        return pamr_refine(x, mask, dilations=self.dilations, num_iter=self.num_iter, resize=self.resize)
 
 
 @torch.library.register_fake("afa_ext::par_affinity")
 def _(images: Tensor, dilations: Sequence[int], w1: float, w2: float) -> Tensor:
+    return _affinity_fake(images, dilations)
+
+
+@torch.library.register_fake("afa_ext::pamr_affinity")
+def _(images: Tensor, dilations: Sequence[int]) -> Tensor:
+    return _affinity_fake(images, dilations)
+
+
+def _affinity_fake(images: Tensor, dilations: Sequence[int]) -> Tensor:
     batch, _, height, width = images.shape
     return images.new_empty(batch, 8 * len(dilations), height, width)
 

@@ -15,6 +15,7 @@
 // labels uint8, like affinity; sums [3]: the loss and the weights of a same and of a different pair.
 #define AFA_OPERATORS(X)                                                                                   \
   X(par_affinity, "(Tensor images, int[] dilations, float w1, float w2) -> Tensor")                        \
+  X(pamr_affinity, "(Tensor images, int[] dilations) -> Tensor")                                           \
   X(par_propagate,                                                                                         \
     "(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? class_mask) -> Tensor")         \
   X(par_propagate_backward_masks,                                                                          \

@@ -14,6 +14,7 @@ Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations,
 // columns); the rest of the output is undefined.
 Tensor par_affinity_within(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2,
                            const std::optional<Tensor>& extent);
+Tensor pamr_affinity(const Tensor& images, const std::vector<int64_t>& dilations);
 Tensor par_propagate(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
                      int64_t num_iter, const std::optional<Tensor>& class_mask);
 Tensor par_propagate_backward_masks(const Tensor& grad, const Tensor& weights,

@@ -62,6 +62,7 @@ CASES: dict[str, Callable[[Make], list[tuple]]] = {
     ],
     "affinity_loss_backward": lambda make: [(in_sum_type(make(3)), in_sum_type(make(3)), numbers(make, 2, 20, 9))],
     "par_affinity": lambda make: [(make(2, 3, 6, 7).detach(), DILATIONS, 0.3, 0.01)],
+    "pamr_affinity": lambda make: [(make(2, 3, 6, 7).detach(), DILATIONS)],
     "par_propagate": lambda make: [
         (make(2, 16, 6, 7), make(2, 3, 6, 7), DILATIONS, 2, None),
         (make(2, 16, 6, 7), make(2, 3, 7, 6).mT, DILATIONS, 1, keep(make)),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -10,8 +11,17 @@ import torch.nn.functional as F
 import afa_ext
 from afa_ext import reference
 
-CASES = ["par_flat", "par_same_size", "par_small", "par_two_dilations", "par_upsampled"]
+CASES = ["par_flat", "par_same_size", "par_small", "par_two_dilations", "par_upsampled", "pamr_a"]
 D6 = (1, 2, 4, 8, 12, 24)
+KINDS = pytest.mark.parametrize("kind", ["par", "pamr"])
+
+
+def affinity(kind, images, module=afa_ext, **settings):
+    return getattr(module, f"{kind}_affinity")(images, **settings)
+
+
+def refine(kind, images, masks, module=afa_ext, **settings):
+    return getattr(module, f"{kind}_refine")(images, masks, **settings)
 
 
 def smooth_images(batch, height, width, dtype=torch.float32, device="cpu"):
@@ -26,10 +36,11 @@ def test_golden(case, golden, assert_relative, device):
     g = golden(case)
     for implementation in (afa_ext, reference):
         masks = g["masks"].to(device).requires_grad_()
-        out = implementation.par_refine(
-            g["images"].to(device), masks, dilations=g["dilations"].tolist(), num_iter=g["num_iter"]
-        )
+        settings = {"dilations": g["dilations"].tolist(), "num_iter": g["num_iter"]}
+        out = refine(case.partition("_")[0], g["images"].to(device), masks, implementation, **settings)
         assert_relative(out, g["out"])
+        if "grad_out" not in g:
+            continue
         (grad,) = torch.autograd.grad((out * g["grad_out"].to(device)).sum(), masks)
         assert_relative(grad, g["grad_masks"])
 
@@ -37,7 +48,8 @@ def test_golden(case, golden, assert_relative, device):
 @pytest.mark.parametrize("case", CASES)
 def test_module_matches_golden(case, golden, assert_relative):
     g = golden(case)
-    out = afa_ext.PAR(g["dilations"].tolist(), g["num_iter"])(g["images"], g["masks"])
+    module = {"par": afa_ext.PAR, "pamr": afa_ext.PAMR}[case.partition("_")[0]]
+    out = module(dilations=g["dilations"].tolist(), num_iter=g["num_iter"])(g["images"], g["masks"])
     assert_relative(out, g["out"])
 
 
@@ -45,19 +57,28 @@ def test_module_matches_golden(case, golden, assert_relative):
 SHAPES = [(1, 1, 1, 1), (2, 2, 1, 5), (1, 3, 7, 3), (1, 4, 5, 16), (2, 5, 9, 17), (1, 6, 33, 31), (1, 9, 20, 70)]
 
 
+@KINDS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dilations", [D6, (1,), (3, 40)], ids=str)
-def test_matches_reference(shape, dilations, assert_relative, device):
+def test_affinity_matches_reference(kind, shape, dilations, assert_relative, device):
+    batch, channels, height, width = shape
+    images = smooth_images(batch, height, width, torch.float64, device)[:, torch.arange(channels) % 3]
+    weights = affinity(kind, images, dilations=dilations)
+    assert_relative(weights, affinity(kind, images, reference, dilations=dilations), 1e-9)
+    assert_relative(
+        affinity(kind, images.float(), dilations=dilations),
+        affinity(kind, images.float(), reference, dilations=dilations),
+        2e-5,  # float32 both: sigma of a nearly flat neighbourhood loses digits in either
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dilations", [D6, (1,), (3, 40)], ids=str)
+def test_propagate_matches_reference(shape, dilations, assert_relative, device):
     batch, classes, height, width = shape
     images = smooth_images(batch, height, width, torch.float64, device)
     masks = torch.rand(batch, classes, height, width, dtype=torch.float64, device=device, requires_grad=True)
     weights = afa_ext.par_affinity(images, dilations=dilations)
-    assert_relative(weights, reference.par_affinity(images, dilations=dilations), 1e-9)
-    assert_relative(
-        afa_ext.par_affinity(images.float(), dilations=dilations),
-        reference.par_affinity(images.float(), dilations=dilations),
-        2e-5,  # float32 both: sigma of a nearly flat neighbourhood loses digits in either
-    )
     weights.requires_grad_()
     results = []
     for implementation in (afa_ext, reference):
@@ -77,58 +98,38 @@ def test_matches_reference(shape, dilations, assert_relative, device):
     assert_relative(single, results[1][0], 2e-6)
 
 
-def test_weights_sum_to_one_plus_w2(device):
-    for w2 in (0.0, 0.01, 0.3):
-        weights = afa_ext.par_affinity(smooth_images(1, 20, 30, device=device), w2=w2)
-        torch.testing.assert_close(weights.sum(1), torch.full_like(weights[:, 0], 1 + w2), rtol=2e-6, atol=0)
-
-
-def test_affine_change_of_a_channel_changes_nothing(device):
-    images = smooth_images(1, 24, 24, torch.float64, device)
-    changed = images * torch.tensor([3.0, 0.5, -2.0], device=device, dtype=torch.float64).view(1, 3, 1, 1) + 7
-    torch.testing.assert_close(afa_ext.par_affinity(changed), afa_ext.par_affinity(images), rtol=1e-5, atol=0)
-
-
-def test_flat_image_gives_uniform_colour_weights(device):
-    weights = afa_ext.par_affinity(torch.full((1, 3, 12, 12), 0.3, device=device), w2=0)
-    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 48), rtol=1e-6, atol=0)
-
-
-def test_linear_in_masks(device):
-    weights = afa_ext.par_affinity(smooth_images(1, 16, 20, torch.float64, device))
-    a, b = torch.rand(2, 1, 3, 16, 20, dtype=torch.float64, device=device)
-    both = afa_ext.par_propagate(weights, 2 * a - b)
-    torch.testing.assert_close(both, 2 * afa_ext.par_propagate(weights, a) - afa_ext.par_propagate(weights, b))
-
-
+@KINDS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision(dtype, device):
+def test_low_precision(kind, dtype, device):
     images, masks = smooth_images(2, 30, 37, device=device), torch.rand(2, 3, 30, 37, device=device)
-    exact = reference.par_refine(images.to(dtype).double(), masks.to(dtype).double())
-    out = afa_ext.par_refine(images.to(dtype), masks.to(dtype))
+    exact = refine(kind, images.to(dtype).double(), masks.to(dtype).double(), reference)
+    out = refine(kind, images.to(dtype), masks.to(dtype))
     assert out.dtype == dtype
     # PyTorch itself, storing weights at this precision, loses this much; CUDA also stores each iteration.
-    allowed = (reference.par_refine(images.to(dtype), masks.to(dtype)).double() - exact).abs().max()
+    allowed = (refine(kind, images.to(dtype), masks.to(dtype), reference).double() - exact).abs().max()
     assert (out.double() - exact).abs().max() <= (2 if device == "cpu" else 6) * allowed
 
 
-def test_low_precision_of_a_near_flat_image_stays_finite(device):
+@KINDS
+def test_low_precision_of_a_near_flat_image_stays_finite(kind, device):
     images = torch.full((1, 3, 16, 16), 0.5, dtype=torch.float16, device=device)
     images[0, :, 8, 8] += 0.001
-    assert bool(afa_ext.par_affinity(images).isfinite().all())
+    assert bool(affinity(kind, images).isfinite().all())
 
 
-def test_mixed_types_are_promoted(device):
+@KINDS
+def test_mixed_types_are_promoted(kind, device):
     images = smooth_images(1, 9, 9, device=device)
     masks = torch.rand(1, 2, 9, 9, dtype=torch.float16, device=device)
-    out = afa_ext.par_refine(images, masks)
+    out = refine(kind, images, masks)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, afa_ext.par_refine(images, masks.float()))
+    torch.testing.assert_close(out, refine(kind, images, masks.float()))
 
 
-def test_layouts(device):
+@KINDS
+def test_layouts(kind, device):
     images, masks = smooth_images(2, 18, 22, device=device), torch.rand(2, 4, 18, 22, device=device)
-    expected = afa_ext.par_refine(images, masks)
+    expected = refine(kind, images, masks)
     views = [
         (images.to(memory_format=torch.channels_last), masks.to(memory_format=torch.channels_last)),
         (images.mT.contiguous().mT, masks.mT.contiguous().mT),
@@ -136,18 +137,19 @@ def test_layouts(device):
     ]
     for image, mask in views:
         assert not (image.is_contiguous() and mask.is_contiguous())
-        torch.testing.assert_close(afa_ext.par_refine(image, mask), expected, rtol=0, atol=0)
+        torch.testing.assert_close(refine(kind, image, mask), expected, rtol=0, atol=0)
     shared = masks[:1].expand(2, -1, -1, -1)
-    torch.testing.assert_close(afa_ext.par_refine(images, shared), afa_ext.par_refine(images, shared.clone()))
+    torch.testing.assert_close(refine(kind, images, shared), refine(kind, images, shared.clone()))
 
 
+@KINDS
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0)], ids=str)
-def test_empty(shape, device):
+def test_empty(kind, shape, device):
     batch, _, height, width = shape
     images = torch.rand(batch, 3, height, width, device=device)
     masks = torch.rand(shape, device=device, requires_grad=True)
     for implementation in (afa_ext, reference):
-        out = implementation.par_refine(images, masks)
+        out = refine(kind, images, masks, implementation)
         assert out.shape == shape
         out.sum().backward()
 
@@ -162,27 +164,29 @@ def test_zero_iterations_return_the_masks(device):
         assert not kept[:, 1].any()
 
 
-def test_class_mask(device):
+@KINDS
+def test_class_mask(kind, device):
     images = smooth_images(3, 19, 21, device=device)
     masks = torch.rand(3, 7, 19, 21, device=device, requires_grad=True)
     keep = torch.rand(3, 7, device=device) > 0.5
     keep[1] = False
-    full = afa_ext.par_refine(images, masks)
-    out = afa_ext.par_refine(images, masks, class_mask=keep)
+    full = refine(kind, images, masks)
+    out = refine(kind, images, masks, class_mask=keep)
     torch.testing.assert_close(out, full * keep[:, :, None, None], rtol=0, atol=0)
-    torch.testing.assert_close(out, reference.par_refine(images, masks, class_mask=keep), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, refine(kind, images, masks, reference, class_mask=keep), rtol=1e-5, atol=1e-6)
     (grad,) = torch.autograd.grad(out.square().sum(), masks, retain_graph=True)
     assert not grad[~keep].any()
     (expected,) = torch.autograd.grad((full * keep[:, :, None, None]).square().sum(), masks)
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_resize(device):
+@KINDS
+def test_resize(kind, device):
     images, masks = smooth_images(2, 24, 32, device=device), torch.rand(2, 3, 12, 10, device=device)
     for resize, size in (("mask_to_image", (24, 32)), ("image_to_mask", (12, 10))):
-        out = afa_ext.par_refine(images, masks, resize=resize)
+        out = refine(kind, images, masks, resize=resize)
         assert out.shape == (2, 3, *size)
-        expected = reference.par_refine(images, masks, resize=resize)
+        expected = refine(kind, images, masks, reference, resize=resize)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -199,10 +203,11 @@ def test_gradcheck(shape, class_mask, device):
     )
 
 
+@KINDS
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_fullgraph(dynamic, device):
+def test_compile_fullgraph(kind, dynamic, device):
     def loss(images, masks, keep):
-        return afa_ext.par_refine(images, masks, class_mask=keep).square().sum()
+        return refine(kind, images, masks, class_mask=keep).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
     for height in (10, 12):
@@ -212,21 +217,24 @@ def test_compile_fullgraph(dynamic, device):
         torch.testing.assert_close(grads[1], grads[0])
 
 
-def test_autocast(device):
+@KINDS
+def test_autocast(kind, device):
     images, masks = smooth_images(1, 16, 16, device=device), torch.rand(1, 2, 16, 16, device=device)
     low = torch.float16 if device == "cuda" else torch.bfloat16
     with torch.autocast(device, dtype=low):
-        out = afa_ext.par_refine(images, masks.to(low))
+        out = refine(kind, images, masks.to(low))
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, afa_ext.par_refine(images, masks.to(low).float()))
+    torch.testing.assert_close(out, refine(kind, images, masks.to(low).float()))
 
 
-def test_threads_change_nothing(threads):
-    images, masks = smooth_images(2, 50, 61), torch.rand(2, 5, 50, 61)
+@KINDS
+@pytest.mark.parametrize("classes", [1, 5, 21])
+def test_threads_change_nothing(kind, classes, threads):
+    images, masks = smooth_images(2, 50, 61), torch.rand(2, classes, 50, 61)
     results = []
     for count in (1, 2, 3):
         threads(count)
-        weights = afa_ext.par_affinity(images).requires_grad_()
+        weights = affinity(kind, images).requires_grad_()
         leaf = masks.clone().requires_grad_()
         out = afa_ext.par_propagate(weights, leaf)
         results.append([weights.detach(), out, *torch.autograd.grad(out.square().sum(), (leaf, weights))])
@@ -246,29 +254,83 @@ def test_side_stream_and_repeats():
     assert torch.equal(out, expected)
 
 
+# What checkpoints of the published modules hold under the module's name.
+PUBLISHED = {
+    "PAR": {"kernel": torch.ones(8, 1, 3, 3)},
+    "PAMR": {
+        f"{part}.kernel": torch.ones(9 if part == "aff_std" else 8, 1, 3, 3) for part in ("aff_x", "aff_m", "aff_std")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["PAR", "PAMR"])
 class TestModule:
-    def test_published_buffers_load(self):
+    def test_published_buffers_load(self, name):
         class Model(torch.nn.Module):
             def __init__(self):
                 super().__init__()
                 self.head = torch.nn.Linear(2, 2)
-                self.par = afa_ext.PAR(dilations=[1, 2, 4, 8, 12, 24], num_iter=10)
+                self.par = getattr(afa_ext, name)(dilations=[1, 2, 4, 8, 12, 24], num_iter=10)
 
         model = Model()
-        old = {**Model().state_dict(), "par.kernel": torch.ones(8, 1, 3, 3)}
-        model.load_state_dict(old)
-        with pytest.raises(RuntimeError, match="typo"):
-            model.load_state_dict({**old, "typo": torch.ones(1)})
-        model.par.load_state_dict({"kernel": torch.ones(8, 1, 3, 3)})
+        assert set(model.state_dict()) == {"head.weight", "head.bias"}
+        old = {**Model().state_dict(), **{f"par.{key}": value for key, value in PUBLISHED[name].items()}}
+        model.load_state_dict(old, strict=True)
+        assert torch.equal(model.head.weight, old["head.weight"])
+        for typo in ("typo", "par.typo", "par.kernel.typo"):
+            with pytest.raises(RuntimeError, match=typo):
+                model.load_state_dict({**old, typo: torch.ones(1)})
+            model.load_state_dict({**old, typo: torch.ones(1)}, strict=False)
+        model.par.load_state_dict(PUBLISHED[name])
 
-    def test_is_an_ordinary_module(self):
-        par = afa_ext.PAR([1, 2], 3).to(torch.float64).eval()
+    def test_is_an_ordinary_module(self, name):
+        arguments = {"dilations": [1, 2], "num_iter": 3}
+        module = getattr(afa_ext, name)(**arguments).to(torch.float64).half().eval()
         images, masks = smooth_images(1, 8, 8), torch.rand(1, 2, 8, 8)
-        expected = afa_ext.par_refine(images, masks, dilations=(1, 2), num_iter=3)
-        for twin in (par, copy.deepcopy(par), pickle.loads(pickle.dumps(par)), reference.PAR([1, 2], 3)):
+        expected = refine(name.lower(), images, masks, **arguments)
+        for twin in (
+            module,
+            copy.deepcopy(module),
+            pickle.loads(pickle.dumps(module)),
+            torch.nn.Sequential(module)[0],
+            getattr(reference, name)(**arguments),
+        ):
             torch.testing.assert_close(twin(images, masks), expected)
-        assert not list(par.parameters())
-        assert "num_iter=3" in repr(par)
+        assert module(images.half(), masks.half()).dtype == torch.float16
+        assert not list(module.parameters()) and not list(module.buffers())
+        assert "num_iter=3" in repr(module)
+
+    def test_resizes_as_its_family_does(self, name):
+        images, masks = smooth_images(1, 12, 16), torch.rand(1, 2, 6, 7)
+        for family in (afa_ext, reference):
+            module = getattr(family, name)
+            assert module(dilations=[1, 2], num_iter=1)(images, masks).shape == (1, 2, 12, 16)
+            of_weclip = functools.partial(module, resize="image_to_mask")
+            out = of_weclip(num_iter=2, dilations=[1, 2])(images, masks)
+            torch.testing.assert_close(
+                out, refine(name.lower(), images, masks, dilations=(1, 2), num_iter=2, resize="image_to_mask")
+            )
+
+    def test_constructor_errors(self, name):
+        module = getattr(afa_ext, name)
+        with pytest.raises(ValueError, match="resize must be one of 'mask_to_image', 'image_to_mask', got 'crop'"):
+            module(dilations=[1], num_iter=1, resize="crop")
+        with pytest.raises(TypeError, match="num_iter must be an integer"):
+            module(dilations=[1], num_iter=[1])
+        with pytest.raises(TypeError, match="dilations must be a sequence of integers, got 3"):
+            module(dilations=3, num_iter=1)
+
+
+def test_published_signatures():
+    for module in (afa_ext, reference):
+        par, pamr = module.PAR([1, 2], 3), module.PAMR(3, [1, 2])
+        assert par.num_iter == pamr.num_iter == 3
+        assert list(par.dilations) == list(pamr.dilations) == [1, 2]
+        plain = module.PAMR()
+        assert plain.num_iter == 1 and list(plain.dilations) == [1]
+        images, masks = smooth_images(1, 6, 6), torch.rand(1, 2, 6, 6)
+        torch.testing.assert_close(par(imgs=images, masks=masks), par(images, masks))
+        torch.testing.assert_close(pamr(x=images, mask=masks), pamr(images, masks))
 
 
 X, M = torch.rand(2, 3, 8, 8), torch.rand(2, 4, 8, 8)
@@ -282,7 +344,19 @@ KEEP = torch.ones(2, 4, dtype=torch.bool)
     [
         (lambda m: m.par_affinity(X.numpy()), TypeError, r"images must be a floating-point tensor \[B, 3, H, W\]"),
         (lambda m: m.par_affinity(X[0]), ValueError, r"images must have 4 dimensions .* shape \(3, 8, 8\)"),
-        (lambda m: m.par_affinity(X.byte()), TypeError, r"images must be float32, .*torch.uint8.*images.float\(\)"),
+        (lambda m: m.par_affinity(X.byte()), TypeError, r"images must be .*torch.uint8.*pass images.float\(\) / 255"),
+        (lambda m: m.par_affinity(X.long()), TypeError, r"images must be float32, .*torch.int64.*images.float\(\)"),
+        (lambda m: m.pamr_affinity(X.byte()), TypeError, r"images must be .*torch.uint8.*pass images.float\(\) / 255"),
+        (lambda m: m.pamr_affinity(X[:, :0]), ValueError, "images must have at least one colour channel"),
+        (lambda m: m.pamr_affinity(X, dilations=(0,)), ValueError, "dilations' entries must be between 1 and"),
+        (lambda m: m.par_refine(X.byte(), M), TypeError, r"images must be .*torch.uint8.*pass images.float\(\) / 255"),
+        (lambda m: m.pamr_refine(X.byte(), M), TypeError, r"images must be .*torch.uint8.*pass images.float\(\) / 255"),
+        (
+            lambda m: m.pamr_refine(X, M, resize="crop"),
+            ValueError,
+            "resize must be one of 'mask_to_image'.* got 'crop'",
+        ),
+        (lambda m: m.pamr_refine(X, M, num_iter=-1), ValueError, "num_iter must be at least 0, got -1"),
         (lambda m: m.par_affinity(X[:, :0]), ValueError, "images must have at least one colour channel"),
         (lambda m: m.par_affinity(X, w1=0), ValueError, "w1 must be greater than 0, got 0"),
         (lambda m: m.par_affinity(X, w1=float("nan")), ValueError, "w1 must be greater than 0, got nan"),
@@ -319,7 +393,12 @@ def test_errors(module, call, error, message):
 
 def test_images_have_no_gradient():
     images = X.clone().requires_grad_()
-    for call in (lambda: afa_ext.par_affinity(images), lambda: afa_ext.par_refine(images, M)):
+    for call in (
+        lambda: afa_ext.par_affinity(images),
+        lambda: afa_ext.par_refine(images, M),
+        lambda: afa_ext.pamr_affinity(images),
+        lambda: afa_ext.pamr_refine(images, M),
+    ):
         with pytest.raises(ValueError, match=r"images requires grad, .* pass images.detach\(\)"):
             call()
         with torch.no_grad():
@@ -335,6 +414,9 @@ def test_images_have_no_gradient():
         (lambda o: o.par_affinity(X, [], 0.3, 0.01), "dilations must hold 1 to 32"),
         (lambda o: o.par_affinity(X, [0], 0.3, 0.01), "dilations' entries must be at least 1"),
         (lambda o: o.par_affinity(X, [1], 0.0, 0.01), "w1 must be greater than 0"),
+        (lambda o: o.pamr_affinity(X[0], [1]), r"images must have shape .* got \[3, 8, 8\]"),
+        (lambda o: o.pamr_affinity(X[:, :0], [1]), "images must have at least one colour channel"),
+        (lambda o: o.pamr_affinity(X, [0]), "dilations' entries must be at least 1"),
         (lambda o: o.par_propagate(W, M, [1], 1, None), "weights must have shape"),
         (lambda o: o.par_propagate(W, M[:1], list(D6), 1, None), "masks must have shape"),
         (lambda o: o.par_propagate(W, M.double(), list(D6), 1, None), "masks must have the type of weights"),

@@ -6,16 +6,19 @@ floating-point input, at the price of time and memory.
 
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss
 from .labels import pseudo_labels, refine_labels
-from .par import PAR, par_affinity, par_propagate, par_refine
+from .par import PAMR, PAR, pamr_affinity, pamr_refine, par_affinity, par_propagate, par_refine
 from .walk import edge_affinity, feature_affinity, propagate_cams, propagate_to_edge, random_walk
 
 __all__ = [
+    "PAMR",
     "PAR",
     "affinity_from_attention",
     "affinity_labels",
     "affinity_loss",
     "edge_affinity",
     "feature_affinity",
+    "pamr_affinity",
+    "pamr_refine",
     "par_affinity",
     "par_propagate",
     "par_refine",

@@ -1,4 +1,5 @@
-"""Pixel-adaptive refinement (PAR; AFA, CVPR 2022, section 3.3) in plain PyTorch, the way it was published.
+"""Pixel-adaptive refinement (PAR; AFA, CVPR 2022, section 3.3) and its older sibling PAMR (1-stage-wseg, CVPR 2020,
+section 3.3) in plain PyTorch, the way they were published.
 
 Neighbours are fetched by a convolution with eight one-hot 3x3 kernels over a padded copy, once per dilation.
 """
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_par_affinity, check_par_propagate, check_par_refine
+from .._checks import check_pamr_affinity, check_par_affinity, check_par_propagate, check_par_refine
 
 RING = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 
@@ -61,6 +62,18 @@ def par_affinity(
     return (colour + w2 * position.view(1, -1, 1, 1)).to(images.dtype)
 
 
+def pamr_affinity(images: Tensor, *, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)) -> Tensor:
+    """Twin of :func:`afa_ext.pamr_affinity`."""
+    dilations = check_pamr_affinity(images, dilations)
+    wide = images if images.dtype == torch.float64 else images.float()
+    if wide.numel() == 0:
+        return images.new_empty(images.shape[0], 8 * len(dilations), *images.shape[2:])
+    ring, centre = neighbours(wide, dilations), wide.unsqueeze(2)
+    sigma = torch.cat([ring, centre.expand(-1, -1, len(dilations), -1, -1)], dim=2).std(dim=2, keepdim=True)
+    logits = -(ring - centre).abs() / (1e-8 + 0.1 * sigma)
+    return logits.mean(dim=1).softmax(dim=1).to(images.dtype)
+
+
 def par_propagate(
     weights: Tensor,
     masks: Tensor,
@@ -93,24 +106,65 @@ def par_refine(
     resize: str = "mask_to_image",
 ) -> Tensor:
     """Twin of :func:`afa_ext.par_refine`."""
+    images, masks = of_one_size(images, masks, class_mask, resize)
+    weights = par_affinity(images, dilations=dilations, w1=w1, w2=w2)
+    return propagate(weights, masks, dilations, num_iter, class_mask)
+
+
+def pamr_refine(
+    images: Tensor,
+    masks: Tensor,
+    *,
+    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    num_iter: int = 10,
+    class_mask: Tensor | None = None,
+    resize: str = "mask_to_image",
+) -> Tensor:
+    """Twin of :func:`afa_ext.pamr_refine`."""
+    images, masks = of_one_size(images, masks, class_mask, resize)
+    weights = pamr_affinity(images, dilations=dilations)
+    return propagate(weights, masks, dilations, num_iter, class_mask)
+
+
+def of_one_size(images: Tensor, masks: Tensor, class_mask: Tensor | None, resize: str) -> tuple[Tensor, Tensor]:
     check_par_refine(images, masks, class_mask, resize)
     if images.shape[2:] != masks.shape[2:]:
         if resize == "mask_to_image":
             masks = F.interpolate(masks, size=images.shape[2:], mode="bilinear", align_corners=True)
         else:
             images = F.interpolate(images, size=masks.shape[2:], mode="bilinear", align_corners=True)
-    dtype = torch.promote_types(images.dtype, masks.dtype)
-    weights = par_affinity(images, dilations=dilations, w1=w1, w2=w2).to(dtype)
-    return par_propagate(weights, masks.to(dtype), dilations=dilations, num_iter=num_iter, class_mask=class_mask)
+    return images, masks
+
+
+def propagate(
+    weights: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, class_mask: Tensor | None
+) -> Tensor:
+    dtype = torch.promote_types(weights.dtype, masks.dtype)
+    weights, masks = weights.to(dtype), masks.to(dtype)
+    return par_propagate(weights, masks, dilations=dilations, num_iter=num_iter, class_mask=class_mask)
 
 
 class PAR(nn.Module):
     """Twin of :class:`afa_ext.PAR`."""
 
-    def __init__(self, dilations: Sequence[int], num_iter: int) -> None:
+    def __init__(self, dilations: Sequence[int], num_iter: int, *, resize: str = "mask_to_image") -> None:
         super().__init__()
         self.dilations = dilations
         self.num_iter = num_iter
+        self.resize = resize
 
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
-        return par_refine(imgs, masks, dilations=self.dilations, num_iter=self.num_iter)
+        return par_refine(imgs, masks, dilations=self.dilations, num_iter=self.num_iter, resize=self.resize)
+
+
+class PAMR(nn.Module):
+    """Twin of :class:`afa_ext.PAMR`."""
+
+    def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,), *, resize: str = "mask_to_image") -> None:
+        super().__init__()
+        self.num_iter = num_iter
+        self.dilations = dilations
+        self.resize = resize
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return pamr_refine(x, mask, dilations=self.dilations, num_iter=self.num_iter, resize=self.resize)

@@ -44,28 +44,19 @@ void check_propagate(const Stencil& stencil, const Tensor& weights, const Tensor
   check_like(planes, name, weights, "weights");
 }
 
-}  // namespace
-
-Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2) {
-  return par_affinity_within(images, dilations, w1, w2, std::nullopt);
-}
-
-Tensor par_affinity_within(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2,
-                           const std::optional<Tensor>& extent) {
+// Fills in the rest of p and computes the weights.
+Tensor affinity(const char* op, const Tensor& images, const std::vector<int64_t>& dilations,
+                const std::optional<Tensor>& extent, ParAffinityParams& p) {
   check_shape(images, "images", "[B, 3, H, W]", {-1, -1, -1, -1});
   AFA_CHECK(images.size(1) >= 1, "images must have at least one colour channel, got shape ",
             shape_string(images));
-  AFA_CHECK(w1 > 0, "w1 must be greater than 0, got ", w1);
-  ParAffinityParams p;
+  kind_of(images, "images");
   p.stencil = ring_stencil(dilations);
-  position_weights(dilations, w1, w2, p);
-  p.w1 = w1;
   p.batch = images.size(0);
   p.channels = images.size(1);
   p.height = images.size(2);
   p.width = images.size(3);
   const bool cuda = on_cuda(images);
-  kind_of(images, "images");
   std::optional<CudaScope> scope;
   if (cuda) scope.emplace(images);
   const ScalarType type = cuda ? images.scalar_type() : sum_type(images);
@@ -80,7 +71,7 @@ Tensor par_affinity_within(const Tensor& images, const std::vector<int64_t>& dil
     p.image_stride_c = p.height * p.width;
     p.image_stride_b = p.channels * p.image_stride_c;
     p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
-    AFA_CUDA_LAUNCH("par_affinity", par_affinity_cuda(p, scope->stream()));
+    AFA_CUDA_LAUNCH(op, par_affinity_cuda(p, scope->stream()));
     return weights;
   }
   const ActivePlanes all(p.batch, p.channels, std::nullopt);
@@ -94,6 +85,28 @@ Tensor par_affinity_within(const Tensor& images, const std::vector<int64_t>& dil
   parallel_rows(p.batch * p.height, p.width * p.stencil.size * (3 * p.channels + 20),
                 [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(par_affinity_rows, p, begin, end); });
   return contiguous_as(weights, images.scalar_type());
+}
+
+}  // namespace
+
+Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2) {
+  return par_affinity_within(images, dilations, w1, w2, std::nullopt);
+}
+
+Tensor par_affinity_within(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2,
+                           const std::optional<Tensor>& extent) {
+  AFA_CHECK(w1 > 0, "w1 must be greater than 0, got ", w1);
+  ParAffinityParams p;
+  p.w1 = w1;
+  ring_stencil(dilations);  // checks them
+  position_weights(dilations, w1, w2, p);
+  return affinity("par_affinity", images, dilations, extent, p);
+}
+
+Tensor pamr_affinity(const Tensor& images, const std::vector<int64_t>& dilations) {
+  ParAffinityParams p;
+  p.pamr = true;
+  return affinity("pamr_affinity", images, dilations, std::nullopt, p);
 }
 
 Tensor par_propagate(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,

@@ -1,4 +1,5 @@
-// Pixel-adaptive refinement (AFA, CVPR 2022, section 3.3).
+// Pixel-adaptive refinement (PAR; AFA, CVPR 2022, section 3.3) and its older sibling PAMR ("Single-Stage
+// Semantic Segmentation from Image Labels", CVPR 2020, section 3.3).
 #pragma once
 
 #include <cstdint>
@@ -18,10 +19,15 @@ struct ParAffinityParams {
   int64_t image_pad = 0;
   const int64_t* extent = nullptr;  // CUDA: [B, 2], see par_affinity_within
   void* weights = nullptr;          // [B, K, H, W] contiguous
+  // PAR: logit -(difference / ((sigma + 1e-8) * w1))^2, sigma over the neighbours. PAMR: -|difference| /
+  // (1e-8 + 0.1 * sigma), sigma over the neighbours and, once a dilation, the centre. Both the mean over the
+  // channels.
+  bool pamr = false;
   double w1 = 0;
-  // w2 * softmax(position logits): the same for a dilation's four edge and for its four corner neighbours.
-  double edge[kMaxDilations];
-  double corner[kMaxDilations];
+  // PAR: w2 * softmax(position logits), the same for a dilation's four edge and for its four corner
+  // neighbours.
+  double edge[kMaxDilations] = {};
+  double corner[kMaxDilations] = {};
 };
 
 // Rows `begin` to `end` of the batch's B * H rows; float32 and float64.

@@ -1,4 +1,4 @@
-// PAR's affinity on the CPU; compiled once per SIMD level.
+// PAR's and PAMR's affinity on the CPU; compiled once per SIMD level.
 //
 // One vector of pixels at a time. For each colour channel the neighbours are read once, as differences to the
 // centre, into a local array (K * 64 bytes) that two more passes take from the first-level cache: the
@@ -40,28 +40,33 @@ inline V largest(int size, const V* values) {
   return larger(larger(a, b), larger(c, d));
 }
 
-template <typename T, bool PARTIAL>
+template <typename T, bool PAMR, bool PARTIAL>
 inline void pixels(const ParAffinityParams& p, int64_t b, int64_t y, int64_t x, const int64_t* offset,
                    int64_t count) {
   using V = typename Vec<T>::type;
   const int size = p.stencil.size;
-  const V one_over_size = V{} + T{1} / static_cast<T>(size);
+  const T centres = PAMR ? static_cast<T>(size / kRing) : T{0};  // how often sigma counts the centre
+  const T count_of_sigma = static_cast<T>(size) + centres;
+  const V one_over_count = V{} + T{1} / count_of_sigma;
   V logit[kMaxNeighbours], difference[kMaxNeighbours];
   for (int64_t c = 0; c < p.channels; ++c) {
     const T* plane = static_cast<const T*>(p.images) + b * p.image_stride_b + c * p.image_stride_c + x;
     const V centre = load<T>(plane + y * p.image_stride_y);
-    const V mean = one_over_size * sum_over<V>(size, [&](int k) {
+    const V mean = one_over_count * sum_over<V>(size, [&](int k) {
                      return difference[k] = load<T>(plane + offset[k]) - centre;
                    });
-    const V squares = sum_over<V>(size, [&](int k) {
+    V squares = sum_over<V>(size, [&](int k) {
       const V deviation = difference[k] - mean;
       return deviation * deviation;
     });
-    const V sigma = square_root(squares / (V{} + static_cast<T>(size - 1)));
-    const V scale = T{1} / ((sigma + static_cast<T>(1e-8)) * static_cast<T>(p.w1));
+    if (PAMR) squares += centres * (mean * mean);
+    const V sigma = square_root(squares / (V{} + (count_of_sigma - 1)));
+    const V scale = PAMR ? T{1} / (static_cast<T>(1e-8) + static_cast<T>(0.1) * sigma)
+                         : T{1} / ((sigma + static_cast<T>(1e-8)) * static_cast<T>(p.w1));
     for (int k = 0; k < size; ++k) {
       const V step = difference[k] * scale;
-      logit[k] = c == 0 ? -(step * step) : logit[k] - step * step;
+      const V distance = PAMR ? larger(step, -step) : step * step;
+      logit[k] = c == 0 ? -distance : logit[k] - distance;
     }
   }
   const V one_over_channels = V{} + T{1} / static_cast<T>(p.channels);
@@ -82,7 +87,7 @@ inline void pixels(const ParAffinityParams& p, int64_t b, int64_t y, int64_t x, 
   }
 }
 
-template <typename T>
+template <typename T, bool PAMR>
 void rows(const ParAffinityParams& p, int64_t begin, int64_t end) {
   int64_t offset[kMaxNeighbours];
   for (int64_t item = begin; item < end; ++item) {
@@ -96,12 +101,12 @@ void rows(const ParAffinityParams& p, int64_t begin, int64_t end) {
       }
     }
     if (p.width < kLanes<T>) {
-      pixels<T, true>(p, b, y, 0, offset, p.width);
+      pixels<T, PAMR, true>(p, b, y, 0, offset, p.width);
       continue;
     }
     for (int64_t x = 0; x < p.width; x += kLanes<T>) {
       const int64_t last = p.width - kLanes<T>;
-      pixels<T, false>(p, b, y, x < last ? x : last, offset, 0);
+      pixels<T, PAMR, false>(p, b, y, x < last ? x : last, offset, 0);
     }
   }
 }
@@ -110,9 +115,9 @@ void rows(const ParAffinityParams& p, int64_t begin, int64_t end) {
 
 void par_affinity_rows(const ParAffinityParams& p, int64_t begin, int64_t end) {
   if (p.kind == Kind::f64) {
-    rows<double>(p, begin, end);
+    p.pamr ? rows<double, true>(p, begin, end) : rows<double, false>(p, begin, end);
   } else {
-    rows<float>(p, begin, end);
+    p.pamr ? rows<float, true>(p, begin, end) : rows<float, false>(p, begin, end);
   }
 }
 

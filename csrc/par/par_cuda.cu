@@ -1,7 +1,7 @@
-// PAR's affinity on CUDA: a thread owns one pixel. Four passes over the neighbours, served by L1: mean and
-// variance for each channel, the largest logit with the sum of exponentials (rescaled as the largest grows),
-// the weights. Logits are formed again in the last pass rather than stored: the only memory written is the K
-// weights a pixel, and a half-precision store could not hold a logit.
+// PAR's and PAMR's affinity on CUDA: a thread owns one pixel. Four passes over the neighbours, served by L1:
+// mean and variance for each channel, the largest logit with the sum of exponentials (rescaled as the largest
+// grows), the weights. Logits are formed again in the last pass rather than stored: the only memory written
+// is the K weights a pixel, and a half-precision store could not hold a logit.
 #include "common/cuda.cuh"
 #include "par/par.h"
 
@@ -23,22 +23,34 @@ __device__ void each_neighbour(const ParAffinityParams& p, const Pixel& at, cons
   }
 }
 
-template <typename Sum, typename T>
+// What a difference in this channel is multiplied by.
+template <bool PAMR, typename Sum, typename T>
 __device__ Sum inverse_scale(const ParAffinityParams& p, const T* plane, const Pixel& at) {
   Sum mean = 0, squares = 0;
   each_neighbour(p, at, [&](int, int64_t index) { mean += to_sum<Sum>(plane[index]); });
-  mean /= static_cast<Sum>(p.stencil.size);
+  const Sum centre = PAMR ? to_sum<Sum>(plane[at.y * p.image_stride_y + at.x]) : Sum{0};
+  const Sum centres =
+      PAMR ? static_cast<Sum>(p.stencil.size / 8) : Sum{0};  // how often sigma counts the centre
+  const Sum count = static_cast<Sum>(p.stencil.size) + centres;
+  mean = (mean + centres * centre) / count;
   each_neighbour(p, at, [&](int, int64_t index) {
     const Sum deviation = to_sum<Sum>(plane[index]) - mean;
     squares += deviation * deviation;
   });
-  const Sum sigma = sqrt(squares / static_cast<Sum>(p.stencil.size - 1));
+  squares += centres * (centre - mean) * (centre - mean);
+  const Sum sigma = sqrt(squares / (count - 1));
+  if (PAMR) return 1 / (static_cast<Sum>(1e-8) + static_cast<Sum>(0.1) * sigma);
   return 1 / ((sigma + static_cast<Sum>(1e-8)) * static_cast<Sum>(p.w1));
 }
 
 constexpr int kChannelsKept = 4;  // their scales stay in registers; those of more channels are formed again
 
-template <typename T>
+template <typename Sum, bool PAMR>
+__device__ Sum distance(Sum step) {
+  return PAMR ? (step < 0 ? -step : step) : step * step;
+}
+
+template <typename T, bool PAMR>
 __global__ void __launch_bounds__(kThreads) par_affinity_kernel(const __grid_constant__ ParAffinityParams p) {
   using Sum = typename SumOf<T>::type;
   const int64_t pixels = p.height * p.width;
@@ -56,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) par_affinity_kernel(const __grid_con
       for (int c = 0; c < kChannelsKept; ++c) {
         if (c >= p.channels) break;
         const T* plane = image + c * p.image_stride_c;
-        scale[c] = inverse_scale<Sum>(p, plane, here);
+        scale[c] = inverse_scale<PAMR, Sum>(p, plane, here);
         centre[c] = to_sum<Sum>(plane[y * p.image_stride_y + x]);
       }
       auto logit = [&](int64_t at) {
@@ -65,13 +77,13 @@ __global__ void __launch_bounds__(kThreads) par_affinity_kernel(const __grid_con
         for (int c = 0; c < kChannelsKept; ++c) {
           if (c >= p.channels) break;
           const Sum step = (to_sum<Sum>(image[c * p.image_stride_c + at]) - centre[c]) * scale[c];
-          total += step * step;
+          total += distance<Sum, PAMR>(step);
         }
         for (int64_t c = kChannelsKept; c < p.channels; ++c) {
           const T* plane = image + c * p.image_stride_c;
           const Sum difference = to_sum<Sum>(plane[at]) - to_sum<Sum>(plane[y * p.image_stride_y + x]);
-          const Sum step = difference * inverse_scale<Sum>(p, plane, here);
-          total += step * step;
+          const Sum step = difference * inverse_scale<PAMR, Sum>(p, plane, here);
+          total += distance<Sum, PAMR>(step);
         }
         return -total / static_cast<Sum>(p.channels);
       };
@@ -98,8 +110,12 @@ __global__ void __launch_bounds__(kThreads) par_affinity_kernel(const __grid_con
 
 const char* par_affinity_cuda(const ParAffinityParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
-    AFA_LAUNCH((par_affinity_kernel<decltype(type)>), grid_for(p.height * p.width, p.batch), kThreads, stream,
-               p);
+    const dim3 grid = grid_for(p.height * p.width, p.batch);
+    if (p.pamr) {
+      AFA_LAUNCH((par_affinity_kernel<decltype(type), true>), grid, kThreads, stream, p);
+    } else {
+      AFA_LAUNCH((par_affinity_kernel<decltype(type), false>), grid, kThreads, stream, p);
+    }
   });
   return launch_error();
 }

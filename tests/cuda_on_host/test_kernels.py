@@ -14,6 +14,14 @@ LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.
 DTYPES = pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
 
 
+def test_pamr_golden(kernels, golden, assert_relative):
+    g = golden("pamr_a")
+    dilations, size = g["dilations"].tolist(), g["images"].shape[2:]
+    masks = torch.nn.functional.interpolate(g["masks"], size=size, mode="bilinear", align_corners=True)
+    weights = kernels.pamr_affinity(g["images"], dilations)
+    assert_relative(kernels.par_propagate(weights, masks, dilations, g["num_iter"], None), g["out"])
+
+
 @pytest.mark.parametrize("case", ["par_flat", "par_same_size", "par_small", "par_two_dilations"])
 def test_par_golden(case, kernels, golden, assert_relative):
     g = golden(case)
@@ -81,6 +89,7 @@ def test_par(shape, dilations, dtype, kernels, assert_relative):
     masks, grad = torch.rand(2, *shape).to(dtype)
     keep = torch.rand(batch, classes) > 0.4
     limit = LIMITS[dtype]
+    compare(kernels, "pamr_affinity", (images, dilations), limit, assert_relative)
     weights = compare(kernels, "par_affinity", (images, dilations, 0.3, 0.01), limit, assert_relative)
     for mask in (None, keep):
         settings = (dilations, 3, mask)
@@ -95,6 +104,7 @@ def test_par(shape, dilations, dtype, kernels, assert_relative):
 def test_par_affinity_of_many_channels(kernels, assert_relative):
     images = torch.rand(1, 6, 8, 9, dtype=torch.float64)
     compare(kernels, "par_affinity", (images, [1, 2], 0.3, 0.01), 1e-10, assert_relative)
+    compare(kernels, "pamr_affinity", (images, [1, 2]), 1e-10, assert_relative)
 
 
 @DTYPES
