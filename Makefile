@@ -47,9 +47,6 @@ pretrain: install
 bench: install
 	for name in par_kernel random_walk affinity pseudo_labels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python tools/update_readme.py
-	$(BIN)/python benchmarks/pseudo_labels.py
-	$(BIN)/python benchmarks/random_walk.py
-	$(BIN)/python benchmarks/affinity.py
 
 clean:
 	rm -rf build dist *.egg-info runs data/demo

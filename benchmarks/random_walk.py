@@ -218,6 +218,7 @@ def measure(row: Row, quick: bool, device: torch.device, seconds: float, compile
                 "row": row.name,
                 "candidate": name,
                 "size": "x".join(map(str, row.size)),
+                "dtype": "float32",
                 "radius": row.radius,
                 "steps": row.steps,
                 "median_ms": timing.median,
