@@ -91,8 +91,8 @@ def par_propagate(
     """``num_iter`` times: mask(x) <- sum_n weight_n(x) mask(neighbour n of x).
 
     Linear in the masks, so one affinity serves any number of classes and thresholds. Differentiable in ``masks``
-    and ``weights`` (the latter keeps every iteration's masks in its backward pass). Besides the result it needs
-    two buffers of the masks' size.
+    and ``weights`` (the latter keeps every iteration's masks in its backward pass). Besides the result it needs two
+    buffers of the masks' size, with borders on the CPU.
 
     Args:
         weights: [B, 8*len(dilations), H, W] from :func:`par_affinity` or :func:`pamr_affinity` with the same
@@ -128,7 +128,9 @@ def par_refine(
 ) -> Tensor:
     """Refines masks along the colours of their images: :func:`par_affinity`, then :func:`par_propagate`.
 
-    Soft output grows by (1 + w2)**num_iter, as published: compare or normalise, don't threshold.
+    Soft output grows by (1 + w2)**num_iter, as published: compare or normalise, don't threshold. Extra memory on the
+    CPU: the weights, ``B*8*len(dilations)*H*W`` floats, and two buffers of the masks that ``class_mask`` leaves, whose
+    rows carry borders of the largest dilation on both sides.
 
     Args:
         images: [B, 3, H, W].

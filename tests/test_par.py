@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import afa_ext
 from afa_ext import reference
@@ -240,6 +244,76 @@ def test_threads_change_nothing(kind, classes, threads):
         results.append([weights.detach(), out, *torch.autograd.grad(out.square().sum(), (leaf, weights))])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+SIMD_SCRIPT = """
+import sys, torch, afa_ext
+results = [afa_ext.build_info()["simd"]]
+for case in torch.load(sys.argv[1]):
+    for affinity in (afa_ext.par_affinity, afa_ext.pamr_affinity):
+        weights = affinity(case["images"]).requires_grad_()
+        masks = case["masks"].requires_grad_()
+        out = afa_ext.par_propagate(weights, masks)
+        grads = torch.autograd.grad((out * case["grad"]).sum(), (masks, weights))
+        results += [weights.detach(), out.detach(), *grads]
+torch.save(results, sys.argv[2])
+"""
+
+
+def test_instruction_sets_agree(tmp_path, assert_relative):
+    """Each level this machine has, in a process of its own, against the baseline."""
+    cases = []
+    for classes, width in ((2, 75), (21, 33)):
+        masks, grad = torch.rand(2, 2, classes, 20, width)
+        cases.append({"images": smooth_images(2, 20, width), "masks": masks, "grad": grad})
+    torch.save(cases, tmp_path / "cases.pt")
+    results = {}
+    for level in afa_ext.build_info()["simd_levels"]:
+        target = tmp_path / f"{level}.pt"
+        run = subprocess.run(
+            [sys.executable, "-c", SIMD_SCRIPT, str(tmp_path / "cases.pt"), str(target)],
+            env={**os.environ, "AFA_EXT_SIMD": level},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "this processor lacks" in run.stderr:
+            continue
+        assert run.returncode == 0, run.stderr
+        used, *results[level] = torch.load(target)
+        assert used == level
+    assert len(results["baseline"]) == 16
+    for result in results.values():
+        for actual, expected in zip(result, results["baseline"], strict=True):
+            assert_relative(actual, expected, 2e-5)  # the order of sums, fused or not, ten times over
+
+
+def peak_bytes(run):
+    """The most that torch's CPU allocator holds at once for run(), by the profiler's record of each allocation."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        out = run()  # noqa: F841  (alive to the end)
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def test_memory_is_the_weights_and_two_buffers_of_the_masks():
+    batch, classes, height, width = 2, 7, 96, 120
+    images, masks = smooth_images(batch, height, width), torch.rand(batch, classes, height, width)
+    keep = torch.zeros(batch, classes, dtype=torch.bool)
+    keep[:, :2] = True
+    row = 16 * 11  # left border 24 -> 32, then 120 + 24 = 9 * 16: an odd multiple of 16 in all
+    weights, result = 4 * batch * 48 * height * width, masks.nbytes
+    with torch.no_grad():
+        for kind in ("par", "pamr"):
+            for class_mask, maps in ((None, batch * classes), (keep, 2 * batch)):
+                buffers = 2 * 4 * maps * height * row
+                measured = peak_bytes(lambda: refine(kind, images, masks, class_mask=class_mask))  # noqa: B023
+                assert 0 <= measured - (weights + buffers + result) <= 4096
 
 
 @pytest.mark.cuda
