@@ -45,11 +45,11 @@ __global__ void __launch_bounds__(kThreads) stencil_kernel(const __grid_constant
   const int64_t groups = p.batch * ((p.classes + kClassBlock - 1) / kClassBlock);
   for (int64_t index = blockIdx.y; index < groups; index += gridDim.y) {
     const Group g = group_of(p, index);
-    const int64_t height = p.extent == nullptr ? p.height : p.extent[2 * g.b];
-    const int64_t width = p.extent == nullptr ? p.width : p.extent[2 * g.b + 1];
+    const int64_t height = ADJOINT || p.extent == nullptr ? p.height : p.extent[2 * g.b];
+    const int64_t width = ADJOINT || p.extent == nullptr ? p.width : p.extent[2 * g.b + 1];
     for (int64_t pixel = first_item(); pixel < pixels; pixel += item_stride()) {
       const int64_t y = pixel / p.width, x = pixel - y * p.width;
-      if (y >= height || x >= width) continue;
+      if (!ADJOINT && (y >= height || x >= width)) continue;
       Sum sum[kClassBlock] = {};
       if (g.any) {
         const T* weights = static_cast<const T*>(p.weights) + g.b * p.weight_stride_b;
