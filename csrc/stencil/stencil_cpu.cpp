@@ -8,12 +8,13 @@
 // the tile or thread, so results don't depend on the number of threads.
 //
 // The limit is loads: one a multiply-add, and most of them cross a cache line and so count twice. From the
-// first-level cache that allows 42 thousand million multiply-adds a second on one 2.4 GHz AVX-512 core. PAR's
-// six dilations read 13 rows a class, which come from the second level: 26 at 64x64 with 21 classes. Planes
-// beyond that level reach about 20, and with three classes or fewer the weights' 4 bytes a multiply-add and
-// block are the limit. Slower: weights packed by tile (the same within 5%), copied per tile, or prefetched by
-// hand; half-length vectors; aligned loads with permutes (the permutes take the multiply-adds' port); wider
-// tiles with fewer classes.
+// first-level cache alone the core it was tuned on (AVX-512) reaches 42e9 multiply-adds a second, 60e9 if
+// none crossed; benchmarks/par_kernel.py measures that limit where it runs. PAR's six dilations read 13 rows
+// a class, which come from the second level: 26e9 at 64x64 with 21 classes. Masks beyond that level reach
+// about 20e9, and with three classes or fewer the stream of weights, 4 bytes for as many multiply-adds as
+// there are classes, is the limit. No faster: weights packed by row or by tile (within 5%), copied for each
+// tile, or prefetched by hand; wider tiles with fewer classes. Aligned loads with permutes gain 12% in the
+// first-level cache, which is not what binds.
 #include "common/vec.h"
 #include "stencil/stencil.h"
 
