@@ -7,6 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -59,12 +63,36 @@ Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
 // A contiguous tensor of this type; t itself where it is one already.
 Tensor contiguous_as(const Tensor& t, ScalarType type);
 
+// While it lives, this thread takes denormal numbers as 0 (x86). A multiply-add with one takes over a hundred
+// cycles, and softmax weights of far neighbours are denormal in half a percent of PAR's cases: that doubled
+// its time. What is lost is under 1.2e-38.
+class FlushDenormals {
+ public:
+#ifdef __SSE2__
+  FlushDenormals() { _mm_setcsr(saved_ | kFlushToZero | kDenormalsAreZero); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  static constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x40;
+  const unsigned saved_ = _mm_getcsr();
+#else
+  FlushDenormals() {}
+
+ private:
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+};
+
 // Runs on torch's thread pool; f(begin, end). `work` is the rough cost of one item in multiply-adds.
 template <typename F>
 void parallel_rows(int64_t items, int64_t work, const F& f) {
   constexpr int64_t kWorkPerTask = 1 << 16;
   const int64_t grain = work >= kWorkPerTask ? 1 : kWorkPerTask / (work > 0 ? work : 1);
-  torch::stable::parallel_for(0, items, grain, f);
+  torch::stable::parallel_for(0, items, grain, [&f](int64_t begin, int64_t end) {
+    const FlushDenormals scope;
+    f(begin, end);
+  });
 }
 
 // Whether the CUDA kernels compute on t. In the build that runs them on the CPU, for the tests, they always
