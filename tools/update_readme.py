@@ -99,7 +99,7 @@ def benchmark_table() -> str:
                     lines.append(
                         f"| {operation.format(**row)} | {row['size'].replace('x', '×')} {row['dtype']} "
                         f"| {_milliseconds(ours)} | {row['candidate']} | {_milliseconds(row)} "
-                        f"| **{row['times_ours']:.0f}×** | {memory} |"
+                        f"| **{row['times_ours']:.{0 if row['times_ours'] >= 10 else 1}f}×** | {memory} |"
                     )
     about = sorted({_machine(machine) for machine in machines})
     if not any(machine["cuda"] for machine in machines):
