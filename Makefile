@@ -6,6 +6,8 @@
 # make abi-check show that the built library loads and computes under an older torch (OLD_TORCH=2.13.0)
 # make pretrain  train the small backbone that ships in the package anew (about an hour on 2 cores)
 # make bench     time the operators against PyTorch on this machine
+# make kernels   compile the CUDA kernels and write docs/kernels.md's tables: registers, occupancy, limits
+# make gpu-check on a machine with a GPU: build, test, sanitize and time the CUDA kernels, within eight minutes
 # make clean     remove what the build and the runs wrote, but not the virtual environment
 
 PYTHON ?= python3
@@ -14,10 +16,10 @@ BIN := $(VENV)/bin
 OLD_TORCH ?= 2.13.0
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test lint smoke sanitize abi-check pretrain bench clean install
+.PHONY: help demo test lint smoke sanitize abi-check pretrain bench kernels gpu-check clean install
 
 help:
-	@sed -n 's/^# //p' Makefile | head -9
+	@sed -n 's/^# //p' Makefile | head -11
 
 demo: install
 	$(BIN)/afa train demo
@@ -47,6 +49,13 @@ pretrain: install
 bench: install
 	for name in par_kernel random_walk affinity pseudo_labels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python tools/update_readme.py
+
+kernels: install
+	$(BIN)/python tools/kernel_report.py
+
+# Whatever Python has torch: the virtual environment's where there is one. Nothing is installed or fetched.
+gpu-check:
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tools/gpu_check.py
 
 clean:
 	rm -rf build dist *.egg-info runs data/demo

@@ -13,7 +13,8 @@ import pytest
 import afa_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/operators.md")}
+NAMES = ("README.md", "docs/operators.md", "docs/kernels.md")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 OPERATORS = PAGES["docs/operators.md"]
 EXAMPLES = {name: re.findall(r"```python\n(.*?)```", page, re.DOTALL) for name, page in PAGES.items()}
 SECTIONS = dict(re.findall(r"^### `(\w+)`\n+(.*)$", OPERATORS, re.MULTILINE))
@@ -34,8 +35,9 @@ def test_there_is_an_example_of_par_refine():
     assert any("par_refine" in example for example in EXAMPLES["README.md"])
 
 
-def test_tables_are_those_of_the_measured_files():
-    command = [sys.executable, str(ROOT / "tools" / "update_readme.py"), "--check"]
+@pytest.mark.parametrize("tool", [["update_readme.py"], ["kernel_report.py", "--formulas"]], ids=lambda tool: tool[0])
+def test_tables_are_those_of_the_tools(tool):
+    command = [sys.executable, str(ROOT / "tools" / tool[0]), *tool[1:], "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

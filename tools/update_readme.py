@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # run as a file: the folder above holds the package `tools`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.blocks import stale_blocks, write_blocks
+
 ROOT = Path(__file__).resolve().parent.parent
+TOOL = "update_readme.py"
 README, DEMO, RESULTS = ROOT / "README.md", ROOT / "docs" / "demo", ROOT / "benchmarks" / "results"
 SHOWN = 4
 """Images in the README's picture, spread over the report's."""
@@ -127,19 +132,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.run:
         take_over(options.run)
-    before = README.read_text(encoding="utf-8")
-    after = before
-    for name, table in BLOCKS.items():
-        start, end = f"<!-- {name}: written by tools/update_readme.py -->", f"<!-- end of {name} -->"
-        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
-        if not pattern.search(after):
-            sys.exit(f"README.md has no block from '{start}' to '{end}'")
-        text = f"{start}\n{table()}\n{end}"
-        after = pattern.sub(text.replace("\\", r"\\"), after)
-    if options.check and after != before:
+    blocks = {name: table() for name, table in BLOCKS.items()}
+    if not options.check:
+        write_blocks(README, TOOL, blocks)
+    elif stale_blocks(README, TOOL, blocks):
         sys.exit("README.md's tables differ from the files they are made from; run python tools/update_readme.py")
-    if after != before:
-        README.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ __device__ void transpose(S (&tile)[kTile][kTile + 1], S (&value)[kOwn]) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads) affinity_kernel(const __grid_constant__ AffinityParams p) {
+__global__ void __launch_bounds__(kTileThreads, min_blocks<T>(3))
+    affinity_kernel(const __grid_constant__ AffinityParams p) {
   using Sum = typename SumOf<T>::type;
   __shared__ Sum tile[kTile][kTile + 1];
   const PairLayout& pairs = p.pairs;

@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(const __grid_constant_
 }
 
 template <typename In>
-__global__ void __launch_bounds__(kThreads) score_kernel(const __grid_constant__ ScoreParams p) {
+__global__ void __launch_bounds__(kThreads, min_blocks<In>(7))
+    score_kernel(const __grid_constant__ ScoreParams p) {
   using T = typename SumOf<In>::type;
   const int64_t width = p.columns.to, pixels = p.rows.to * width, most = p.classes.most;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {

@@ -51,7 +51,8 @@ __device__ Sum distance(Sum step) {
 }
 
 template <typename T, bool PAMR>
-__global__ void __launch_bounds__(kThreads) par_affinity_kernel(const __grid_constant__ ParAffinityParams p) {
+__global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
+    par_affinity_kernel(const __grid_constant__ ParAffinityParams p) {
   using Sum = typename SumOf<T>::type;
   const int64_t pixels = p.height * p.width;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {

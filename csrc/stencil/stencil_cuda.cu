@@ -39,7 +39,8 @@ __device__ T* plane_of(const Planes& planes, const StencilParams& p, const Group
 }
 
 template <typename T, bool ADJOINT>
-__global__ void __launch_bounds__(kThreads) stencil_kernel(const __grid_constant__ StencilParams p) {
+__global__ void __launch_bounds__(kThreads, min_blocks<T>(ADJOINT ? 7 : 8))
+    stencil_kernel(const __grid_constant__ StencilParams p) {
   using Sum = typename SumOf<T>::type;
   const int64_t pixels = p.height * p.width;
   const int64_t groups = p.batch * ((p.classes + kClassBlock - 1) / kClassBlock);

@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) walk_transpose_kernel(const __grid_constant__ WalkParams p) {
+__global__ void __launch_bounds__(kThreads, min_blocks<T>(6))
+    walk_transpose_kernel(const __grid_constant__ WalkParams p) {
   const int64_t nodes = p.height * p.width;
   for (int64_t index = blockIdx.y; index < p.batch; index += gridDim.y) {
     const T* in = static_cast<const T*>(p.in) + index * p.stencil.size * nodes;
@@ -124,7 +125,8 @@ __global__ void __launch_bounds__(kThreads) walk_transpose_kernel(const __grid_c
 constexpr int kStepClasses = 8;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) walk_step_kernel(const __grid_constant__ WalkStepParams p) {
+__global__ void __launch_bounds__(kThreads, min_blocks<T>(6))
+    walk_step_kernel(const __grid_constant__ WalkStepParams p) {
   using Sum = typename SumOf<T>::type;
   const WalkParams& walk = p.walk;
   const T* affinity = static_cast<const T*>(walk.affinity);

@@ -1,0 +1,42 @@
+"""Blocks of a Markdown page that a tool writes, each between two comments, so that no figure in them is typed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def _marks(tool: str, name: str) -> tuple[str, str]:
+    return f"<!-- {name}: written by tools/{tool} -->", f"<!-- end of {name} -->"
+
+
+def _pattern(tool: str, name: str) -> re.Pattern[str]:
+    start, end = _marks(tool, name)
+    return re.compile(f"{re.escape(start)}\n(.*?)\n?{re.escape(end)}", re.DOTALL)
+
+
+def block_of(page: Path, tool: str, name: str) -> str:
+    """What the page's block holds; exits where there is none."""
+    found = _pattern(tool, name).search(page.read_text(encoding="utf-8"))
+    if found is None:
+        start, end = _marks(tool, name)
+        sys.exit(f"{page.name} has no block from '{start}' to '{end}'")
+    return found.group(1)
+
+
+def write_blocks(page: Path, tool: str, blocks: Mapping[str, str]) -> None:
+    """Put each text in the page's block of that name."""
+    before = after = page.read_text(encoding="utf-8")
+    for name, text in blocks.items():
+        block_of(page, tool, name)
+        start, end = _marks(tool, name)
+        after = _pattern(tool, name).sub(lambda _, new=f"{start}\n{text}\n{end}": new, after)
+    if after != before:
+        page.write_text(after, encoding="utf-8")
+
+
+def stale_blocks(page: Path, tool: str, blocks: Mapping[str, str]) -> list[str]:
+    """The names of those blocks of the page that hold another text."""
+    return [name for name, text in blocks.items() if block_of(page, tool, name) != text]

@@ -1,0 +1,596 @@
+"""What the CUDA kernels cost, without a GPU: docs/kernels.md's tables, from the compiler and from formulas.
+
+    python tools/kernel_report.py              # compile, check, write docs/kernels.md's tables
+    python tools/kernel_report.py --check      # compile and check; fail if docs/kernels.md says otherwise
+    python tools/kernel_report.py --formulas   # the tables that need no compiler; with --check too
+
+Every csrc/**/*.cu is compiled for sm_80, sm_90 and the newest target that nvcc knows. A kernel must not spill, use the
+stack or any local memory. Registers depend on nvcc's version, so tables are compared only under the version they were
+made with. Instructions are counted by cuobjdump (CUDA toolkit, or the copy in the Python package triton).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the package `tools`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.blocks import block_of, stale_blocks, write_blocks
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOL, PAGE = "kernel_report.py", ROOT / "docs" / "kernels.md"
+ARCHITECTURES = ["80", "90"]
+"""And the newest."""
+COUNTED = "90"
+"""The architecture whose instructions the page shows."""
+FLAGS = [
+    *("-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC", "-Xcompiler=-Wall", "-Xcompiler=-Werror"),
+    *("--extended-lambda", "-Werror=all-warnings"),
+]
+"""CMakeLists.txt's for a release, with AFA_EXT_WERROR."""
+
+# ---- the compiler's word ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says of a kernel: registers a thread, bytes a thread, static shared memory a block."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+def parse_usage(text: str) -> dict[str, Usage]:
+    """ptxas -v of one architecture: usage by mangled name."""
+    usage: dict[str, Usage] = {}
+    entry = function = ""
+    frame = (0, 0, 0)
+    for line in text.splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)'", line):
+            entry, frame = found[1], (0, 0, 0)
+        elif found := re.search(r"Function properties for (\S+)", line):
+            function = found[1]
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if function == entry:
+                frame = (int(found[1]), int(found[2]), int(found[3]))
+        elif found := re.search(r"Used (\d+) registers", line):
+            # The stack of the kernel and of all that it calls, where there is any.
+            deepest = re.search(r"(\d+) bytes cumulative stack size", line)
+            shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", line)
+            stack = max(frame[0], int(deepest[1]) if deepest else 0)
+            usage[entry] = Usage(int(found[1]), stack, frame[1], frame[2], int(shared[1]) if shared else 0)
+    return usage
+
+
+def parse_threads(ptx: str) -> dict[str, int]:
+    """Threads a block at most (__launch_bounds__) by mangled name."""
+    found = re.findall(r"\.entry\s+(\w+)\s*\([^)]*\)\s*\.maxntid\s+(\d+)(?:\s*,\s*(\d+)\s*,\s*(\d+))?", ptx)
+    return {name: int(x) * int(y or 1) * int(z or 1) for name, x, y, z in found}
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Counts of a kernel's machine code; `loop_*`: in the innermost of the loops that touch global memory."""
+
+    total: int
+    fma: int
+    loads: int
+    wide_64: int
+    wide_128: int
+    stores: int
+    barriers: int
+    local: int
+    loop_total: int
+    loop_accesses: int
+
+    def for_an_access(self) -> float:
+        """Instructions issued for each load from or store to global memory, where the time goes."""
+        if self.loop_accesses:
+            return self.loop_total / self.loop_accesses
+        return self.total / max(1, self.loads + self.stores)
+
+
+def parse_instructions(sass: str) -> dict[str, Instructions]:
+    """cuobjdump -sass of one architecture: counts by mangled name."""
+    counts = {}
+    for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
+        line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+        code = [(int(m[1], 16), m[2].split("."), m[3]) for m in line.finditer(part)]
+        counts[part.split()[0]] = _count(code)
+    return counts
+
+
+def _count(code: Sequence[tuple[int, list[str], str]]) -> Instructions:
+    def number(*names: str, modifier: str | None = None) -> int:
+        return sum(op[0] in names and (modifier is None or modifier in op[1:]) for _, op, _ in code)
+
+    # First and last address, instructions and accesses of every backward branch; one to itself only pads the end.
+    loops = []
+    for at, op, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if op[0] == "BRA" and target and int(target[1], 16) < at:
+            body = [name[0] for place, name, _ in code if int(target[1], 16) <= place <= at]
+            loops.append((int(target[1], 16), at, len(body), body.count("LDG") + body.count("STG")))
+    loops = [loop for loop in loops if loop[3]]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return Instructions(
+        total=len(code),
+        fma=number("FFMA", "FFMA2", "DFMA", "HFMA2"),
+        loads=number("LDG"),
+        wide_64=number("LDG", modifier="64"),
+        wide_128=number("LDG", modifier="128"),
+        stores=number("STG"),
+        barriers=number("BAR"),
+        local=number("LDL", "STL"),
+        loop_total=sum(loop[2] for loop in inner),
+        loop_accesses=sum(loop[3] for loop in inner),
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation for one architecture; no instructions where there is no disassembler."""
+
+    file: str
+    name: str
+    architecture: str
+    threads: int
+    usage: Usage
+    instructions: Instructions | None
+
+
+def find_cuobjdump() -> str | None:
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    for folder in (triton.submodule_search_locations or []) if triton else []:
+        found = shutil.which("cuobjdump", path=str(Path(folder) / "backends" / "nvidia" / "bin"))
+        if found:
+            return found
+    return None
+
+
+def nvcc_version(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"\bV(\d+\.\d+\.\d+)", text)
+    if found is None:
+        sys.exit(f"{nvcc} --version names no version:\n{text}")
+    return found[1]
+
+
+def targets(nvcc: str) -> list[str]:
+    """The architectures compiled for."""
+    text = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = sorted(set(re.findall(r"compute_(\d+)\b", text)), key=int)
+    return sorted({*(a for a in ARCHITECTURES if a in known), known[-1]}, key=int)
+
+
+def demangled(names: Sequence[str]) -> list[str]:
+    """Without namespaces, arguments and the return type: stencil_kernel<float, false>."""
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = [line.replace("afa::(anonymous namespace)::", "").removeprefix("void ") for line in text.splitlines()]
+    return [line[: line.rindex("(")] for line in short]
+
+
+def compile_kernels(nvcc: str, cuobjdump: str | None) -> list[Kernel]:
+    def one(job: tuple[Path, str]) -> list[Kernel]:
+        source, architecture = job
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "out.cubin"
+            keep = ["--keep", "--keep-dir", folder]  # for the PTX, which states the launch bounds
+            command = [nvcc, *FLAGS, f"-arch=sm_{architecture}", "-Xptxas", "-v", *keep, "-cubin", str(source)]
+            done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, cwd=ROOT, check=False)
+            if done.returncode:
+                sys.exit(f"{done.stdout}{done.stderr}{source.name} does not compile for sm_{architecture}")
+            usage = parse_usage(done.stdout + done.stderr)
+            threads: dict[str, int] = {}
+            for ptx in Path(folder).glob("*.ptx"):
+                threads |= parse_threads(ptx.read_text(encoding="utf-8"))
+            counts: dict[str, Instructions] = {}
+            if cuobjdump:
+                listing = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+                counts = parse_instructions(listing.stdout)
+            names = list(usage)
+            file = str(source.relative_to(ROOT / "csrc"))
+            return [
+                Kernel(file, short, architecture, threads[name], usage[name], counts.get(name))
+                for name, short in zip(names, demangled(names), strict=True)
+            ]
+
+    sources = sorted((ROOT / "csrc").rglob("*.cu"), key=lambda path: -path.stat().st_size)
+    jobs = [(source, architecture) for source in sources for architecture in targets(nvcc)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [kernel for kernels in pool.map(one, jobs) for kernel in kernels]
+    return sorted(found, key=lambda k: (k.file, k.name, int(k.architecture)))
+
+
+def faults(kernels: Sequence[Kernel]) -> list[str]:
+    """What no kernel may do."""
+    lines = []
+    for k in kernels:
+        u = k.usage
+        if u.stack or u.spill_stores or u.spill_loads:
+            lines.append(
+                f"{k.name} on sm_{k.architecture} ({k.file}): {u.stack} bytes of stack, "
+                f"{u.spill_stores} of spill stores, {u.spill_loads} of spill loads"
+            )
+        elif k.instructions and k.instructions.local:
+            lines.append(f"{k.name} on sm_{k.architecture} ({k.file}): {k.instructions.local} local loads and stores")
+    return lines
+
+
+# ---- occupancy --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    warps: int
+    blocks: int
+    shared: int  # bytes
+
+
+# "CUDA C++ Programming Guide", table "Technical Specifications per Compute Capability": resident warps, resident
+# blocks and shared memory of an SM. All have 65,536 registers in four partitions.
+MULTIPROCESSORS = {
+    "80": Multiprocessor(64, 32, 164 << 10),
+    "86": Multiprocessor(48, 16, 100 << 10),
+    "89": Multiprocessor(48, 24, 100 << 10),
+    "90": Multiprocessor(64, 32, 228 << 10),
+    "100": Multiprocessor(64, 32, 228 << 10),
+    "103": Multiprocessor(64, 32, 228 << 10),
+    "120": Multiprocessor(48, 24, 100 << 10),
+    "121": Multiprocessor(48, 24, 100 << 10),
+}
+# The toolkit's cuda_occupancy.h: registers are given to a warp in units of 256, from its partition's share; shared
+# memory to a block in units of 128 bytes, with 1 KiB more that the system keeps in each block.
+REGISTERS, PARTITIONS, REGISTER_UNIT = 65536, 4, 256
+SHARED_UNIT, SHARED_RESERVED = 128, 1 << 10
+WARP = 32
+
+
+def occupancy(architecture: str, threads: int, registers: int, shared: int) -> float | None:
+    """The share of an SM's warps that can be resident; None for an architecture whose limits are not listed."""
+    sm = MULTIPROCESSORS.get(architecture)
+    if sm is None:
+        return None
+    warps = math.ceil(threads / WARP)
+    for_warp = math.ceil(registers * WARP / REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = REGISTERS // PARTITIONS // for_warp * PARTITIONS // warps
+    by_shared = sm.shared // (math.ceil((shared + SHARED_RESERVED) / SHARED_UNIT) * SHARED_UNIT)
+    return min(sm.blocks, sm.warps // warps, by_registers, by_shared) * warps / sm.warps
+
+
+# ---- the work: bytes, operations, accesses ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """Formulas of one launch, in the symbols that SYMBOLS explains."""
+
+    kernel: str
+    bytes: str  # that must be read and written at the least, each once
+    operations: str  # floating-point
+    accesses: str  # loads and stores that all threads together issue
+    blocks: str
+
+
+SYMBOLS = {
+    "B": "images",
+    "C": "maps or classes",
+    "D": "channels of the images or features",
+    "N": "pixels or nodes, H·W",
+    "G": "pixels of the full image where N is those of the shrunken one",
+    "K": "neighbours, or offsets of the window",
+    "M": "attention maps",
+    "P": "pairs of nodes, B·N·N dense or B·N·K windowed",
+    "Q": "background scores",
+    "L": "points of a path, on average",
+    "s": "bytes of an element",
+}
+SUM = 4  # bytes of a float32 sum
+WORK = {
+    work.kernel: work
+    for work in [
+        Work("par_affinity_kernel", "B*N*(D+K)*s", "B*N*K*(8*D+3)", "B*N*K*(4*D+1)", "B*ceil(N/128)"),
+        Work("stencil_kernel", "B*N*(K+2*C)*s", "2*B*N*K*C", "5*B*N*K*ceil(C/4)", "B*ceil(N/128)*ceil(C/4)"),
+        Work("weight_grad_kernel", "B*N*(2*C*s+8*K)", "2*B*N*K*C", "2*B*N*K*(C+1)", "B*K*ceil(N/128)"),
+        Work("walk_transition_kernel", "B*N*K*(s+4)", "5*B*N*K", "3*B*N*K", "B*ceil(N/128)"),
+        Work("walk_transition_backward_kernel", "B*N*K*(2*s+4)", "10*B*N*K", "5*B*N*K", "B*ceil(N/128)"),
+        Work("walk_transpose_kernel", "2*B*N*K*s", "0", "2*B*N*K", "B*ceil(N/128)"),
+        Work("walk_step_kernel", "B*N*(K*s+8*C)", "2*B*N*K*(C+1)", "9*B*N*K*ceil(C/8)", "B*ceil(N/128)*ceil(C/8)"),
+        Work("window_kernel, edge", "B*N*(1+K)*s", "B*N*K*L/2", "B*N*K*(L/2+1)", "B*K*ceil(N/128)"),
+        Work("window_kernel, features", "B*N*(D+K)*s", "3*B*N*K*D/2", "B*N*K*(D+1)", "B*K*ceil(N/128)"),
+        Work("window_feature_backward_kernel", "2*B*N*(D+K)*s", "6*B*N*K*D", "4*B*N*K*D", "B*D*ceil(N/128)"),
+        Work("affinity_kernel", "(B*M*N*N+P)*s", "2*B*M*N*N", "B*M*N*N+P", "B*ceil(N/32)*(ceil(N/32)+1)/2"),
+        Work("backward_attention_kernel", "(B*M*N*N+2*P)*s", "B*M*N*N+5*P", "B*M*N*N+3*P", "B*ceil(N/32)**2"),
+        Work("backward_weight_kernel", "(B*M*N*N+2*P)*s", "2*B*M*N*N+5*P", "B*M*N*N+3*P", "B*ceil(N/32)**2"),
+        Work("labels_kernel", "8*B*N+P", "0", "3*P", "ceil(P/128)"),
+        Work("loss_kernel", "P*(s+1)", "2*P", "2*P", "ceil(P/16384)"),
+        Work("loss_backward_kernel", "P*(s+1)", "0", "2*P", "ceil(P/128)"),
+        Work("pack_kernel", "B*C*(1+2*s)", "0", "3*B*C", "ceil(B/128)"),
+        Work("shrink_kernel", "B*D*(G+N*s)", "10*B*D*N", "5*B*D*N", "B*D*ceil(N/128)"),
+        Work("score_kernel", "B*C*(G+Q*N)*s", "B*C*N*(18+3*Q)", "B*C*N*(8+Q)", "B*ceil(N/128)"),
+        Work("place_kernel", "B*(C+1)*Q*N*s", "40*B*(C+1)*Q*N", "17*B*(C+1)*Q*N", "B*ceil(N/128)"),
+        Work("choice_kernel", "B*(C*Q*N*s+8*G)", "11*B*C*Q*G", "B*G*(4*C*Q+1)", "B*ceil(G/128)"),
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kernel launched some times in a row; `code` names the instantiation whose instructions count."""
+
+    work: str
+    code: str
+    launches: int = 1
+    sizes: Mapping[str, int] | None = None  # that differ from the target's
+
+
+@dataclass(frozen=True)
+class Target:
+    name: str
+    sizes: Mapping[str, float]
+    stages: Sequence[Stage]
+
+
+def _disc(radius: int) -> list[tuple[int, int]]:
+    side = range(-radius, radius + 1)
+    return [(y, x) for y in side for x in side if y * y + x * x < radius * radius]
+
+
+def path_points(radius: int) -> float:
+    """Points of a path (window.h), on average over the window: those nearer than 1 to the line, in its box."""
+
+    def points(dy: int, dx: int) -> int:
+        ys, xs = range(min(0, dy), max(0, dy) + 1), range(min(0, dx), max(0, dx) + 1)
+        return sum((dy * x - dx * y) ** 2 < max(1, dy * dy + dx * dx) for y in ys for x in xs)
+
+    window = _disc(radius)
+    return sum(points(dy, dx) for dy, dx in window) / len(window)
+
+
+def _par(batch: int, classes: int, side: int) -> Target:
+    sizes = {"B": batch, "C": classes, "D": 3, "N": side * side, "K": 48, "s": 4}
+    stages = [
+        Stage("par_affinity_kernel", "par_affinity_kernel<float, false>"),
+        Stage("stencil_kernel", "stencil_kernel<float, false>", 10),
+    ]
+    return Target(f"PAR {batch}×{classes}×{side}×{side}, 10 iterations", sizes, stages)
+
+
+TARGETS = [
+    _par(8, 21, 320),
+    _par(8, 3, 160),
+    Target(
+        "IRN walk 94×125, 4 maps, 256 steps",
+        {"B": 1, "C": 4, "N": 94 * 125, "K": len(_disc(5)), "L": path_points(5), "s": 4},
+        [
+            Stage("window_kernel, edge", "window_kernel<float, true>"),
+            Stage("walk_transition_kernel", "walk_transition_kernel<float>"),
+            Stage("stencil_kernel", "stencil_kernel<float, false>", 256),
+        ],
+    ),
+    Target(
+        "AFA walk 48×48, batch 8, 21 maps, radius 8, 1 step",
+        {"B": 8, "C": 21, "N": 48 * 48, "K": 17 * 17, "s": 4},
+        [Stage("walk_step_kernel", "walk_step_kernel<float>")],
+    ),
+    Target(
+        "affinity_from_attention 8×16 maps, 32×32 tokens, dense",
+        {"B": 8, "M": 16, "N": 1024, "P": 8 * 1024 * 1024, "s": 4},
+        [Stage("affinity_kernel", "affinity_kernel<float>")],
+    ),
+    Target(
+        "pseudo_labels 8×512×512, 2 classes an image, 2 scores",
+        {"B": 8, "C": 2, "D": 3, "G": 512 * 512, "N": 256 * 256, "K": 48, "Q": 2, "s": 4},
+        [
+            Stage("pack_kernel", "pack_kernel"),
+            Stage("shrink_kernel", "shrink_kernel<float, unsigned char>"),
+            Stage("par_affinity_kernel", "par_affinity_kernel<float, false>"),
+            Stage("score_kernel", "score_kernel<float>"),
+            Stage("stencil_kernel", "stencil_kernel<float, false>", 10, {"C": 2 * 2}),
+            Stage("choice_kernel", "choice_kernel<float>"),
+        ],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """From NVIDIA's data sheets: bytes and float32 operations a second, SMs, clock (boost)."""
+
+    name: str
+    bandwidth: float
+    operations: float
+    multiprocessors: int
+    clock: float
+
+    def issued(self) -> float:
+        """Instructions of a thread a second: four schedulers an SM, each one warp a cycle."""
+        return self.multiprocessors * 4 * WARP * self.clock
+
+
+GPUS = [Gpu("A100", 1.56e12, 19.5e12, 108, 1.41e9), Gpu("H200", 4.8e12, 67e12, 132, 1.98e9)]
+LAUNCH = 3e-6
+"""Seconds of a kernel that has nothing to do, one after the other on a stream: a usual figure, not measured here."""
+
+
+def value(formula: str, sizes: Mapping[str, float]) -> float:
+    """The formula at those sizes; formulas are this file's own."""
+    return float(eval(formula, {"__builtins__": {}, "ceil": math.ceil}, dict(sizes)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a target on a GPU: by bytes, by operations, and predicted for the present kernels."""
+
+    by_bytes: float
+    by_operations: float
+    predicted: float
+    why: str  # what bounds most of the prediction
+
+
+def estimate(target: Target, gpu: Gpu, for_an_access: Mapping[str, float]) -> Estimate:
+    by_bytes = by_operations = 0.0
+    parts = {"launches": 0.0, "bytes": 0.0, "operations": 0.0, "instructions": 0.0}
+    for stage in target.stages:
+        work, sizes = WORK[stage.work], {**target.sizes, **(stage.sizes or {})}
+        moved = stage.launches * value(work.bytes, sizes) / gpu.bandwidth
+        computed = stage.launches * value(work.operations, sizes) / gpu.operations
+        by_bytes += moved
+        by_operations += computed
+        busy = min(1.0, value(work.blocks, sizes) / gpu.multiprocessors)  # the share of SMs that have a block
+        issued = stage.launches * value(work.accesses, sizes) * for_an_access[stage.code] / gpu.issued()
+        limits = {"bytes": moved, "operations": computed / busy, "instructions": issued / busy}
+        largest = max(limits, key=lambda name: limits[name])
+        parts[largest] += limits[largest]
+        parts["launches"] += stage.launches * LAUNCH
+    return Estimate(by_bytes, by_operations, sum(parts.values()), max(parts, key=lambda name: parts[name]))
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    marks = ["---"] * left + ["--:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, marks, *rows])
+
+
+def by_instance(kernels: Sequence[Kernel]) -> dict[tuple[str, str], list[Kernel]]:
+    groups: dict[tuple[str, str], list[Kernel]] = {}
+    for kernel in kernels:
+        groups.setdefault((kernel.file, kernel.name), []).append(kernel)
+    return groups
+
+
+def resources_table(kernels: Sequence[Kernel], version: str) -> str:
+    architectures = sorted({k.architecture for k in kernels}, key=int)
+    rows = []
+    for (file, name), group in by_instance(kernels).items():
+        first = group[0]
+        if {k.architecture for k in group} != set(architectures):
+            sys.exit(f"{name} ({file}) is not compiled for every architecture")
+        cells = []
+        for k in group:
+            share = occupancy(k.architecture, k.threads, k.usage.registers, k.usage.shared)
+            cells.append(f"{k.usage.registers} · {'?' if share is None else f'{share:.0%}'}")
+        local = "/".join(f"{k.usage.stack}+{k.usage.spill_stores + k.usage.spill_loads}" for k in group)
+        local = "0" if not faults(group) else local
+        shared = "/".join(dict.fromkeys(str(k.usage.shared) for k in group))
+        rows.append([f"`{name}`", Path(file).parts[0], str(first.threads), shared, local, *cells])
+    columns = [f"sm_{a}" for a in architectures]
+    head = ["kernel", "folder", "threads", "shared, B", "stack + spills, B", *columns]
+    return f"nvcc {version}; a cell of an architecture: registers a thread · occupancy.\n\n{table(head, rows, 2)}"
+
+
+def instructions_table(kernels: Sequence[Kernel]) -> str:
+    head = ["kernel", "instructions", "FMA", "loads", "64 bits", "128 bits", "stores", "barriers", "for an access"]
+    rows = []
+    for k in kernels:
+        if k.architecture == COUNTED and k.instructions:
+            i = k.instructions
+            counts = [i.total, i.fma, i.loads, i.wide_64, i.wide_128, i.stores, i.barriers]
+            rows.append([f"`{k.name}`", *map(str, counts), f"{i.for_an_access():.1f}"])
+    return table(head, rows)
+
+
+def recorded_for_an_access(page: Path) -> dict[str, float]:
+    """The last column of the page's table of instructions, by kernel."""
+    rows = re.findall(r"^\| `([^`]+)` \|.*\| ([\d.]+) \|$", block_of(page, TOOL, "instructions"), re.MULTILINE)
+    return {name: float(count) for name, count in rows}
+
+
+def readable(formula: str) -> str:
+    shown = formula.replace("**2", "²").replace("ceil(", "⌈").replace("*", "·")
+    return re.sub(r"⌈([^()]*)\)", r"⌈\1⌉", shown)
+
+
+def work_table() -> str:
+    rows = [[f"`{w.kernel}`", readable(w.bytes), readable(w.operations), readable(w.accesses)] for w in WORK.values()]
+    symbols = ", ".join(f"{symbol} {meaning}" for symbol, meaning in SYMBOLS.items())
+    return f"{symbols}.\n\n{table(['kernel', 'bytes', 'operations', 'accesses'], rows, 4)}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} µs"
+
+
+def limits_table(for_an_access: Mapping[str, float]) -> str:
+    head = ["target", "GPU", "bytes", "operations", "launches", "limit by bytes", "by operations", "predicted"]
+    rows = []
+    for target in TARGETS:
+        missing = [stage.code for stage in target.stages if stage.code not in for_an_access]
+        if missing:
+            sys.exit(f"the table of instructions has no {', '.join(missing)}")
+        total = {"bytes": 0.0, "operations": 0.0}
+        for stage in target.stages:
+            sizes = {**target.sizes, **(stage.sizes or {})}
+            total["bytes"] += stage.launches * value(WORK[stage.work].bytes, sizes)
+            total["operations"] += stage.launches * value(WORK[stage.work].operations, sizes)
+        launches = sum(stage.launches for stage in target.stages)
+        for gpu in GPUS:
+            e = estimate(target, gpu, for_an_access)
+            counts = [f"{total['bytes'] / 1e6:,.4g} MB", f"{total['operations'] / 1e9:.3g} G", str(launches)]
+            limits = [duration(e.by_bytes), duration(e.by_operations)]
+            rows.append([target.name, gpu.name, *counts, *limits, f"{duration(e.predicted)}, {e.why}"])
+    return table(head, rows, 2)
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where docs/kernels.md differs")
+    parser.add_argument("--formulas", action="store_true", help="only the tables that need no compiler")
+    options = parser.parse_args()
+    nvcc = None if options.formulas else os.environ.get("CUDACXX") or shutil.which("nvcc")
+    blocks: dict[str, str] = {}
+    wrong: list[str] = []
+    if nvcc is None and not options.formulas:
+        print("nvcc was not found: nothing is compiled, and only the formulas' tables are made")
+    elif nvcc is not None:
+        cuobjdump = find_cuobjdump()
+        kernels = compile_kernels(nvcc, cuobjdump)
+        wrong = faults(kernels)
+        version = nvcc_version(nvcc)
+        blocks["resources"] = resources_table(kernels, version)
+        if cuobjdump:
+            blocks["instructions"] = instructions_table(kernels)
+            print(blocks["instructions"])
+        else:
+            print("cuobjdump was not found: no instructions are counted")
+        recorded = re.search(r"nvcc ([\d.]+\d)", block_of(PAGE, TOOL, "resources"))
+        if options.check and recorded and recorded[1] != version:
+            print(f"docs/kernels.md was made with nvcc {recorded[1]}, this is {version}: its tables are not compared")
+            blocks.clear()
+        print(f"{len(kernels)} kernels compiled by nvcc {version}; {len(wrong)} with stack, spills or local memory")
+    if not options.check:
+        write_blocks(PAGE, TOOL, blocks)
+    blocks |= {"work": work_table(), "limits": limits_table(recorded_for_an_access(PAGE))}
+    if not options.check:
+        write_blocks(PAGE, TOOL, blocks)
+    elif stale := stale_blocks(PAGE, TOOL, blocks):
+        wrong.append(f"docs/kernels.md's {' and '.join(stale)} differ; run python tools/kernel_report.py")
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
