@@ -20,8 +20,13 @@ namespace afa {
 namespace {
 
 constexpr int kThreads = 128;
+#ifdef AFA_CUDA_ON_HOST
+using ::cuda_on_host::kMaxGridX;
+using ::cuda_on_host::kMaxGridY;
+#else
 constexpr int64_t kMaxGridX = int64_t{1} << 30;
 constexpr int64_t kMaxGridY = 65535;
+#endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

@@ -1,81 +1,48 @@
 from __future__ import annotations
 
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import ctypes
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths, library_paths
+from torch import Tensor
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-CSRC = ROOT / "csrc"
-BUILD = ROOT / "build" / "cuda_on_host"
-# The SIMD files are never called in this build, but the host code names them.
-CPU_SOURCES = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cpp"))
-CUDA_SOURCES = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cu"))
+from . import build
+
+ORDERS = ("forward", "backward", "1", "2")
 
 
-def cuda_headers() -> Path | None:
-    """The toolkit's include folder: where the nvcc in use says it lies, or the usual place."""
-    nvcc = shutil.which("nvcc")
-    candidates = [Path("/usr/local/cuda/include")]
-    if nvcc:
-        listing = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False
-        )
-        for line in listing.stderr.splitlines():
-            if line.startswith("#$ TOP="):
-                candidates.insert(0, Path(line.removeprefix("#$ TOP=").strip()) / "include")
-    return next((path for path in candidates if (path / "cuda_fp16.h").exists()), None)
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.uint8) if t.numel() > 0 else t
 
 
-def compile_all(headers: Path) -> Path:
-    """Compiles what changed and links it into one library."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    inputs = [*CSRC.rglob("*"), HERE / "cuda_on_host.h", Path(__file__)]
-    newest = max(path.stat().st_mtime for path in inputs if path.is_file())
-    library = BUILD / f"afa_cuda_on_host-torch{torch.__version__}.so"
-    if library.exists() and library.stat().st_mtime > newest:
-        return library
-    common = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-g",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-DAFA_CUDA_ON_HOST",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-DAFA_SIMD=baseline",
-        f"-I{CSRC}",
-        f"-I{HERE}",
-    ]
-    common += [f"-isystem{path}" for path in [headers, headers / "cccl", *include_paths()]]
+class Kernels:
+    """Every operator, computed by the CUDA kernels on CPU tensors: in several orders of threads and blocks, which
+    must give the same result to the last bit."""
 
-    def build(source: str) -> str:
-        target = str(BUILD / (source.replace("/", "-") + ".o"))
-        subprocess.run([*common, "-x", "c++", "-c", str(CSRC / source), "-o", target], check=True)
-        return target
+    def __init__(self, set_order: Any, operators: Any) -> None:
+        self.set_order, self.operators = set_order, operators
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, [*CPU_SOURCES, *CUDA_SOURCES]))
-    folders = [f"-L{path}" for path in library_paths()]
-    subprocess.run(["g++", "-shared", *objects, *folders, "-ltorch_cpu", "-lc10", "-o", str(library)], check=True)
-    return library
+    def __getattr__(self, name: str) -> Any:
+        operator = getattr(self.operators, name)
+
+        def call(*arguments: Any) -> Tensor:
+            results = []
+            for order in ORDERS:
+                self.set_order(order.encode())
+                results.append(operator(*arguments))
+            for order, result in zip(ORDERS[1:], results[1:], strict=True):
+                same = torch.equal(bits(result), bits(results[0]))
+                assert same, f"{name}: the order {order} of threads and blocks gives another result than {ORDERS[0]}"
+            return results[0]
+
+        return call
 
 
 @pytest.fixture(scope="session")
-def kernels() -> Any:
-    """torch.ops.afa_ext_cuda_on_host: every operator, computed by the CUDA kernels on CPU tensors."""
-    headers = cuda_headers()
-    if headers is None:
+def kernels() -> Kernels:
+    if build.cuda_headers() is None:
         pytest.skip("the CUDA toolkit's headers (cuda_fp16.h) are not installed")
-    torch.ops.load_library(str(compile_all(headers)))
-    return torch.ops.afa_ext_cuda_on_host
+    library = build.build_library()
+    torch.ops.load_library(str(library))
+    return Kernels(ctypes.CDLL(str(library)).cuda_on_host_order, torch.ops.afa_ext_cuda_on_host)
