@@ -1,0 +1,203 @@
+"""The processes that `torchrun` starts, as one: who this one is, sums over all of them, and waiting for each other.
+
+    torchrun --nproc-per-node=2 -m afa train voc
+
+Everything here does nothing, at no cost, in a process that was started alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from afa.errors import UserError
+
+WAIT = timedelta(hours=2)
+"""Longest wait for another process: rank 0 may be checking a large data set alone."""
+BUCKET_BYTES = 32 << 20
+"""Gradients are summed in pieces of about this size: few messages, and little memory besides."""
+
+
+def launched() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def setup(device: torch.device | str | None = None) -> torch.device:
+    """Join the other processes, when torchrun started several, and give this one's device.
+
+    device: None for the first choice, a GPU of its own if the machine has one for every process on it, else the CPU;
+    or cpu or cuda. NCCL connects GPUs and gloo CPUs.
+    """
+    if not launched():
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    chosen = torch.device(device) if device is not None else torch.device("cuda" if gpus >= here else "cpu")
+    if chosen.type == "cuda":
+        if chosen.index is not None:
+            raise UserError(f"--device {chosen} is one GPU for {here} processes; say cuda, and each takes its own")
+        if gpus < here:
+            raise UserError(
+                f"torchrun started {here} processes on a machine with {gpus} usable GPUs; set --nproc-per-node to that "
+                "number, or train with --device cpu"
+            )
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        # Both, since counts on the host are summed too; device_id lets NCCL connect at once.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=WAIT, device_id=chosen if chosen.type == "cuda" else None)
+    return chosen
+
+
+def teardown() -> None:
+    """Leave the other processes. Harmless when there are none."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Number of this process, from 0, over all machines."""
+    return dist.get_rank() if _together() else 0
+
+
+def world_size() -> int:
+    """How many processes there are, over all machines."""
+    return dist.get_world_size() if _together() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and shows progress."""
+    return rank() == 0
+
+
+def all_reduce_sum_(tensor: Tensor) -> Tensor:
+    """Replace `tensor` (contiguous, on any device) by its sum over all processes, and return it."""
+    if _together():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if _together():
+        # Not dist.barrier, which with both backends would take the GPUs' and hold up their streams.
+        dist.all_reduce(torch.zeros(1))
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's `value` in the order of ranks, on rank 0; an empty list elsewhere. Host memory alone."""
+    if not _together():
+        return [value]
+    found: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, found)
+    return found or []
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value`, everywhere."""
+    if not _together():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder)
+    return holder[0]
+
+
+def broadcast_model(model: nn.Module) -> None:
+    """Give every process rank 0's parameters and buffers."""
+    if _together():
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                # Memory in channels-last order is not contiguous, and the message must be.
+                whole = tensor.contiguous()
+                dist.broadcast(whole, 0)
+                tensor.copy_(whole)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradients by their mean over all processes.
+
+    Done once, after the last backward pass of a step, rather than by DistributedDataParallel's hooks during it: which
+    parameters get a gradient differs from phase to phase, here simply those without one are left out, and the pieces
+    (so the order of sums) are the same in a resumed run. They are the same everywhere as long as every process runs the
+    same phase.
+    """
+    if not _together():
+        return
+    pieces: list[list[Tensor]] = []
+    size = 0
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if not pieces or size >= BUCKET_BYTES or grad.dtype != pieces[-1][0].dtype:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(grad)
+        size += grad.numel() * grad.element_size()
+    sent = []
+    for piece in pieces:
+        flat = torch.cat([grad.reshape(-1) for grad in piece])
+        sent.append((piece, flat, dist.all_reduce(flat, async_op=True)))
+    for piece, flat, work in sent:
+        assert work is not None
+        work.wait()
+        flat /= world_size()
+        parts = flat.split([grad.numel() for grad in piece])
+        torch._foreach_copy_(piece, [part.view(grad.shape) for part, grad in zip(parts, piece, strict=True)])
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum_(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_reduce_sum_(grads[0].contiguous().clone())
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the images of all processes, on CPUs as on GPUs (torch's own refuses the CPU).
+
+    Every process must hold as many values a channel. Statistics are float32 at least, in two passes.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = input if input.dtype == torch.float64 else input.float()
+        count = x.numel() // x.shape[1] * world_size()
+        mean = _SumOverProcesses.apply(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
+        if self.track_running_stats:
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (count / max(1, count - 1)), self.momentum)
+        out = centred * (variance + self.eps).rsqrt()[:, None, None]
+        if self.affine:
+            out = out * self.weight[:, None, None] + self.bias[:, None, None]
+        return out.to(input.dtype)
+
+
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Turn every BatchNorm2d of `model` into a SyncBatchNorm2d, in place: its tensors and their names stay."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d
