@@ -82,6 +82,8 @@ class LabelConfig:
     walk_eps: float = 0.1
     par_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     par_iterations: int = 10
+    walk_par_iterations: int | None = None
+    """PAR's iterations on walk labels, 0 for none; null: as many as par_iterations."""
     par_downscale: int = 2
     """PAR works at 1/par_downscale of the image size."""
     affinity_from_walk: bool = False
@@ -319,6 +321,7 @@ def validate(config: Config) -> None:
     ):
         need(bool(dilations) and min(dilations) >= 1, key, "one or more whole numbers of at least 1")
     need(labels.par_iterations >= 0, "labels.par_iterations", "0 or more")
+    need((labels.walk_par_iterations or 0) >= 0, "labels.walk_par_iterations", "0 or more, or null")
     need(labels.par_downscale >= 1, "labels.par_downscale", "at least 1")
 
     for key in ("iterations", "batch_size", "log_every", "eval_every", "checkpoint_every"):

@@ -130,6 +130,9 @@ def walk_labels(
     `par_labels`, for whole images alone.
     """
     low, high = (walk_scores(cams, affinity, grid, classes, config, score) for score in (config.low, config.high))
+    settings = _par_settings(config)
+    if config.walk_par_iterations is not None:
+        settings["num_iter"] = config.walk_par_iterations
     return afa_ext.refine_labels(
         images,
         high,
@@ -138,7 +141,7 @@ def walk_labels(
         box=box,
         weights=weights,
         class_index=classes.index,
-        **_par_settings(config),
+        **settings,
     )
 
 

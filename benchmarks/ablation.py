@@ -1,0 +1,174 @@
+"""The paper's ablation in small: what each part of AFA adds to the segmentation, on the embedded data set.
+
+    python benchmarks/ablation.py                    # five rows, three seeds
+    python benchmarks/ablation.py --seeds 0 --quick  # seconds: shows that it runs, its figures mean nothing
+
+All rows of a seed share the classification phase, its weights and the order of the crops; they differ in the labels
+and losses of what follows. The network ends with its decoder, as published: what refines edges in a row is that row's
+labels. A run's score is kept in --runs as soon as it is there, and a second start goes on from those.
+
+This is embedded data and a backbone of three million parameters: it shows which part does what here, not on VOC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import trange
+
+from afa.config import Config, load_config
+from afa.data import VOCDataset, train_loader
+from afa.data.synthetic import make_dataset
+from afa.evaluate import evaluate
+from afa.files import write_text
+from afa.model import build_model
+from afa.train import Trainer
+from benchmarks.timing import RESULTS, print_table, write_results
+
+SETTINGS = ["model.refine_iterations=0", "train.iterations=450", "train.classify_until=260", "train.par_until=370"]
+QUICK = ["model.refine_iterations=0", "train.iterations=6", "train.classify_until=2", "train.par_until=4"]
+
+NO_WALK = "train.par_until=train.iterations"  # filled in by `configuration`
+ROWS = {
+    "CAM labels": ["labels.par_iterations=0", "train.weight_affinity=0", NO_WALK],
+    "+ PAR": ["train.weight_affinity=0", NO_WALK],
+    "+ affinity, no walk": [NO_WALK],
+    "+ walk": ["labels.walk_par_iterations=0"],
+    "+ walk and PAR": [],
+}
+"""Name of a row -> how it differs from the whole method."""
+
+
+def configuration(base: Sequence[str], changes: Sequence[str], seed: int) -> Config:
+    config = load_config("demo", [*base, f"train.seed={seed}", *(c for c in changes if c != NO_WALK)])
+    if NO_WALK in changes:
+        config.train.par_until = config.train.iterations
+    return config
+
+
+def run_seed(seed: int, base: Sequence[str], runs: Path, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Scores of every row for one seed; those already in `runs` are not computed again."""
+    folder = runs / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {row: folder / f"{number}.json" for number, row in enumerate(ROWS)}
+    due = {}
+    for row, changes in ROWS.items():
+        kept = json.loads(files[row].read_text(encoding="utf-8")) if files[row].is_file() else {}
+        if kept.get("row") != row or kept.get("settings") != [*base, *changes]:
+            due[row] = configuration(base, changes, seed)
+    if due:
+        shared = _classified(configuration(base, [], seed), device)
+        for row, config in due.items():
+            begin = time.perf_counter()
+            trainer = _trainer(config, device)
+            trainer.model.load_state_dict(shared["model"])
+            trainer.optimizer.load_state_dict(copy.deepcopy(shared["optimizer"]))
+            _steps(trainer, config.train.classify_until, config.train.iterations, f"seed {seed}, {row}")
+            result = evaluate(trainer.model, _split(config, train=False), config)
+            scores = {name: getattr(result, name)["miou"] for name in ("seg", "cam", "walk", "par")}
+            content = {"row": row, "settings": [*base, *ROWS[row]], "f1": result.f1, **scores}
+            content["seconds"] = time.perf_counter() - begin
+            write_text(files[row], json.dumps(content))
+    return {row: json.loads(file.read_text(encoding="utf-8")) for row, file in files.items()}
+
+
+def _classified(config: Config, device: torch.device) -> dict[str, Any]:
+    """Weights and optimiser after the phase that all rows share."""
+    trainer = _trainer(config, device)
+    _steps(trainer, 0, config.train.classify_until, f"seed {config.train.seed}, classification")
+    return {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+
+
+def _trainer(config: Config, device: torch.device) -> Trainer:
+    torch.manual_seed(config.train.seed)
+    return Trainer(build_model(config.model, len(_split(config, train=True).classes)), config, device)
+
+
+def _split(config: Config, *, train: bool) -> VOCDataset:
+    data = config.data
+    if not train:
+        return VOCDataset(data.root, data.val_split, train=False, with_mask=True)
+    return VOCDataset(
+        data.root,
+        data.train_split,
+        train=True,
+        crop_size=data.crop_size,
+        scale_range=data.scale_range,
+        flip=data.flip,
+        with_mask=False,
+    )
+
+
+def _steps(trainer: Trainer, begin: int, end: int, title: str) -> None:
+    config = trainer.config
+    batches = train_loader(
+        _split(config, train=True),
+        config.train.batch_size,
+        seed=config.train.seed,
+        start_iteration=begin,
+        workers=config.data.workers,
+    )
+    for iteration in trange(begin, end, desc=title, unit="it", dynamic_ncols=True):
+        trainer.step(next(batches), iteration)
+
+
+def summarise(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One entry a row: the seeds' segmentation scores, their mean and standard deviation."""
+    rows = []
+    for row in ROWS:
+        runs = [scores[row] for scores in seeds]
+        values = [run["seg"] for run in runs]
+        rows.append(
+            {
+                "row": row,
+                "seg_miou": values,
+                "mean": statistics.mean(values),
+                "std": statistics.stdev(values) if len(values) > 1 else None,
+                **{f"{name}_mean": statistics.mean(run[name] for run in runs) for name in ("cam", "walk", "par", "f1")},
+                "settings": runs[0]["settings"],
+            }
+        )
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help="a few iterations")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where finished runs are kept")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    options = parser.parse_args(arguments)
+    base = QUICK if options.quick else SETTINGS
+    device = torch.device(options.device)
+    root = Path(configuration(base, [], 0).data.root)
+    if not root.exists():
+        make_dataset(root)
+    rows = summarise([run_seed(seed, base, options.runs, device) for seed in options.seeds])
+    cells = [
+        {
+            "labels and losses": row["row"],
+            "seg mIoU": f"{row['mean']:.3f}",
+            "std": "–" if row["std"] is None else f"{row['std']:.3f}",
+            "seeds": " ".join(f"{value:.3f}" for value in row["seg_miou"]),
+        }
+        for row in rows
+    ]
+    print_table("segmentation on the embedded data set's val split", cells)
+    print(write_results("ablation", device, rows, options.out))
+
+
+if __name__ == "__main__":
+    main()
