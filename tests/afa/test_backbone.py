@@ -28,9 +28,9 @@ def pvt(**options: Any) -> Backbone:
     return Backbone("pvt_v2_b0", PVT, **options).eval()
 
 
-def vit(name: str = "vit_tiny_patch16_224", **args: Any) -> Backbone:
+def vit(name: str = "vit_tiny_patch16_224", output_stride: int = 16, **args: Any) -> Backbone:
     torch.manual_seed(0)
-    return Backbone(name, {**VIT, **args}).eval()
+    return Backbone(name, {**VIT, **args}, output_stride=output_stride).eval()
 
 
 BACKBONES = {
@@ -39,6 +39,8 @@ BACKBONES = {
     "vit with qk norm": lambda: vit(qk_norm=True),
     "vit with registers": lambda: vit(reg_tokens=4),
     "deit distilled": lambda: vit("deit_tiny_distilled_patch16_224"),
+    "dinov2 with registers": lambda: vit("vit_small_patch14_reg4_dinov2", output_stride=14),
+    "dinov3": lambda: vit("vit_small_patch16_dinov3"),
 }
 
 
@@ -51,7 +53,8 @@ def test_attention_logits_are_those_timm_computes(make: Any) -> None:
         for name, parameter in backbone.net.get_submodule(path).named_parameters():
             if name.startswith(("q", "kv")) and name.endswith("weight") and parameter.dim() == 2:
                 parameter.data.mul_(20)
-    images = torch.randn(2, 3, 64, 96)
+    side = backbone.reductions[-1]
+    images = torch.randn(2, 3, 4 * side, 6 * side)
     features = backbone(images, record=True)
     logits = features.queries @ features.keys.transpose(-2, -1)
 
@@ -159,6 +162,50 @@ class TestWeights:
         load_backbone_weights(target, str(path))
         for key, value in source.net.state_dict().items():
             assert torch.equal(value, target.net.state_dict()[key])
+
+    def test_official_mit_file(self, tmp_path: Path) -> None:
+        """Tensors named and shaped as in SegFormer's mit_b0.pth, with values of our own, give the network they were
+        taken from."""
+        source = Backbone("mit_b0").eval()
+        assert source.channels == (32, 64, 160, 256) and source.net.stages[0].blocks[0].mlp.fc1.out_features == 128
+        official = {}
+        for stage in range(1, 5):
+            embedding = "patch_embed" if stage == 1 else f"stages.{stage - 1}.downsample"
+            names = {f"patch_embed{stage}.{n}": f"{embedding}.{n}" for n in ("proj.weight", "proj.bias")}
+            names |= {f"patch_embed{stage}.norm.{n}": f"{embedding}.norm.{n}" for n in ("weight", "bias")}
+            names |= {f"norm{stage}.{n}": f"stages.{stage - 1}.norm.{n}" for n in ("weight", "bias")}
+            for block in range(2):
+                layers = ["norm1", "attn.q", "attn.kv", "attn.proj", "norm2", "mlp.fc1", "mlp.dwconv", "mlp.fc2"]
+                layers += ["attn.sr", "attn.norm"] if stage < 4 else []
+                for layer in layers:
+                    theirs = "mlp.dwconv.dwconv" if layer == "mlp.dwconv" else layer
+                    for n in ("weight", "bias"):
+                        ours = f"stages.{stage - 1}.blocks.{block}.{layer}.{n}"
+                        names[f"block{stage}.{block}.{theirs}.{n}"] = ours
+            official |= {theirs: torch.randn_like(source.net.get_parameter(ours)) for theirs, ours in names.items()}
+            with torch.no_grad():
+                for theirs, ours in names.items():
+                    source.net.get_parameter(ours).copy_(official[theirs])
+        official |= {"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}
+        torch.save(official, tmp_path / "mit_b0.pth")
+        target = Backbone("mit_b0").eval()
+        load_backbone_weights(target, str(tmp_path / "mit_b0.pth"))
+        images = torch.randn(1, 3, 64, 64)
+        for ours, theirs in zip(source(images).maps, target(images).maps, strict=True):
+            assert torch.equal(ours, theirs)
+        with pytest.raises(UserError, match=r"timm has no weights of mit_b0; give SegFormer's own file"):
+            load_backbone_weights(target, "timm")
+
+    def test_positions_learnt_at_another_size_are_interpolated(self, tmp_path: Path) -> None:
+        source = vit("vit_small_patch14_reg4_dinov2", output_stride=14, img_size=56)
+        torch.save(source.net.state_dict(), tmp_path / "small.pth")
+        target = vit("vit_small_patch14_reg4_dinov2", output_stride=14, img_size=98)
+        assert target.net.pos_embed.shape[1] == 49 and source.net.pos_embed.shape[1] == 16
+        load_backbone_weights(target, str(tmp_path / "small.pth"))
+        rows = source.net.pos_embed.reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+        expected = torch.nn.functional.interpolate(rows, size=(7, 7), mode="bicubic", antialias=True)
+        torch.testing.assert_close(target.net.pos_embed.reshape(1, 7, 7, -1).permute(0, 3, 1, 2), expected)
+        assert torch.equal(source.net.blocks[1].attn.qkv.weight, target.net.blocks[1].attn.qkv.weight)
 
     def test_none_leaves_it_random(self) -> None:
         backbone = pvt()

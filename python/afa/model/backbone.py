@@ -8,6 +8,7 @@ checked once, when the backbone is made: softmax(scale * q @ k^T) @ v must give 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import timm
 import timm.models
 import torch
 import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from afa.errors import UserError
@@ -25,7 +27,10 @@ from afa.errors import UserError
 WORKING = "pvt_v2_b1, vit_small_patch16_224, deit_tiny_patch16_224"
 """Names quoted in error messages: backbones of both families that are known to work."""
 
-_PLAIN_VIT_MODULES = ("vision_transformer", "deit")
+_RESIZABLE = ("vision_transformer", "deit", "eva")
+"""timm's modules of plain ViTs whose position embeddings can follow the image's size (DINOv3 is in `eva`)."""
+_MIT = {f"mit_b{size}": f"pvt_v2_b{size}" for size in range(6)}
+"""SegFormer's MiT is PVTv2's network with an MLP ratio of 4 in every stage."""
 _DEFAULT_PLAIN_BLOCKS = 2
 _PROBE_SIZE = 64
 
@@ -44,9 +49,12 @@ class Features:
 
 @dataclass
 class _Recorded:
-    """Outputs of one attention module's layers during one forward."""
+    """What one attention module computed with during one forward."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    """Of its layers, by their names."""
+    rope: Tensor | None = None
+    """Rotary position embedding that turns its queries and keys."""
 
 
 class Backbone(nn.Module):
@@ -70,7 +78,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.name = name
         self.net = create_timm(name, args or {})
-        attentions = _find_attentions(self.net)
+        info = getattr(self.net, "feature_info", None) or [{"reduction": 0, "module": ""}]
+        # Inside the levels alone: a pooling by attention at the end is not among tokens.
+        inside = tuple(f"{level['module']}." if level["module"] else "" for level in info)
+        attentions = {path: module for path, module in _find_attentions(self.net).items() if path.startswith(inside)}
         if not attentions:
             raise UserError(
                 f"model.backbone: {name} has no self-attention that can be read (no q and k layers were found), and "
@@ -81,7 +92,6 @@ class Backbone(nn.Module):
                 f"model.backbone: timm's {name} can't give its feature maps (it has no forward_intermediates); "
                 f"choose a Transformer such as {WORKING}"
             )
-        info = getattr(self.net, "feature_info", None) or [{"reduction": 0}]
         self.pyramid = len({level["reduction"] for level in info}) > 1
         self._least_side = info[-1]["reduction"] if self.pyramid else 1
         self.prefix_tokens = int(getattr(self.net, "num_prefix_tokens", 0))
@@ -162,10 +172,17 @@ class Backbone(nn.Module):
                             to[at] = out
 
                         stack.callback(child.register_forward_hook(keep).remove)
+
+                def keep_rope(
+                    _: nn.Module, args: tuple[Any, ...], options: dict[str, Any], *, to: _Recorded = recorded[path]
+                ) -> None:
+                    to.rope = options.get("rope")
+
+                stack.callback(module.register_forward_pre_hook(keep_rope, with_kwargs=True).remove)
             yield recorded
 
     def _queries_keys(self, path: str, recorded: _Recorded) -> tuple[Tensor, Tensor]:
-        query, key, _ = _split_heads(self.net.get_submodule(path), recorded.outputs)
+        query, key, _ = _split_heads(self.net.get_submodule(path), recorded)
         return query, key
 
     @torch.no_grad()
@@ -196,7 +213,7 @@ class Backbone(nn.Module):
             heads, dims = 0, set()
             for path in self.attention_paths:
                 module = self.net.get_submodule(path)
-                query, key, value = _split_heads(module, recorded[path].outputs)
+                query, key, value = _split_heads(module, recorded[path])
                 if query.shape[2] != tokens or key.shape[2] != tokens or query.shape[0] != 1:
                     raise ValueError(
                         f"{path} attends from {query.shape[2]} to {key.shape[2]} tokens in {query.shape[0]} windows, "
@@ -231,12 +248,20 @@ class Backbone(nn.Module):
 def create_timm(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """`timm.create_model` without its classifier; UserError for an unknown name or an argument it won't take."""
     base = name.partition(".")[0]
+    if base in _MIT:
+        if pretrained:
+            raise UserError(
+                f"model.weights: timm has no weights of {base}; give SegFormer's own file by model.weights={base}.pth, "
+                f"or take timm's ImageNet weights of the sister network by model.backbone={_MIT[base]}"
+            )
+        name = base = _MIT[base]
+        args = {"mlp_ratios": (4, 4, 4, 4), **args}
     if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), n=3)
+        near = difflib.get_close_matches(base, [*timm.list_models(), *_MIT], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"working examples: {WORKING}"
         raise UserError(f"model.backbone: timm has no model named '{name}'; {hint}")
     options: dict[str, Any] = {"num_classes": 0}
-    if timm.models.is_model_in_modules(base, _PLAIN_VIT_MODULES):
+    if timm.models.is_model_in_modules(base, _RESIZABLE):
         options["dynamic_img_size"] = True  # position embeddings follow the image size
     options.update(args)
     try:
@@ -265,9 +290,10 @@ def _find_attentions(net: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _split_heads(module: nn.Module, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Recorded layer outputs [B, N, parts*heads*d] -> q, k, v, each [B, heads, N, d]."""
+def _split_heads(module: nn.Module, recorded: _Recorded) -> tuple[Tensor, Tensor, Tensor]:
+    """Recorded layer outputs [B, N, parts*heads*d] -> q, k, v, each [B, heads, N, d], as the module multiplies them."""
     heads = int(module.num_heads)  # type: ignore[arg-type]
+    outputs = recorded.outputs
 
     def parts(layer: str, count: int) -> tuple[Tensor, ...]:
         out = outputs[layer]
@@ -277,9 +303,21 @@ def _split_heads(module: nn.Module, outputs: Mapping[str, Tensor]) -> tuple[Tens
         query, key, value = parts("qkv", 3)
     elif "kv" in outputs:
         (query,), (key, value) = parts("q", 1), parts("kv", 2)
-    else:
+    elif {"q", "k", "v"} <= outputs.keys():
         (query,), (key,), (value,) = parts("q", 1), parts("k", 1), parts("v", 1)
-    return outputs.get("q_norm", query), outputs.get("k_norm", key), value
+    else:
+        raise ValueError("its layers for q, k and v are not called as modules")
+    query, key = outputs.get("q_norm", query), outputs.get("k_norm", key)
+    if recorded.rope is not None:
+        query, key = (_turn(module, x, recorded.rope) for x in (query, key))
+    return query, key, value
+
+
+def _turn(module: nn.Module, tokens: Tensor, rope: Tensor) -> Tensor:
+    """Queries or keys [B, heads, N, d] with the rotary embedding applied to all but the class and register tokens."""
+    prefix = int(getattr(module, "num_prefix_tokens", 0))
+    turned = apply_rot_embed_cat(tokens[:, :, prefix:], rope, half=bool(getattr(module, "rotate_half", False)))
+    return torch.cat([tokens[:, :, :prefix], turned], dim=2).type_as(tokens)
 
 
 def _unstride(net: nn.Module, name: str, stages: list[str], output_stride: int) -> None:
@@ -324,8 +362,10 @@ def one_line(error: BaseException) -> str:
 def load_backbone_weights(backbone: Backbone, weights: str | None, args: Mapping[str, Any] | None = None) -> None:
     """Fill the backbone: 'timm', 'bundled:<name>', a .safetensors or .pth path, or null to leave it random.
 
-    Nothing is unpickled but tensors. A classifier in the file is left out; any other missing, unexpected or
-    wrong-shaped tensor is a UserError that names them.
+    Files as timm names the tensors, or as the network's authors do where timm can rename them: SegFormer's mit_b*.pth,
+    PVTv2's, DeiT's, DINOv2's and DINOv3's. Positions learnt at another size are interpolated. Nothing is unpickled but
+    tensors. A classifier in the file is left out; any other missing, unexpected or wrong-shaped tensor is a UserError
+    that names them.
     """
     if weights is None:
         return
@@ -334,7 +374,7 @@ def load_backbone_weights(backbone: Backbone, weights: str | None, args: Mapping
         source = f"timm's {backbone.name}"
     else:
         path = _weights_path(weights)
-        state, source = _strip(read_tensors(path)), str(path)
+        state, source = _as_timm(backbone.net, _strip(read_tensors(path))), str(path)
     _load_strict(backbone, state, source)
 
 
@@ -387,6 +427,21 @@ def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if any(key.startswith(prefix) for key in state):
             state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     return state
+
+
+def _as_timm(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A published checkpoint's tensors renamed and resized by timm's own rules for the network, where it has some."""
+    own = net.state_dict()
+    if all(key in state and state[key].shape == value.shape for key, value in own.items()):
+        return state
+    convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        converted: dict[str, Tensor] = convert(dict(state), net)
+    except Exception:  # of another network: the comparison that follows says which tensors are wrong
+        return state
+    return converted
 
 
 def _load_strict(backbone: Backbone, state: dict[str, Tensor], source: str) -> None:
