@@ -183,6 +183,8 @@ def _train(options: argparse.Namespace) -> None:
         f"{config.data.root}: {len(train_set):,} images to train on, {len(val_set):,} to measure, "
         f"{len(train_set.classes)} classes",
     )
+    if not val_set.has_masks:
+        _say("note", _no_masks(config, val_set) + ": only the classifier's F1 will be")
     from afa.data import check_dataset
     from afa.train import train
 
@@ -343,8 +345,18 @@ def _measure(
     if started is not None:
         facts["seconds"] = time.perf_counter() - started
     page = save_result(run, result, classes, config, facts)
-    print(_table(result, len(val_set)))
+    if val_set.has_masks:
+        print(_table(result, len(val_set)))
+    else:
+        _say("measured", f"F1 of the tags {result.f1:.3f} on {len(val_set):,} images; {_no_masks(config, val_set)}")
     _say("report", str(page))
+
+
+def _no_masks(config: Config, val_set: VOCDataset) -> str:
+    return (
+        f"the split '{config.data.val_split}' has no masks in {val_set.mask_path(0).parent}, so neither the "
+        "segmentation nor the labels can be measured against the truth"
+    )
 
 
 def _table(result: EvalResult, images: int) -> str:

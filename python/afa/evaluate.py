@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from afa.cam import multi_scale_cam, pack_classes
 from afa.config import Config
-from afa.data.voc import VOCDataset, eval_loader
+from afa.data import VOCDataset, eval_loader
 from afa.labels import par_label_single, threshold_labels, walk_label_single
 from afa.metrics import SegmentationMetrics, classification_f1
 from afa.model.network import AFANet, normalize

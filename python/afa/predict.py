@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from afa.cam import multi_scale_cam
 from afa.config import Config
+from afa.data.lists import IMAGE_SUFFIXES
 from afa.data.transforms import image_size, read_image
-from afa.data.voc import IMAGE_SUFFIXES
 from afa.errors import UserError
 from afa.evaluate import segment
 from afa.model import AFANet, normalize

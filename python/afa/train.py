@@ -27,7 +27,7 @@ from tqdm import tqdm
 import afa_ext
 from afa.cam import multi_scale_cam, pack_classes
 from afa.config import Config, TrainConfig, load_config, to_dict, to_yaml
-from afa.data.voc import VOCDataset, train_loader
+from afa.data import VOCDataset, train_loader
 from afa.errors import UserError
 from afa.evaluate import evaluate
 from afa.files import atomic_path, write_text

@@ -145,6 +145,22 @@ def test_stop_and_resume(
     assert "finished" in _error(capsys, "train", "runs/small", "--resume", *options)
 
 
+def test_data_without_masks_trains_and_ends_with_what_can_be_measured(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path / "voc/SegmentationClass").iterdir():
+        path.unlink()
+    assert main(["train", "small.yaml", "--quiet", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "the split 'val' has no masks in" in shown
+    run = tmp_path / "runs/small"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert f"F1 of the tags {metrics['classification_f1']:.3f} on 4 images" in shown
+    assert metrics["seg_miou"] is None
+    assert (run / "report.html").is_file()
+    assert main(["evaluate", str(run), "--quiet", "--device", "cpu"]) == 0
+
+
 def test_bad_input_is_one_line_and_leaves_no_run(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

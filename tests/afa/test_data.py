@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from afa.data import VOC_CLASSES, VOCDataset, check_dataset, eval_loader, train_loader
+from afa.data import COCO_CLASSES, VOC_CLASSES, VOCDataset, check_dataset, eval_loader, share, train_loader
 from afa.data.transforms import MEAN_COLOUR, image_size, random_crop, read_image, read_mask, voc_palette
 
 MakeTree = Callable[..., Path]
@@ -226,6 +226,90 @@ def test_eval_batches_keep_order_and_never_mix_sizes(voc_root: Path) -> None:
         assert [batch["name"] for batch in batches] == [["v0", "v1"], ["v2"], ["v3"]]
         assert [tuple(batch["mask"].shape) for batch in batches] == [(2, 48, 64), (1, 20, 30), (1, 48, 64)]
     assert [batch["name"] for batch in eval_loader(val, 1)] == [["v0"], ["v1"], ["v2"], ["v3"]]
+
+
+def _together(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batches of all ranks as one."""
+    joined: dict[str, Any] = {key: torch.cat([batch[key] for batch in batches]) for key in ("image", "tags", "box")}
+    return {**joined, "name": [name for batch in batches for name in batch["name"]]}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_batches_of_one(voc_root: Path, world_size: int) -> None:
+    train = _train(voc_root)
+    # 5 does not divide the epoch of 6 images, so that global batches reach over its end.
+    one = list(itertools.islice(train_loader(train, 5 * world_size, seed=2), 4))
+    ranks = [
+        train_loader(train, 5, seed=2, workers=rank % 2, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    for whole in one:
+        assert _same(whole, _together([next(batches) for batches in ranks]))
+    late = [
+        train_loader(train, 5, seed=2, start_iteration=3, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert _same(one[3], _together([next(batches) for batches in late]))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_evaluation_is_shared_out_in_order_and_without_duplicates(voc_root: Path, world_size: int) -> None:
+    val = VOCDataset(voc_root, "val", train=False, with_mask=True)
+    for size in (1, 3):
+        shares = [list(eval_loader(val, size, rank=rank, world_size=world_size)) for rank in range(world_size)]
+        names = [[name for batch in batches for name in batch["name"]] for batches in shares]
+        assert [name for part in names for name in part] == val.names
+        assert [len(part) for part in names] == [len(share(4, rank, world_size)) for rank in range(world_size)]
+        assert max(map(len, names)) - min(map(len, names)) <= 1
+    chosen = [list(eval_loader(val, 2, indices=[3, 0, 1], rank=rank, world_size=2)) for rank in range(2)]
+    assert [[batch["name"] for batch in batches] for batches in chosen] == [[["v3"]], [["v0", "v1"]]]
+
+
+def test_rank_outside_the_world_is_refused(voc_root: Path) -> None:
+    val = VOCDataset(voc_root, "val", train=False, with_mask=True)
+    with pytest.raises(ValueError, match="got rank 2 of 2"):
+        train_loader(_train(voc_root), 2, seed=0, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="got rank -1 of 1"):
+        eval_loader(val, 1, rank=-1)
+
+
+def test_waiting_for_batches_is_counted(voc_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = train_loader(_train(voc_root), 2, seed=0)
+    assert batches.wait_seconds == 0
+    item = VOCDataset.__getitem__
+
+    def slow(dataset: VOCDataset, key: Any) -> dict[str, Any]:
+        time.sleep(0.05)
+        return item(dataset, key)
+
+    monkeypatch.setattr(VOCDataset, "__getitem__", slow)
+    next(batches)
+    assert batches.wait_seconds >= 0.1
+    before = batches.wait_seconds
+    time.sleep(0.1)  # the caller's own work is no waiting
+    assert batches.wait_seconds == before
+
+
+def test_a_split_without_masks_has_nothing_to_count(voc_root: Path) -> None:
+    for path in (voc_root / "SegmentationClass").glob("v*.png"):
+        path.unlink()
+    val = VOCDataset(voc_root, "val", train=False, with_mask=True)
+    assert not val.has_masks
+    check_dataset(val, progress=False)
+    assert (val[0]["mask"] == 255).all()
+    assert val[0]["mask"].shape == val[0]["image"].shape[1:]
+    assert VOCDataset(voc_root, "train", train=False, with_mask=True).has_masks
+    for path in (voc_root / "SegmentationClass").iterdir():
+        path.unlink()
+    (voc_root / "SegmentationClass").rmdir()
+    assert not VOCDataset(voc_root, "train", train=False, with_mask=False).has_masks
+
+
+def test_class_lists() -> None:
+    assert len(VOC_CLASSES) == len(set(VOC_CLASSES)) == 20
+    assert len(COCO_CLASSES) == len(set(COCO_CLASSES)) == 80
+    assert [COCO_CLASSES[number - 1] for number in (1, 12, 40, 61, 80)] == [
+        *("person", "stop sign", "bottle", "dining table", "toothbrush")
+    ]
 
 
 def test_training_works_with_unreadable_train_masks(voc_root: Path) -> None:

@@ -1,5 +1,16 @@
-"""Data in PASCAL VOC layout: datasets, loaders, and the check before long work."""
+"""Data: datasets, loaders, and the check before long work."""
 
-from afa.data.voc import VOC_CLASSES, VOCDataset, check_dataset, eval_loader, train_loader
+from afa.data.classes import COCO_CLASSES, VOC_CLASSES
+from afa.data.loaders import Batches, eval_loader, share, train_loader
+from afa.data.voc import VOCDataset, check_dataset
 
-__all__ = ["VOC_CLASSES", "VOCDataset", "check_dataset", "eval_loader", "train_loader"]
+__all__ = [
+    "COCO_CLASSES",
+    "VOC_CLASSES",
+    "Batches",
+    "VOCDataset",
+    "check_dataset",
+    "eval_loader",
+    "share",
+    "train_loader",
+]
