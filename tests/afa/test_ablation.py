@@ -1,0 +1,76 @@
+"""benchmarks/ablation.py on the tiny tree: rows differ as they should, and finished runs are not done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import ablation
+
+DEVICE = torch.device("cpu")
+
+
+def settings(root: Path) -> list[str]:
+    return [
+        f"data.root={root}",
+        "data.embedded=false",
+        "data.crop_size=64",
+        "data.workers=0",
+        "model.weights=null",
+        "model.backbone_args.embed_dims=[8, 16, 24, 32]",
+        "model.backbone_args.depths=[1, 1, 1, 1]",
+        "model.refine_iterations=0",
+        "train.batch_size=3",
+        "train.iterations=5",
+        "train.classify_until=1",
+        "train.par_until=3",
+        "train.warmup=0",
+    ]
+
+
+def test_five_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[int, int]] = []
+    trained: dict[str, dict[str, torch.Tensor]] = {}
+    run = ablation._steps
+
+    def watched(trainer: Any, begin: int, end: int, title: str) -> None:
+        steps.append((begin, end))
+        run(trainer, begin, end, title)
+        trained[title] = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+
+    monkeypatch.setattr(ablation, "_steps", watched)
+    base = settings(voc_root)
+    scores = ablation.run_seed(0, base, tmp_path / "runs", DEVICE)
+    assert list(scores) == list(ablation.ROWS)
+    assert steps == [(0, 1)] + [(1, 5)] * 5, "the classification is shared"
+    decoders = [trained[f"seed 0, {row}"]["decoder.predict.weight"] for row in ablation.ROWS]
+    for first in range(5):
+        for second in range(first):
+            assert not torch.equal(decoders[first], decoders[second]), "two rows learnt from the same labels"
+    # The affinity loss moves its head in all rows but the first two.
+    heads = [trained[f"seed 0, {row}"]["affinity_head.weight"] for row in ablation.ROWS]
+    assert torch.equal(heads[0], heads[1])
+    assert not any(torch.equal(heads[0], head) for head in heads[2:])
+
+    steps.clear()
+    assert ablation.run_seed(0, base, tmp_path / "runs", DEVICE) == scores and not steps
+    (tmp_path / "runs/seed0/3.json").unlink()
+    assert ablation.run_seed(0, base, tmp_path / "runs", DEVICE)["+ walk"]["seg"] == scores["+ walk"]["seg"]
+    assert steps == [(0, 1), (1, 5)]
+
+
+def test_mean_and_spread() -> None:
+    def seed(value: float) -> dict[str, dict[str, Any]]:
+        entry = {"seg": value, "cam": 0.1, "walk": 0.2, "par": 0.3, "f1": 0.9, "settings": ["a=1"]}
+        return {row: dict(entry) for row in ablation.ROWS}
+
+    rows = ablation.summarise([seed(0.5), seed(0.6), seed(0.7)])
+    assert [row["row"] for row in rows] == list(ablation.ROWS)
+    assert rows[0]["mean"] == pytest.approx(0.6) and rows[0]["std"] == pytest.approx(0.1)
+    assert rows[0]["seg_miou"] == [0.5, 0.6, 0.7]
+    assert ablation.summarise([seed(0.5)])[0]["std"] is None
+    json.dumps(rows)
