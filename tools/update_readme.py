@@ -112,6 +112,22 @@ def benchmark_table() -> str:
     return "\n".join(lines) + "\n\n" + "; ".join(about) + "."
 
 
+def ablation_table() -> str:
+    """One line a row of the ablation, in every file of benchmarks/results."""
+    lines = ["| labels and losses | segmentation mIoU | spread | seeds |", "|---|---|---|---|"]
+    machines = set()
+    for file in sorted(RESULTS.glob("ablation-*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        machines.add(_machine(content["machine"]))
+        for row in content["rows"]:
+            spread = "–" if row["std"] is None else f"± {row['std']:.3f}"
+            seeds = ", ".join(f"{value:.3f}" for value in row["seg_miou"])
+            lines.append(f"| {row['row']} | {row['mean']:.3f} | {spread} | {seeds} |")
+    if not machines:
+        lines.append("| not measured | – | – | – |")
+    return "\n".join([*lines, "", "; ".join(sorted(machines)) + "."] if machines else lines)
+
+
 def _milliseconds(row: dict[str, Any]) -> str:
     value = row["median_ms"]
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
@@ -122,7 +138,7 @@ def _machine(machine: dict[str, Any]) -> str:
     return f"{where}, torch {machine['torch']}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo_table, "benchmarks": benchmark_table}
+BLOCKS: dict[str, Callable[[], str]] = {"demo": demo_table, "benchmarks": benchmark_table, "ablation": ablation_table}
 
 
 def main() -> None:
