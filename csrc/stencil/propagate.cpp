@@ -74,6 +74,14 @@ void weight_grad_cpu(const StencilParams& p) {
 
 // ---- CUDA ----
 
+constexpr const char* kStepVariants[] = {AFA_STENCIL_STEP_VARIANTS(AFA_VARIANT_NAME)};
+const TunedKernel kStep("stencil_step", kStepVariants,
+                        [](Kind, int64_t) { return static_cast<int>(StencilStepVariant::classes4); });
+
+int choose_step(const StencilParams& p) {
+  return choose(kStep, p.kind, p.batch * p.classes * p.height * p.width);
+}
+
 const bool* device_mask(const std::optional<Tensor>& class_mask) {
   return class_mask ? static_cast<const bool*>(class_mask->const_data_ptr()) : nullptr;
 }
@@ -190,6 +198,7 @@ Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& w
     const std::optional<Tensor> mask = dense_mask(class_mask);
     StencilParams p = make_params(stencil, s, w);
     p.class_mask = device_mask(mask);
+    p.variant = choose_step(p);
     p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
     const Tensor source = torch::stable::contiguous(planes);
     Tensor other = steps > 1 ? torch::stable::empty_like(out) : out;
@@ -287,6 +296,7 @@ Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Te
     std::optional<ActivePlanes> active;
     if (cuda) {
       p.class_mask = device_mask(mask);
+      p.variant = choose_step(p);
       dense.push_back(source);
     } else {
       active.emplace(s.batch, s.classes, mask);

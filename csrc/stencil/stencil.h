@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/geometry.h"
+#include "common/plan.h"
 #include "common/simd.h"
 
 namespace afa {
@@ -21,6 +22,10 @@ struct Planes {
   bool by_row = false;
 };
 
+// The variants of stencil_step_cuda: X(name).
+#define AFA_STENCIL_STEP_VARIANTS(X) X(classes4)
+enum class StencilStepVariant { AFA_STENCIL_STEP_VARIANTS(AFA_VARIANT_NUMBER) };
+
 struct StencilParams {
   Stencil stencil;
   Kind kind = Kind::f32;  // type of weights and planes
@@ -34,6 +39,7 @@ struct StencilParams {
   const int64_t* extent = nullptr;        // CUDA, stencil_step alone: [B, 2], see stencil_propagate
   const int64_t* active = nullptr;        // CPU: the active planes, in order
   const int64_t* active_begin = nullptr;  // CPU: [B + 1] where each image's begin
+  int variant = 0;                        // CUDA: a StencilStepVariant
   bool upwards = false;                   // CPU: stencil_step takes the last row first
 };
 

@@ -121,7 +121,11 @@ dim3 group_grid(const StencilParams& p) {
 
 const char* stencil_step_cuda(const StencilParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
-    AFA_LAUNCH((stencil_kernel<decltype(type), false>), group_grid(p), kThreads, stream, p);
+    switch (static_cast<StencilStepVariant>(p.variant)) {
+      case StencilStepVariant::classes4:
+        AFA_LAUNCH((stencil_kernel<decltype(type), false>), group_grid(p), kThreads, stream, p);
+        break;
+    }
   });
   return launch_error();
 }

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,8 +22,21 @@ class Kernels:
     """Every operator, computed by the CUDA kernels on CPU tensors: in several orders of threads and blocks, which
     must give the same result to the last bit."""
 
-    def __init__(self, set_order: Any, operators: Any) -> None:
-        self.set_order, self.operators = set_order, operators
+    def __init__(self, library: Any, operators: Any) -> None:
+        self.library, self.operators = library, operators
+
+    @contextmanager
+    def forced(self, kernel: str, variant: str) -> Iterator[None]:
+        """Launches this variant of the kernel, whatever the plan. Fails if the kernel is never launched."""
+        force, times_chosen = self.library.cuda_on_host_force, self.library.cuda_on_host_times_chosen
+        force.restype, times_chosen.restype = ctypes.c_bool, ctypes.c_int64
+        before = times_chosen(kernel.encode())
+        assert force(kernel.encode(), variant.encode())
+        try:
+            yield
+        finally:
+            assert force(kernel.encode(), None)
+        assert times_chosen(kernel.encode()) > before, f"nothing here launches {kernel}"
 
     def __getattr__(self, name: str) -> Any:
         operator = getattr(self.operators, name)
@@ -29,7 +44,7 @@ class Kernels:
         def call(*arguments: Any) -> Tensor:
             results = []
             for order in ORDERS:
-                self.set_order(order.encode())
+                self.library.cuda_on_host_order(order.encode())
                 results.append(operator(*arguments))
             for order, result in zip(ORDERS[1:], results[1:], strict=True):
                 same = torch.equal(bits(result), bits(results[0]))
@@ -45,4 +60,4 @@ def kernels() -> Kernels:
         pytest.skip("the CUDA toolkit's headers (cuda_fp16.h) are not installed")
     library = build.build_library()
     torch.ops.load_library(str(library))
-    return Kernels(ctypes.CDLL(str(library)).cuda_on_host_order, torch.ops.afa_ext_cuda_on_host)
+    return Kernels(ctypes.CDLL(str(library)), torch.ops.afa_ext_cuda_on_host)

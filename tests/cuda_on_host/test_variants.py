@@ -1,0 +1,71 @@
+"""Every variant of every tuned CUDA kernel, run on the CPU at sizes that no tile divides, against the CPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from afa_ext import _native
+
+from .test_kernels import D6, DTYPES, LIMITS, NATIVE
+
+PLANS = _native._C.launch_plans()
+Calls = list[tuple[str, tuple[Any, ...]]]
+
+
+def stencil_calls(dtype: torch.dtype, backward: str = "") -> Calls:
+    """par_propagate and walk_propagate, or a backward pass: small and odd sizes, few and many classes.
+
+    `backward` is "", "planes" or "weights".
+    """
+    calls: Calls = []
+    for shape in ((1, 1, 1, 1), (2, 5, 9, 37), (1, 23, 35, 5), (3, 9, 17, 13)):
+        batch, classes, height, width = shape
+        keep = torch.rand(batch, classes) > 0.4
+        planes, grad = (t.to(dtype) for t in torch.rand(2, *shape))
+        settings: list[tuple[int, tuple[Any, ...]]] = [(48, (D6, 1, None)), (48, (D6, 3, keep))]
+        settings += [(9, (2, "disc", 2, keep)), (49, (3, "square", 2, None))]
+        for size, rest in settings:
+            weights = torch.softmax(torch.rand(batch, size, height, width), 1).to(dtype)
+            par = size == 48
+            name = "par_propagate" if par else "walk_propagate"
+            if backward == "planes":
+                name += "_backward_masks" if par else "_backward_scores"
+                calls.append((name, (grad, weights, *rest)))
+            elif backward == "weights":
+                name += "_backward_weights" if par else "_backward_transition"
+                calls.append((name, (grad, weights, planes, *rest) if par else (grad, planes, weights, *rest)))
+            else:
+                calls.append((name, (weights, planes, *rest) if par else (planes, weights, *rest)))
+    return calls
+
+
+# By kernel, the calls that launch it: operator and arguments.
+CALLS: dict[str, Callable[[torch.dtype], Calls]] = {
+    "stencil_step": stencil_calls,
+}
+
+
+def test_every_tuned_kernel_has_calls():
+    assert {entry["kernel"] for entry in PLANS} == set(CALLS)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("kernel", "variant"), [(entry["kernel"], variant) for entry in PLANS for variant in entry["variants"]]
+)
+def test_variant(kernel, variant, dtype, kernels, assert_relative):
+    for operator, arguments in CALLS[kernel](dtype):
+        expected = getattr(NATIVE, operator)(*arguments)
+        with kernels.forced(kernel, variant):
+            actual = getattr(kernels, operator)(*arguments)
+        assert actual.dtype == expected.dtype
+        assert_relative(actual, expected, LIMITS[dtype])
+
+
+def test_an_unknown_variant_cannot_be_forced(kernels):
+    with pytest.raises(AssertionError), kernels.forced(PLANS[0]["kernel"], "no_such_variant"):
+        pass
