@@ -174,15 +174,17 @@ def _train(options: argparse.Namespace) -> None:
     device = _device(options.device)
     # What costs least is checked first: lists and tags, then the model, then, when they are made here, the images.
     if not _to_be_made(config):
-        _datasets(config)
+        _datasets(config, progress)
     _say("model", _describe_model(config))
     _make_data(config, progress)
-    train_set, val_set = _datasets(config)
+    train_set, val_set = _datasets(config, progress)
     _say(
         "data",
         f"{config.data.root}: {len(train_set):,} images to train on, {len(val_set):,} to measure, "
         f"{len(train_set.classes)} classes",
     )
+    _say_skipped(train_set)
+    _say_skipped(val_set)
     if not val_set.has_masks:
         _say("note", _no_masks(config, val_set) + ": only the classifier's F1 will be")
     from afa.data import check_dataset
@@ -203,14 +205,15 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from afa.config import load_config
-    from afa.data import VOCDataset, check_dataset
+    from afa.data import check_dataset, open_dataset
 
     _need_run(options.run)
     config = load_config(options.run / "config.yaml", options.overrides)
     progress = not options.quiet
     device = _device(options.device)
     _make_data(config, progress)
-    val_set = VOCDataset(config.data.root, config.data.val_split, train=False, with_mask=True)
+    val_set = open_dataset(config.data, config.data.val_split, train=False, with_mask=True, progress=progress)
+    _say_skipped(val_set)
     check_dataset(val_set, progress)
     kept: dict[str, Any] = {}
     if (options.run / "metrics.json").is_file():
@@ -310,14 +313,19 @@ def _make_data(config: Config, progress: bool) -> None:
         make_dataset(root, progress=progress)
 
 
-def _datasets(config: Config) -> tuple[VOCDataset, VOCDataset]:
-    from afa.data import VOCDataset
+def _datasets(config: Config, progress: bool) -> tuple[VOCDataset, VOCDataset]:
+    from afa.data import open_dataset
 
     data = config.data
-    train_set = VOCDataset(
-        data.root, data.train_split, train=True, crop_size=data.crop_size, with_mask=False, flip=data.flip
-    )
-    return train_set, VOCDataset(data.root, data.val_split, train=False, with_mask=True)
+    train_set = open_dataset(data, data.train_split, train=True, with_mask=False, progress=progress)
+    return train_set, open_dataset(data, data.val_split, train=False, with_mask=True, progress=progress)
+
+
+def _say_skipped(dataset: VOCDataset) -> None:
+    for reason in dataset.skipped[:10]:
+        _say("skipped", reason)
+    if len(dataset.skipped) > 10:
+        _say("skipped", f"and {len(dataset.skipped) - 10:,} more of '{dataset.split}'")
 
 
 def _measure(
@@ -354,7 +362,7 @@ def _measure(
 
 def _no_masks(config: Config, val_set: VOCDataset) -> str:
     return (
-        f"the split '{config.data.val_split}' has no masks in {val_set.mask_path(0).parent}, so neither the "
+        f"the split '{config.data.val_split}' has no masks in {val_set.mask_folder}, so neither the "
         "segmentation nor the labels can be measured against the truth"
     )
 

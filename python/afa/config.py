@@ -23,8 +23,8 @@ class DataConfig:
     """Where the images are and how a training crop is made."""
 
     root: str = "data/VOCdevkit/VOC2012"
-    """Folder in VOC layout: JPEGImages, ImageSets/Segmentation, Annotations (tags), SegmentationClass
-    (masks)."""
+    """Folder in VOC layout (JPEGImages, ImageSets/Segmentation, Annotations or tags.csv, SegmentationClass), as
+    `afa prepare` completes it, or a folder of one's own pictures (docs/own_data.md)."""
     embedded: bool = False
     """Make the embedded data set at `root` when it is not there yet."""
     train_split: str = "train"
@@ -34,6 +34,11 @@ class DataConfig:
     scale_range: tuple[float, float] = (0.5, 2.0)
     """Random resize of a training image before the crop."""
     flip: bool = True
+    largest_side: int | None = None
+    """Shrink pictures whose longer side has more pixels as they are read, for photographs of many megapixels; masks
+    follow. null: never, as published."""
+    bad_images: str = "refuse"
+    """What to do with a file that can't be decoded: 'refuse' to start, or 'skip' its image; both name it."""
     workers: int = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -291,6 +296,8 @@ def validate(config: Config) -> None:
         "data.scale_range",
         "two factors, 0 < smallest <= largest",
     )
+    need(data.largest_side is None or data.largest_side >= 32, "data.largest_side", "at least 32 pixels, or null")
+    need_one_of("data", "bad_images", ("refuse", "skip"))
     need(data.workers >= 0, "data.workers", "0 (load in the training process) or more")
 
     need(bool(model.backbone), "model.backbone", "the name of a timm model")

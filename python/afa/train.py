@@ -27,7 +27,7 @@ from tqdm import tqdm
 import afa_ext
 from afa.cam import multi_scale_cam, pack_classes
 from afa.config import Config, TrainConfig, load_config, to_dict, to_yaml
-from afa.data import VOCDataset, train_loader
+from afa.data import open_dataset, train_loader
 from afa.errors import UserError
 from afa.evaluate import evaluate
 from afa.files import atomic_path, write_text
@@ -243,18 +243,10 @@ def train(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = config.train
     data = config.data
-    dataset = VOCDataset(
-        data.root,
-        data.train_split,
-        train=True,
-        crop_size=data.crop_size,
-        scale_range=data.scale_range,
-        flip=data.flip,
-        with_mask=False,
-    )
+    dataset = open_dataset(data, data.train_split, train=True, with_mask=False, progress=progress)
     validation = None
     if settings.eval_every < settings.iterations:
-        validation = VOCDataset(data.root, data.val_split, train=False, with_mask=True)
+        validation = open_dataset(data, data.val_split, train=False, with_mask=True, progress=progress)
     torch.manual_seed(settings.seed)
     checkpoint = _last_checkpoint(run) if resume else None
     if resume:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from afa.data.classes import VOC_CLASSES
 from afa.data.transforms import IGNORE
 from afa.errors import UserError, did_you_mean
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_FOLDERS = ("JPEGImages", "train2014", "val2014", "images/train2014", "images/val2014")
+"""Of VOC, and of COCO 2014 as it unpacks; all that are there are looked through."""
+MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
+"""VOC's own masks come before those made from SBD."""
 
 
 def read_lines(path: Path) -> list[str]:
@@ -53,8 +58,11 @@ def read_split(root: Path, split: str) -> list[str]:
 
 def read_classes(root: Path) -> list[str]:
     path = root / "classes.txt"
-    if not path.is_file():
-        return list(VOC_CLASSES)
+    return read_class_list(path) if path.is_file() else list(VOC_CLASSES)
+
+
+def read_class_list(path: Path) -> list[str]:
+    """The names in a classes.txt, checked."""
     classes = read_lines(path)
     if not 1 <= len(classes) < IGNORE:
         raise UserError(f"{path} must name 1 to {IGNORE - 1} classes, one a line, and names {len(classes)}")
@@ -67,16 +75,37 @@ def read_classes(root: Path) -> list[str]:
 
 
 def find_images(root: Path, names: Sequence[str], split: str) -> list[Path]:
-    folder = root / "JPEGImages"
-    if not folder.is_dir():
-        raise UserError(f"the image folder {folder} does not exist; data.root must be a folder in PASCAL VOC layout")
-    # One listing instead of a look per name and suffix, which takes long on network disks.
-    files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES}
+    folders = [root / name for name in IMAGE_FOLDERS if (root / name).is_dir()]
+    if not folders:
+        raise UserError(
+            f"the image folder {root / IMAGE_FOLDERS[0]} does not exist; "
+            "data.root must be a folder in PASCAL VOC layout"
+        )
+    files = files_by_name(folders, IMAGE_SUFFIXES)
     for name in names:
         if name not in files:
             raise UserError(
-                f"the image '{name}' of {split_list(root, split)} is not in "
-                f"{folder} "
+                f"the image '{name}' of {split_list(root, split)} is not in {' or '.join(map(str, folders))} "
                 f"(looked for {name} with {', '.join(IMAGE_SUFFIXES)}); add it or take it out of the list"
             )
     return [files[name] for name in names]
+
+
+def files_by_name(folders: Iterable[Path], suffixes: Sequence[str]) -> dict[str, Path]:
+    """Path within its folder, without the suffix -> file, of all visible files down to the bottom; of two with one
+    name that of the earlier folder, and in a folder the first by name."""
+    # One listing instead of a look per name and suffix, which takes long on network disks.
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in visible_files(folder, suffixes):
+            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+    return found
+
+
+def visible_files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """The files with one of the lower-case suffixes down to the bottom, in order, but for those hidden by a dot."""
+    for place, inside, files in os.walk(folder):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
+                yield Path(place, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -41,23 +41,35 @@ TagReader = Callable[[str], tuple[list[str], str]]
 """Image name -> its labels, and where they stand in words."""
 
 
-def _csv_tags(path: Path, numbers: dict[str, int]) -> TagReader:
-    rows: dict[str, tuple[list[str], str]] = {}
+def csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(image, labels, where it stands in words) of every line of `image,labels`, but for the header."""
     for number, line in enumerate(read_lines(path), 1):
-        cells = next(csv.reader([line]))
-        if number == 1 and [cell.strip().lower() for cell in cells] == ["image", "labels"]:
+        cells = [cell.strip() for cell in next(csv.reader([line]))]
+        if number == 1 and [cell.lower() for cell in cells] == ["image", "labels"]:
             continue
+        where = f"line {number} of {path}"
         if len(cells) != 2:
             raise UserError(
-                f"line {number} of {path} has {len(cells)} columns: it must be image,labels with the labels "
+                f"{where} has {len(cells)} columns: it must be image,labels with the labels "
                 "separated by spaces or semicolons"
             )
-        name, text = stem_of(cells[0].strip()), cells[1].strip()
+        yield cells[0], cells[1], where
+
+
+def split_labels(text: str, classes: Container[str]) -> list[str]:
+    """The labels in one cell: separated by semicolons, or by spaces when it has none."""
+    # 'traffic light' alone is one class and not two; several such need semicolons.
+    parts = text.split(";") if ";" in text or text in classes else text.split()
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _csv_tags(path: Path, numbers: dict[str, int]) -> TagReader:
+    rows: dict[str, tuple[list[str], str]] = {}
+    for image, text, where in csv_rows(path):
+        name = stem_of(image)
         if name in rows:
-            raise UserError(f"line {number} of {path} tags '{name}' a second time; keep one line an image")
-        # 'traffic light' alone is one class and not two; several such need semicolons.
-        parts = text.split(";") if ";" in text or text in numbers else text.split()
-        rows[name] = ([part.strip() for part in parts if part.strip()], f"line {number} of {path}")
+            raise UserError(f"{where} tags '{name}' a second time; keep one line an image")
+        rows[name] = (split_labels(text, numbers), where)
 
     def labels_of(name: str) -> tuple[list[str], str]:
         if name not in rows:
@@ -80,11 +92,16 @@ def _xml_tags(root: Path) -> TagReader:
             raise UserError(
                 f"the image '{name}' has no tags: there is no {path} and no {root / 'tags.csv'}; add one of them"
             )
-        try:
-            tree = ElementTree.parse(path)
-        except (ElementTree.ParseError, OSError, ValueError) as error:
-            raise UserError(f"the tag file {path} can't be read as XML ({error}); replace it") from error
-        # 'object/name' and not any 'name': parts of a person (head, hand) have names too.
-        return [(node.text or "").strip() for node in tree.getroot().findall("object/name")], str(path)
+        return xml_labels(path), str(path)
 
     return labels_of
+
+
+def xml_labels(path: Path) -> list[str]:
+    """The names of the objects in one of VOC's annotations, as often as they stand there."""
+    try:
+        tree = ElementTree.parse(path)
+    except (ElementTree.ParseError, OSError, ValueError) as error:
+        raise UserError(f"the tag file {path} can't be read as XML ({error}); replace it") from error
+    # 'object/name' and not any 'name': parts of a person (head, hand) have names too.
+    return [(node.text or "").strip() for node in tree.getroot().findall("object/name")]

@@ -1,11 +1,15 @@
-"""Datasets in PASCAL VOC's folder layout, and the check of every file before long work.
+"""Datasets in PASCAL VOC's folder layout or of one's own pictures, and the check of every file before long work.
 
-root/JPEGImages/<name>.jpg                  or .jpeg, .png, .bmp, .webp
+root/JPEGImages/<name>.jpg                  or .jpeg, .png, .bmp, .webp, .tif; COCO's train2014 and val2014 will do
 root/ImageSets/Segmentation/<split>.txt     one name a line
 root/tags.csv                               image,labels (labels separated by space or ;), or else
 root/Annotations/<name>.xml                 VOC's own files, of which only the objects' names are read
 root/classes.txt                            foreground classes, one a line; without it VOC's 20
-root/SegmentationClass/<name>.png           masks, opened for evaluation alone; a split may have none
+root/SegmentationClass/<name>.png           masks, opened for evaluation alone; a split may have none. What is not there
+                                            is looked for in SegmentationClassAug
+
+`afa prepare` makes what the public downloads lack of this. A folder without ImageSets and JPEGImages is read as own.py
+says.
 """
 
 from __future__ import annotations
@@ -13,19 +17,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from afa.data.lists import find_images, read_classes, read_split
+from afa.config import DataConfig
+from afa.data.lists import MASK_FOLDERS, files_by_name, find_images, read_classes, read_split
+from afa.data.own import MASKS, is_own_folder, read_own_folder
 from afa.data.tags import read_tags
-from afa.data.transforms import IGNORE, image_size, random_crop, read_image, read_mask
+from afa.data.transforms import IGNORE, check_image, image_size, random_crop, read_image, read_mask, shrunk
 from afa.errors import UserError
 
 Sample = dict[str, Any]
@@ -55,6 +62,7 @@ class VOCDataset(Dataset[Sample]):
         crop_size: int | None = None,
         scale_range: tuple[float, float] = (0.5, 2.0),
         flip: bool = True,
+        largest_side: int | None = None,
         with_mask: bool,
     ) -> None:
         if train and with_mask:
@@ -68,10 +76,23 @@ class VOCDataset(Dataset[Sample]):
         self.scale_range = scale_range
         self.flip = flip
         self.with_mask = with_mask
-        self.names = read_split(self.root, split)
-        self.classes = read_classes(self.root)
-        self.tags = read_tags(self.root, self.names, self.classes)  # float32 [len, C]
-        self.paths = find_images(self.root, self.names, split)
+        self.largest_side = largest_side
+        self.skipped: list[str] = []  # why each image that `check_dataset` has dropped can't be used
+        self.is_own = is_own_folder(self.root)
+        if self.is_own:
+            folder = read_own_folder(self.root)
+            pictures = folder.split(split)
+            self.classes = folder.classes
+            self.names = [picture.name for picture in pictures]
+            self.paths = [picture.path for picture in pictures]
+            self.tags = torch.tensor(
+                [[float(name in picture.labels) for name in folder.classes] for picture in pictures]
+            )
+        else:
+            self.names = read_split(self.root, split)
+            self.classes = read_classes(self.root)
+            self.tags = read_tags(self.root, self.names, self.classes)  # float32 [len, C]
+            self.paths = find_images(self.root, self.names, split)
         if with_mask:
             _ = self.has_masks  # looked up once, here, and not in every worker
 
@@ -81,7 +102,7 @@ class VOCDataset(Dataset[Sample]):
     def __getitem__(self, key: int | tuple[int, Sequence[int]]) -> Sample:
         index, entropy = key if isinstance(key, tuple) else (key, (key,))
         sample: Sample = {"tags": self.tags[index], "name": self.names[index]}
-        image = read_image(self.paths[index])
+        image = read_image(self.paths[index], self.largest_side)
         if self.train:
             assert self.crop_size is not None
             rng = np.random.default_rng(entropy)
@@ -91,50 +112,104 @@ class VOCDataset(Dataset[Sample]):
             return sample
         sample["image"] = _to_tensor(np.asarray(image))
         if self.with_mask:
-            sample["mask"] = torch.from_numpy(self.mask(index, (image.height, image.width)).astype(np.int64))
+            # Without largest_side the picture has its own size.
+            size = (image.height, image.width) if self.largest_side is None else image_size(self.paths[index])
+            sample["mask"] = torch.from_numpy(self.mask(index, size).astype(np.int64))
         return sample
+
+    @property
+    def mask_folder(self) -> Path:
+        """Where masks are looked for first."""
+        return self.root / (MASKS if self.is_own else MASK_FOLDERS[0])
+
+    @cached_property
+    def _masks(self) -> dict[str, Path]:
+        """Name -> mask, of all that are there."""
+        folders = [self.mask_folder] if self.is_own else [self.root / name for name in MASK_FOLDERS]
+        return files_by_name(folders, (".png",))
 
     def mask_path(self, index: int) -> Path:
         """Where the mask of an image is, or would be."""
-        return self.root / "SegmentationClass" / f"{self.names[index]}.png"
+        name = self.names[index]
+        return self._masks.get(name, self.mask_folder / f"{name}.png")
 
     @cached_property
     def has_masks(self) -> bool:
         """Whether any image of the split has a mask."""
-        folder = self.root / "SegmentationClass"
-        there = {path.stem for path in folder.iterdir()} if folder.is_dir() else set()
-        return not there.isdisjoint(self.names)
+        return not self._masks.keys().isdisjoint(self.names)
 
     def mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        """The mask of one image, uint8 [H,W], checked; `size` (height, width) is what it must have."""
+        """The mask of one image, uint8 [H,W], checked; `size` is (height, width) of the upright image, and the mask
+        comes shrunk as the image does."""
+        height, width = shrunk(size, self.largest_side)
         path = self.mask_path(index)
         if not self.has_masks:
-            return np.full(size, IGNORE, np.uint8)
+            return np.full((height, width), IGNORE, np.uint8)
         if not path.is_file():
             raise UserError(
                 f"the mask {path} does not exist, though '{self.names[index]}' is in the split "
                 f"'{self.split}' and others of it have masks; "
                 "add it, or evaluate on a split that has masks"
             )
-        return read_mask(path, len(self.classes), size)
+        mask = read_mask(path, len(self.classes), size)
+        if mask.shape != (height, width):
+            mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+        return mask
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of every image, from the headers."""
+        """(height, width) of every image as it is loaded, from the headers."""
         with ThreadPoolExecutor(_threads()) as pool:
-            return list(pool.map(image_size, self.paths))
+            return [shrunk(size, self.largest_side) for size in pool.map(image_size, self.paths)]
+
+    def drop(self, bad: dict[int, str]) -> None:
+        """Leave images out; `bad` maps their indices to the reason, which goes to `skipped`."""
+        kept = [index for index in range(len(self)) if index not in bad]
+        if not kept:
+            raise UserError(f"no image of the split '{self.split}' of {self.root} is left: {next(iter(bad.values()))}")
+        self.names = [self.names[index] for index in kept]
+        self.paths = [self.paths[index] for index in kept]
+        self.tags = self.tags[kept]
+        self.skipped += bad.values()
+        self.__dict__.pop("sizes", None)
+        self.__dict__.pop("has_masks", None)
 
 
-def check_dataset(dataset: VOCDataset, progress: bool = True) -> None:
-    """Decode every image, and every mask of a set that uses masks; UserError names the first bad file.
+def open_dataset(data: DataConfig, split: str, *, train: bool, with_mask: bool, progress: bool = True) -> VOCDataset:
+    """The split as the configuration's data section has it; with data.bad_images=skip, checked and rid of images that
+    can't be used, which `skipped` of the dataset names."""
+    dataset = VOCDataset(
+        data.root,
+        split,
+        train=train,
+        crop_size=data.crop_size,
+        scale_range=data.scale_range,
+        flip=data.flip,
+        largest_side=data.largest_side,
+        with_mask=with_mask,
+    )
+    if data.bad_images == "skip":
+        check_dataset(dataset, progress, skip=True)
+    return dataset
+
+
+def check_dataset(dataset: VOCDataset, progress: bool = True, *, skip: bool = False) -> None:
+    """Decode every image, and every mask of a set that uses masks; UserError names the first bad file, or, with
+    `skip`, the images of bad files are dropped.
 
     Run before any long work: a run must not die of a truncated picture in its second hour.
     """
 
-    def check(index: int) -> None:
-        image = read_image(dataset.paths[index])
-        if dataset.with_mask:
-            dataset.mask(index, (image.height, image.width))
+    def check(index: int) -> str | None:
+        try:
+            size = _checked_size(dataset.paths[index])
+            if dataset.with_mask:
+                dataset.mask(index, size)
+        except UserError as error:
+            if not skip:
+                raise
+            return str(error)
+        return None
 
     pool = ThreadPoolExecutor(_threads())
     try:
@@ -147,10 +222,29 @@ def check_dataset(dataset: VOCDataset, progress: bool = True) -> None:
             leave=False,
             disable=not progress,
         )
-        for _ in bar:
-            pass
+        found = dict(enumerate(bar))
     finally:
         pool.shutdown(cancel_futures=True)
+    bad = {index: reason for index, reason in found.items() if reason is not None}
+    if bad:
+        dataset.drop(bad)
+
+
+def _checked_size(path: Path) -> tuple[int, int]:
+    """`check_image`, which a file that has not changed since goes through once."""
+    status = os.stat(path)
+    found = _checked(str(path), status.st_size, status.st_mtime_ns)
+    if isinstance(found, str):
+        raise UserError(found)
+    return found
+
+
+@cache
+def _checked(path: str, size: int, modified: int) -> tuple[int, int] | str:
+    try:
+        return check_image(path)
+    except UserError as error:
+        return str(error)
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:
