@@ -7,13 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from tools import blocks, gpu_check, kernel_report  # noqa: E402
+from afa.data import VOCDataset  # noqa: E402
+from tools import blocks, cutout_tree, gpu_check, kernel_report  # noqa: E402
 from tools.kernel_report import Instructions, Kernel, Usage  # noqa: E402
 
 # As nvcc 13.0 prints it: a kernel that spills, one that calls a function with a stack of its own, one in order.
@@ -286,3 +289,43 @@ def test_gpu_check_sums_up_the_benchmarks(tmp_path):
         "  ours, 1x2 float32: 0.250 ms, 1.0 times ours",
         "  a part, 1x2 float32: 0.125 ms",
     ]
+
+
+def test_cutout_tree_keeps_the_splits_apart(tmp_path):
+    """Masks are the objects' alpha, tags are what is to be seen, and validation shows no object of training."""
+    rng = np.random.default_rng(0)
+    for kind, colour in (("red", 0), ("blue", 2)):
+        (tmp_path / kind / "more").mkdir(parents=True)
+        for number in range(4):
+            pixels = np.zeros((40, 50, 4), np.uint8)
+            pixels[8:32, 10:40, colour] = 200 + 10 * number  # the fourth alone has a value of 230
+            pixels[8:32, 10:40, 3] = 255
+            Image.fromarray(pixels).save(tmp_path / kind / "more" / f"{number}.png")
+    (tmp_path / "scenes").mkdir()
+    for number in range(4):
+        Image.fromarray(rng.integers(90, 110, (200, 300, 3), np.uint8)).save(tmp_path / "scenes" / f"{number}.jpg")
+    out = tmp_path / "tree"
+    command = [str(out), "--objects", f"red={tmp_path / 'red'}", "--objects", f"blue={tmp_path / 'blue'}"]
+    cutout_tree.main([*command, "--backgrounds", str(tmp_path / "scenes"), "--train", "8", "--val", "6"])
+
+    splits = {"train": VOCDataset(out, "train", train=False, with_mask=False)}
+    splits["val"] = VOCDataset(out, "val", train=False, with_mask=True)
+    assert [len(data) for data in splits.values()] == [8, 6] and splits["val"].classes == ["red", "blue"]
+    for name, data in splits.items():
+        for sample in (data[index] for index in range(len(data))):
+            image = sample["image"].float()
+            seen = [bool((image[2 * kind] > 170).sum() > 0.004 * image[0].numel()) for kind in range(2)]
+            assert seen == [bool(tag) for tag in sample["tags"]], "tags are the classes that can be seen"
+            if name == "val":
+                mask = sample["mask"]
+                assert set(mask.unique().tolist()) <= {0, 1, 2}
+                for kind in range(2):
+                    inside = image[2 * kind][mask == kind + 1]
+                    assert inside.numel() == 0 or float(inside.median()) == pytest.approx(230, abs=4)
+                    assert float(image[2 * kind][mask == 0].median()) < 120
+            else:
+                for kind in range(2):
+                    object_pixels = image[2 * kind][image[2 * kind] > 170]
+                    assert object_pixels.numel() == 0 or float(object_pixels.median()) < 227
+    with pytest.raises(SystemExit):
+        cutout_tree.main([*command, "--backgrounds", str(tmp_path / "scenes")])
