@@ -219,7 +219,7 @@ __device__ S block_sum(S (&shared)[kSumThreads], S value) {
     __syncthreads();
     if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
   }
-  return shared[0];
+  return threadIdx.x == 0 ? shared[0] : S{0};
 }
 
 template <typename Sum>

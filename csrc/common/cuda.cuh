@@ -5,14 +5,27 @@
 #ifdef AFA_CUDA_ON_HOST
 #include "cuda_on_host.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-// Kernels are launched through this alone; a template's name goes in parentheses: AFA_LAUNCH((f<float, 4>),
-// ...).
+// Kernels are launched through these alone; a template's name goes in parentheses: AFA_LAUNCH((f<float, 4>),
+// ...). SHARED: with so many bytes of dynamic shared memory. COOPERATIVE: the same, with all blocks running
+// at once, so that they can meet at grid_sync(); no more blocks than resident_blocks says.
 #define AFA_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define AFA_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
+  ::afa::launch_shared(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define AFA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
+  ::afa::launch_cooperative(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+// In a kernel: a pointer to its dynamic shared memory, aligned to 16 bytes.
+#define AFA_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char afa_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(afa_dynamic_shared)
 #endif
+
+#include <tuple>
+#include <type_traits>
 
 #include "common/geometry.h"
 
@@ -91,6 +104,66 @@ void with_type(Kind kind, const F& f) {
       break;
   }
 }
+
+// Beyond this much, dynamic shared memory has to be asked for, kernel by kernel.
+constexpr size_t kFreeSharedBytes = 48 << 10;
+
+template <typename... Parameters>
+void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+  if (bytes <= kFreeSharedBytes) return;
+  cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(bytes));
+}
+
+// The most dynamic shared memory that a block can have on the current device.
+inline size_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return static_cast<size_t>(bytes);
+}
+
+// How many blocks of a kernel the current device can run at once; 0 if not one fits.
+template <typename... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
+  allow_shared(kernel, shared_bytes);
+  int device = 0, processors = 0, blocks = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads,
+                                                shared_bytes);
+  return int64_t{processors} * blocks;
+}
+
+#ifdef AFA_CUDA_ON_HOST
+using ::cuda_on_host::grid_sync;
+#else
+// All threads of the grid of a cooperative launch meet here; what they wrote before, all see after.
+__device__ inline void grid_sync() {
+  cooperative_groups::this_grid().sync();
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_shared(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                   const Arguments&... arguments) {
+  allow_shared(kernel, shared_bytes);
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                        void* stream, const Arguments&... arguments) {
+  allow_shared(kernel, shared_bytes);
+  std::tuple<std::remove_cv_t<Parameters>...> values(arguments...);
+  std::apply(
+      [&](auto&... value) {
+        void* pointers[] = {&value...};
+        cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
+                                    shared_bytes, static_cast<cudaStream_t>(stream));
+      },
+      values);
+}
+#endif
 
 inline const char* launch_error() {
   const cudaError_t status = cudaGetLastError();

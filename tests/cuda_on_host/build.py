@@ -17,6 +17,9 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_on_host"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+# For the .cu files where nothing is sanitized: calls before each access, to the functions of memory_check.cpp.
+CHECKED = ["-fsanitize=thread,alignment,bounds"]
+RUNTIME = [HERE / "cuda_on_host.cpp", HERE / "memory_check.cpp"]
 
 
 @cache
@@ -51,7 +54,9 @@ def compile_objects(sources: Sequence[Path], folder: Path, flags: Sequence[str])
         if target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
             return str(target)
         unfinished = target.with_suffix(".new")
-        subprocess.run([*common, *flags, "-x", "c++", "-c", str(source), "-o", str(unfinished)], check=True)
+        checked = CHECKED if source.suffix == ".cu" and not set(SANITIZE) & set(flags) else []
+        command = [*common, *flags, *checked, "-x", "c++", "-c", str(source), "-o", str(unfinished)]
+        subprocess.run(command, check=True)
         if source.suffix == ".cu":  # whose only variables that start as zeros are in shared memory
             subprocess.run(["objcopy", "--rename-section", ".bss=afa_shared", str(unfinished)], check=True)
         unfinished.rename(target)
@@ -78,7 +83,7 @@ def compile_operators(sanitize: bool, registration: Sequence[str]) -> tuple[list
     flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DAFA_SIMD=baseline", *extra]
     flags += [f"-isystem{path}" for path in include_paths()]
     # The SIMD files are never called in this build, but the host code names them.
-    sources = sorted({*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu"), HERE / "cuda_on_host.cpp"} - {CSRC / "ops.cpp"})
+    sources = sorted({*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu"), *RUNTIME} - {CSRC / "ops.cpp"})
     objects = compile_objects(sources, folder, [*flags, "-DAFA_CUDA_ON_HOST"])
     kind = folder / ("library" if "-DAFA_CUDA_ON_HOST" in registration else "module")
     objects += compile_objects([CSRC / "ops.cpp"], kind, [*flags, *registration])
@@ -113,9 +118,9 @@ def build_package(sanitize: bool = False) -> Path:
     return package.parent
 
 
-def build_program(source: Path) -> Path:
-    """A program of one .cu file with a main, sanitized."""
-    objects = compile_objects(
-        [source, HERE / "cuda_on_host.cpp"], BUILD / source.stem, ["-DAFA_CUDA_ON_HOST", *SANITIZE]
-    )
-    return link(objects, BUILD / source.stem / source.stem, *SANITIZE)
+def build_program(source: Path, sanitize: bool) -> Path:
+    """A program of one .cu file with a main."""
+    extra = SANITIZE if sanitize else []
+    folder = BUILD / f"{source.stem}-{'sanitized' if sanitize else 'plain'}"
+    objects = compile_objects([source, *RUNTIME], folder, ["-DAFA_CUDA_ON_HOST", *extra])
+    return link(objects, folder / source.stem, "-ldl", *extra)

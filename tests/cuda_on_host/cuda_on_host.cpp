@@ -1,12 +1,16 @@
 // The threads, blocks and orders of cuda_on_host.h.
 #include "cuda_on_host.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdarg>
+#include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -16,22 +20,38 @@
 #include <utility>
 #include <vector>
 
+#include "device.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Where the linker has put the shared memory of all kernels.
-extern "C" __attribute__((visibility("hidden"))) char __start_afa_shared[], __stop_afa_shared[];
+// Where the linker has put the static shared memory of all kernels.
+extern "C" __attribute__((visibility("hidden"), weak)) char __start_afa_shared[], __stop_afa_shared[];
 
 namespace cuda_on_host {
 
-dim3 grid_size, block_size;
-uint3 block_index, thread_index;
+Position position;
+Running running;
+thread_local bool in_kernel = false;
+Range dynamic_part, dynamic_arena;
+
+Range static_shared() {
+  return {__start_afa_shared, __stop_afa_shared};
+}
+
+std::string thread_name(uint32_t block, uint32_t thread) {
+  const dim3 b = position.block, g = position.grid;
+  std::ostringstream text;
+  text << "thread (" << thread % b.x << ", " << thread / b.x % b.y << ", " << thread / (b.x * b.y)
+       << ") of block (" << block % g.x << ", " << block / g.x % g.y << ", " << block / (g.x * g.y) << ")";
+  return text.str();
+}
 
 namespace {
 
-// What AddressSanitizer must know of a fiber.
+// What AddressSanitizer must know of a fiber, and of dynamic shared memory.
 #ifdef __SANITIZE_ADDRESS__
 void forget_frames(const char* stack, size_t size) {
   __asan_unpoison_memory_region(stack, size);
@@ -42,37 +62,77 @@ void leave_stack(void** keep, const void* to, size_t size) {
 void enter_stack(void* kept, const void** from, size_t* size) {
   __sanitizer_finish_switch_fiber(kept, from, size);
 }
+void allow_access(Range all, Range part) {
+  __asan_poison_memory_region(all.begin, all.end - all.begin);
+  __asan_unpoison_memory_region(part.begin, part.end - part.begin);
+}
 #else
 void forget_frames(const char*, size_t) {}
 void leave_stack(void**, const void*, size_t) {}
 void enter_stack(void*, const void**, size_t*) {}
+void allow_access(Range, Range) {}
 #endif
 
-// All bits set: NaN in every floating type, -1 in the integers. Through the red zones too, unchecked.
-__attribute__((no_sanitize("address", "undefined"))) void fill_shared_memory() {
-  volatile char* at = __start_afa_shared;
-  for (; at + 8 <= __stop_afa_shared; at += 8) *reinterpret_cast<volatile uint64_t*>(at) = ~uint64_t{0};
-  for (; at < __stop_afa_shared; ++at) *at = '\xff';
+// Through the red zones too, unchecked: not by memcpy, which AddressSanitizer replaces.
+__attribute__((no_sanitize("address", "undefined"))) void copy(const char* from, char* to, size_t size) {
+  size_t n = 0;
+  for (; n + 8 <= size; n += 8) {
+    *reinterpret_cast<volatile uint64_t*>(to + n) = *reinterpret_cast<const volatile uint64_t*>(from + n);
+  }
+  for (; n < size; ++n) *static_cast<volatile char*>(to + n) = from[n];
+}
+// With all bits set: NaN in every floating type, -1 in the integers.
+__attribute__((no_sanitize("address", "undefined"))) void fill(Range range) {
+  char* at = const_cast<char*>(range.begin);
+  for (; at + 8 <= range.end; at += 8) *reinterpret_cast<volatile uint64_t*>(at) = ~uint64_t{0};
+  for (; at < range.end; ++at) *static_cast<volatile char*>(at) = '\xff';
+}
+
+char* map_memory(size_t size) {
+  void* memory =
+      mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<char*>(memory);
 }
 
 // A stack, with a page below it that must not be touched.
 struct Fiber {
   static constexpr size_t kStack = 256 << 10, kGuard = 64 << 10;
 
-  Fiber() {
-    void* memory = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE) != 0) throw std::bad_alloc();
-    stack = static_cast<char*>(memory) + kGuard;
+  Fiber() : stack(map_memory(kGuard + kStack) + kGuard) {
+    if (mprotect(stack - kGuard, kGuard, PROT_NONE) != 0) throw std::bad_alloc();
   }
   Fiber(const Fiber&) = delete;
 
   char* stack;
   ucontext_t context;
+  jmp_buf at;  // where it goes on; unlike swapcontext, this asks nothing of the kernel
+  bool started = false;
   void* asan_frames = nullptr;
 };
 
 enum class Order { forward, backward, shuffled, any };
+enum class State { fresh, ready, at_barrier, at_warp, at_grid, ended };
+
+struct Thread {
+  State state = State::fresh;
+  Fiber* fiber = nullptr;
+  Place place{};
+  unsigned mask = 0;    // of the meeting of a warp
+  bool orders = false;  // whether that also orders memory accesses, as __syncwarp does and a shuffle does not
+  uint64_t value = 0;   // given there
+};
+
+struct Block {
+  unsigned number = 0;
+  uint32_t epoch = 0;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<unsigned> order;  // in which the threads run
+  size_t started = 0, ended = 0;
+  int votes = 0, last_votes = 0;
+  std::vector<char> shared;  // while other blocks of a cooperative launch run
+};
 
 class Device {
  public:
@@ -94,49 +154,141 @@ class Device {
   }
 
   cudaError_t take_error() { return std::exchange(error_, cudaSuccess); }
+  cudaError_t error(cudaError_t error) { return error_ = error; }
 
-  void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+  cudaError_t set_most_shared(const void* kernel, int bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (bytes < 0 || bytes > kMostSharedBytes) return error(cudaErrorInvalidValue);
+    most_shared_[kernel] = static_cast<size_t>(bytes);
+    return cudaSuccess;
+  }
+
+  void launch(const Launch& launch, const std::function<void()>& kernel) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!launchable(launch)) return;
+    position.grid = launch.grid;
+    position.block = launch.block;
+    kernel_ = &kernel;
+    name_ = launch.name;
+    cooperative_ = launch.cooperative;
+    now_ = order_ == Order::any ? static_cast<Order>(random_() % 3) : order_;
+    // Aligned to 16 bytes as promised, and to no more.
+    dynamic_part.begin = dynamic_arena.begin + kZone + 16;
+    dynamic_part.end = dynamic_part.begin + launch.shared_bytes;
+    allow_access(dynamic_arena, dynamic_part);
+    ++running.period;
+    std::vector<unsigned> order(size_t{launch.grid.x} * launch.grid.y * launch.grid.z);
+    start_memory_check();
+    arrange(order);
+    in_kernel = true;
+    const char here = 0;
+    running.host_stack = &here - kNear;
+    running.host_stack_end = &here + kNear;
+    try {
+      cooperative_ ? run_together(order) : run_in_turn(order);
+    } catch (...) {
+      in_kernel = false;
+      release_fibers();
+      throw;
+    }
+    in_kernel = false;
+  }
+
+  void block_barrier(const Place& place) { wait(State::at_barrier, place); }
+
+  int block_vote(const Place& place, bool predicate) {
+    block_->votes += predicate;
+    Block* const block = block_;
+    wait(State::at_barrier, place);
+    return block->last_votes;
+  }
+
+  void grid_barrier(const Place& place) {
+    if (!cooperative_) fail("grid_sync in a kernel not launched by AFA_LAUNCH_COOPERATIVE");
+    wait(State::at_grid, place);
+  }
+
+  void warp_barrier(const Place& place, unsigned mask, bool orders) {
+    const unsigned self = thread_ % 32;
+    if ((mask >> self & 1) == 0) {
+      fail("%s by lane %u, which is not in the mask %#x, at %s:%d", place.what, self, mask, place.file,
+           place.line);
+    }
+    own().mask = mask;
+    own().orders = orders;
+    own().state = State::at_warp;
+    own().place = place;
+    if (!meet(thread_)) suspend();
+  }
+
+  // Returns which lanes gave one.
+  unsigned warp_give(const Place& place, unsigned mask, uint64_t value, uint64_t (&values)[32]) {
+    const unsigned first = thread_ / 32 * 32;
+    own().value = value;
+    warp_barrier(place, mask, false);
+    unsigned given = 0;
+    for (unsigned l = 0; l < lanes(first); ++l) {
+      const Thread& thread = block_->threads[first + l];
+      if ((mask >> l & 1) == 0 || thread.state == State::ended) continue;
+      given |= 1u << l;
+      values[l] = thread.value;
+    }
+    warp_barrier(place, mask, false);  // nobody gives the next one before all have taken this one
+    return given;
+  }
+
+  uint64_t warp_take(const Place& place, unsigned mask, uint64_t value, int source) {
+    uint64_t values[32];
+    const unsigned given = warp_give(place, mask, value, values);
+    if (source < 0 || source > 31 || (given >> source & 1) == 0) {
+      fail("%s takes the value of lane %d, which gives none (mask %#x), at %s:%d", place.what, source, mask,
+           place.file, place.line);
+    }
+    return values[source];
+  }
+
+  [[noreturn]] void fail_with(const std::string& text) {
+    const std::string whole = std::string("kernel ") + name_ + ": " + text +
+                              (running_ == nullptr ? "" : "; " + thread_name(running.block, running.thread));
+    if (running_ == nullptr) throw std::runtime_error(whole);
+    failure_ = whole;
+    leave_stack(nullptr, scheduler_stack_, scheduler_size_);
+    switch_to_scheduler();
+  }
+
+  int lane() const { return static_cast<int>(thread_ % 32); }
+
+ private:
+  static constexpr size_t kZone = 4 << 10, kNear = 64 << 10;
+
+  Device() {
+    const char* order = std::getenv("AFA_CUDA_ON_HOST_ORDER");
+    set_order(order == nullptr ? "" : order);
+    const size_t size = kMostSharedBytes + 2 * kZone;
+    dynamic_arena.begin = map_memory(size);
+    dynamic_arena.end = dynamic_arena.begin + size;
+  }
+
+  bool launchable(const Launch& launch) {
+    const dim3 grid = launch.grid, block = launch.block;
     const bool empty =
         grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0;
     const bool grid_fits = grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16;
     const bool block_fits =
         block.x <= 1024 && block.y <= 1024 && block.z <= 64 && uint64_t{block.x} * block.y * block.z <= 1024;
+    const auto allowed = most_shared_.find(launch.kernel);
+    const size_t most =
+        allowed == most_shared_.end() ? 48 << 10 : std::max<size_t>(allowed->second, 48 << 10);
     if (empty || !grid_fits || !block_fits) {
       error_ = cudaErrorInvalidConfiguration;
-      return;
+    } else if (launch.shared_bytes > most) {
+      error_ = cudaErrorInvalidValue;
+    } else if (launch.cooperative && uint64_t{grid.x} * grid.y * grid.z > kProcessors * kBlocksPerProcessor) {
+      error_ = cudaErrorCooperativeLaunchTooLarge;
+    } else {
+      return true;
     }
-    grid_size = grid;
-    block_size = block;
-    kernel_ = &kernel;
-    now_ = order_ == Order::any ? static_cast<Order>(random_() % 3) : order_;
-    std::vector<unsigned> blocks(size_t{grid.x} * grid.y * grid.z);
-    arrange(blocks);
-    for (unsigned index : blocks) {
-      block_index = {index % grid.x, index / grid.x % grid.y, index / (grid.x * grid.y)};
-      run_block();
-    }
-  }
-
-  void barrier(const char* file, int line) {
-    waiting_.push_back({running_, thread_, file, line});
-    Fiber& fiber = *running_;
-    leave_stack(&fiber.asan_frames, scheduler_stack_, scheduler_size_);
-    swapcontext(&fiber.context, &scheduler_);
-    enter_stack(fiber.asan_frames, &scheduler_stack_, &scheduler_size_);
-  }
-
- private:
-  struct Waiting {
-    Fiber* fiber;
-    unsigned thread;
-    const char* file;
-    int line;
-  };
-
-  Device() {
-    const char* order = std::getenv("AFA_CUDA_ON_HOST_ORDER");
-    set_order(order == nullptr ? "" : order);
+    return false;
   }
 
   // Fills `indices` with 0, 1, 2, ... in the order of this launch.
@@ -146,90 +298,299 @@ class Device {
     if (now_ == Order::shuffled) std::shuffle(indices.begin(), indices.end(), random_);
   }
 
+  Thread& own() { return block_->threads[thread_]; }
+
   void become(unsigned thread) {
+    const dim3 block = position.block;
     thread_ = thread;
-    thread_index = {thread % block_size.x, thread / block_size.x % block_size.y,
-                    thread / (block_size.x * block_size.y)};
+    position.thread_index = {thread % block.x, thread / block.x % block.y, thread / (block.x * block.y)};
+    running.thread = thread;
+    running.warp = &block_->warps[thread / 32];
   }
 
-  void run_block() {
-    fill_shared_memory();
-    threads_.resize(block_size.x * block_size.y * block_size.z);
-    arrange(threads_);
-    started_ = ended_ = 0;
-    waiting_.clear();
-    // As far as the first barrier: a fiber runs thread after thread, and stays with the one that waits.
-    for (size_t used = 0; started_ < threads_.size(); ++used) {
-      if (used == fibers_.size()) fibers_.emplace_back();
-      Fiber& fiber = fibers_[used];
-      forget_frames(fiber.stack, Fiber::kStack);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack;
-      fiber.context.uc_stack.ss_size = Fiber::kStack;
-      fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, &Device::enter, 0);
-      resume(fiber);
+  void start(Block& block, unsigned number) {
+    const unsigned size = position.block.x * position.block.y * position.block.z;
+    block.number = number;
+    block.epoch = ++epochs_;
+    block.threads.assign(size, Thread{});
+    block.warps.assign((size + 31) / 32, Warp{});
+    block.order.resize(size);
+    arrange(block.order);
+    block.started = block.ended = 0;
+    block.votes = 0;
+    fill(static_shared());
+    fill(dynamic_part);
+  }
+
+  void enter(Block& block) {
+    const dim3 grid = position.grid;
+    block_ = &block;
+    position.block_index = {block.number % grid.x, block.number / grid.x % grid.y,
+                            block.number / (grid.x * grid.y)};
+    running.block = block.number;
+    running.place = cooperative_ ? block.number : 0;
+    running.epoch = block.epoch;
+  }
+
+  void run_in_turn(const std::vector<unsigned>& order) {
+    Block block;
+    for (unsigned number : order) {
+      start(block, number);
+      enter(block);
+      run(block);
     }
-    while (!waiting_.empty()) {  // from barrier to barrier
-      check_barrier();
-      std::vector<Waiting> waiting(waiting_.size());
-      for (const Waiting& w : waiting_) waiting[w.thread] = w;
-      waiting_.clear();
-      arrange(threads_);
-      for (unsigned thread : threads_) {
-        become(thread);
-        resume(*waiting[thread].fiber);
+  }
+
+  // All blocks from one meeting to the next, each with shared memory of its own.
+  void run_together(std::vector<unsigned>& order) {
+    std::deque<Block> blocks(order.size());
+    const Range fixed = static_shared();
+    const size_t fixed_size = static_cast<size_t>(fixed.end - fixed.begin);
+    const size_t dynamic_size = static_cast<size_t>(dynamic_part.end - dynamic_part.begin);
+    for (bool first = true;; first = false) {
+      size_t ended = 0;
+      for (unsigned number : order) {
+        Block& block = blocks[number];
+        if (first) {
+          start(block, number);
+          block.shared.resize(fixed_size + dynamic_size);
+        } else {
+          copy(block.shared.data(), const_cast<char*>(fixed.begin), fixed_size);
+          copy(block.shared.data() + fixed_size, const_cast<char*>(dynamic_part.begin), dynamic_size);
+        }
+        enter(block);
+        run(block);
+        copy(fixed.begin, block.shared.data(), fixed_size);
+        copy(dynamic_part.begin, block.shared.data() + fixed_size, dynamic_size);
+        ended += block.ended > 0;
+      }
+      if (ended == blocks.size()) return;
+      const auto waiting =
+          std::find_if(blocks.begin(), blocks.end(), [](const Block& block) { return block.ended == 0; });
+      const Thread& place = waiting->threads[0];
+      if (ended > 0) {
+        std::ostringstream text;
+        text << ended << " of " << blocks.size() << " blocks have ended, the others wait";
+        stuck(text.str(), place);
+      }
+      for (const Block& block : blocks) {
+        if (same_place(block.threads[0], place)) continue;
+        stuck("blocks wait at " + place_name(block.threads[0]) + " and", place);
+      }
+      ++running.period;
+      arrange(order);
+      for (Block& block : blocks) release(block);
+    }
+  }
+
+  // As far as the threads of a block come: to their end, or to a meeting of the grid.
+  void run(Block& block) {
+    for (;;) {
+      for (bool progress = true; progress;) {
+        progress = false;
+        for (unsigned thread : block.order) {
+          const State state = block.threads[thread].state;
+          if (state != State::fresh && state != State::ready) continue;
+          progress = true;
+          state == State::fresh ? run_fresh() : run_further(thread);
+        }
+      }
+      if (block.ended == block.threads.size()) return;
+      const Thread& first = *std::find_if(block.threads.begin(), block.threads.end(),
+                                          [](const Thread& thread) { return thread.state != State::ended; });
+      if (block.ended > 0) {
+        std::ostringstream text;
+        text << block.ended << " of a block's " << block.threads.size()
+             << " threads have ended, the others wait";
+        stuck(text.str(), first);
+      }
+      for (const Thread& thread : block.threads) {
+        if (!same_place(thread, first))
+          stuck("threads of a block wait at " + place_name(thread) + " and", first);
+      }
+      if (first.state == State::at_grid) return;
+      if (first.state == State::at_warp) stuck("not all lanes of a mask have come", first);
+      block.last_votes = std::exchange(block.votes, 0);
+      release(block);
+      running.epoch = block.epoch;
+    }
+  }
+
+  // From a barrier that all threads have come to.
+  void release(Block& block) {
+    block.epoch = ++epochs_;
+    for (Thread& thread : block.threads) thread.state = State::ready;
+    arrange(block.order);
+  }
+
+  static bool same_place(const Thread& a, const Thread& b) {
+    return a.state == b.state && a.place.line == b.place.line && std::string(a.place.file) == b.place.file;
+  }
+
+  static std::string place_name(const Thread& thread) {
+    return std::string(thread.place.file) + ":" + std::to_string(thread.place.line);
+  }
+
+  [[noreturn]] void stuck(const std::string& what, const Thread& waiting) const {
+    throw std::runtime_error(std::string("kernel ") + name_ + ": divergent barrier: " + what + " at " +
+                             place_name(waiting) + " (" + waiting.place.what + ")");
+  }
+
+  unsigned lanes(unsigned first) const {
+    return std::min<unsigned>(32, static_cast<unsigned>(block_->threads.size()) - first);
+  }
+
+  // Makes the lanes of a mask that this thread waits with ready, if all that have not ended have come.
+  bool meet(unsigned waiting) {
+    Block& block = *block_;
+    const unsigned first = waiting / 32 * 32;
+    const Thread self = block.threads[waiting];
+    std::array<uint32_t, 32> known{};
+    Warp& warp = block.warps[waiting / 32];
+    for (unsigned l = 0; l < lanes(first); ++l) {
+      const Thread& thread = block.threads[first + l];
+      if ((self.mask >> l & 1) == 0 || thread.state == State::ended) continue;
+      if (!same_place(thread, self) || thread.mask != self.mask) return false;
+      for (unsigned n = 0; n < 32; ++n) known[n] = std::max(known[n], warp.clocks[l][n]);
+    }
+    if (self.orders) {
+      ++warp.meetings;
+      for (unsigned l = 0; l < 32; ++l) {
+        if ((self.mask >> l & 1) != 0) known[l] = warp.meetings;
       }
     }
+    for (unsigned l = 0; l < lanes(first); ++l) {
+      Thread& thread = block.threads[first + l];
+      if ((self.mask >> l & 1) == 0 || thread.state == State::ended) continue;
+      thread.state = State::ready;
+      if (self.orders) warp.clocks[l] = known;
+    }
+    return true;
   }
 
-  void check_barrier() const {
-    const Waiting& first = waiting_.front();
-    std::ostringstream text;
-    if (ended_ > 0) {
-      text << "divergent barrier: " << ended_ << " of a block's " << threads_.size()
-           << " threads have ended, the others wait at " << first.file << ":" << first.line;
-      throw std::runtime_error(text.str());
+  // The thread has ended: those of its warp that waited for it alone go on.
+  void leave_warp() {
+    const unsigned first = thread_ / 32 * 32;
+    for (unsigned l = 0; l < lanes(first); ++l) {
+      if (block_->threads[first + l].state == State::at_warp) meet(first + l);
     }
-    for (const Waiting& w : waiting_) {
-      if (w.line == first.line && std::string(w.file) == first.file) continue;
-      text << "divergent barrier: threads of a block wait at " << first.file << ":" << first.line
-           << " and at " << w.file << ":" << w.line;
-      throw std::runtime_error(text.str());
-    }
+  }
+
+  void wait(State state, const Place& place) {
+    Thread& thread = own();
+    thread.state = state;
+    thread.place = place;
+    suspend();
+  }
+
+  // ---- fibers ----
+
+  // Runs threads that have not begun, in order; the fiber stays with the first one that waits.
+  void run_fresh() {
+    if (free_fibers_.empty()) free_fibers_.push_back(&fibers_.emplace_back());
+    Fiber& fiber = *free_fibers_.back();
+    free_fibers_.pop_back();
+    forget_frames(fiber.stack, Fiber::kStack);
+    fiber.started = false;
+    resume(fiber);
+  }
+
+  void run_further(unsigned thread) {
+    become(thread);
+    resume(*own().fiber);
   }
 
   void resume(Fiber& fiber) {
     running_ = &fiber;
+    running.stack = fiber.stack;
+    running.stack_end = fiber.stack + Fiber::kStack;
     void* frames = nullptr;
     leave_stack(&frames, fiber.stack, Fiber::kStack);
-    swapcontext(&scheduler_, &fiber.context);
+    switch_to(fiber);
     enter_stack(frames, nullptr, nullptr);
+    running_ = nullptr;
+    if (!failure_.empty()) throw std::runtime_error(std::exchange(failure_, std::string()));
   }
 
-  static void enter() { instance().run_threads(); }
+  void suspend() {
+    Fiber& fiber = *running_;
+    own().fiber = &fiber;
+    leave_stack(&fiber.asan_frames, scheduler_stack_, scheduler_size_);
+#ifdef __SANITIZE_ADDRESS__
+    swapcontext(&fiber.context, &scheduler_);
+#else
+    if (_setjmp(fiber.at) == 0) _longjmp(scheduler_at_, 1);
+#endif
+    enter_stack(fiber.asan_frames, &scheduler_stack_, &scheduler_size_);
+  }
+
+  void switch_to(Fiber& fiber) {
+    const bool started = std::exchange(fiber.started, true);
+    if (!started) {
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack;
+      fiber.context.uc_stack.ss_size = Fiber::kStack;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Device::begin, 0);
+    }
+#ifdef __SANITIZE_ADDRESS__
+    swapcontext(&scheduler_, &fiber.context);
+#else
+    if (_setjmp(scheduler_at_) != 0) return;
+    if (started) _longjmp(fiber.at, 1);
+    setcontext(&fiber.context);
+#endif
+  }
+
+  [[noreturn]] void switch_to_scheduler() {
+#ifdef __SANITIZE_ADDRESS__
+    setcontext(&scheduler_);
+#else
+    _longjmp(scheduler_at_, 1);
+#endif
+    std::abort();
+  }
+
+  static void begin() { instance().run_threads(); }
 
   void run_threads() {
     enter_stack(nullptr, &scheduler_stack_, &scheduler_size_);
-    while (started_ < threads_.size()) {
-      become(threads_[started_++]);
+    Fiber* const fiber = running_;
+    while (block_->started < block_->threads.size()) {
+      become(block_->order[block_->started++]);
+      own().fiber = fiber;
       (*kernel_)();
-      ++ended_;
+      own().state = State::ended;
+      ++block_->ended;
+      leave_warp();
     }
+    free_fibers_.push_back(fiber);
     leave_stack(nullptr, scheduler_stack_, scheduler_size_);
+    switch_to_scheduler();
+  }
+
+  void release_fibers() {
+    free_fibers_.clear();
+    for (Fiber& fiber : fibers_) free_fibers_.push_back(&fiber);
+    running_ = nullptr;
   }
 
   std::mutex mutex_;
   cudaError_t error_ = cudaSuccess;
   Order order_ = Order::any, now_ = Order::forward;
   std::mt19937_64 random_;
+  std::map<const void*, size_t> most_shared_;
   const std::function<void()>* kernel_ = nullptr;
-  std::deque<Fiber> fibers_;
-  std::vector<unsigned> threads_;  // in the order they run
-  size_t started_ = 0, ended_ = 0;
+  const char* name_ = "";
+  bool cooperative_ = false;
+  uint32_t epochs_ = 0;
+  Block* block_ = nullptr;
   unsigned thread_ = 0;
-  std::vector<Waiting> waiting_;
+  std::deque<Fiber> fibers_;
+  std::vector<Fiber*> free_fibers_;
   Fiber* running_ = nullptr;
+  std::string failure_;
+  jmp_buf scheduler_at_;
   ucontext_t scheduler_;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_size_ = 0;
@@ -237,12 +598,40 @@ class Device {
 
 }  // namespace
 
-void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
-  Device::instance().launch(grid, block, kernel);
+void launch(const Launch& launch, const std::function<void()>& kernel) {
+  Device::instance().launch(launch, kernel);
 }
-
-void barrier(const char* file, int line) {
-  Device::instance().barrier(file, line);
+void block_barrier(const Place& place) {
+  Device::instance().block_barrier(place);
+}
+int block_vote(const Place& place, bool predicate) {
+  return Device::instance().block_vote(place, predicate);
+}
+void grid_barrier(const Place& place) {
+  Device::instance().grid_barrier(place);
+}
+void warp_barrier(const Place& place, unsigned mask) {
+  Device::instance().warp_barrier(place, mask, true);
+}
+unsigned warp_give(const Place& place, unsigned mask, uint64_t value, uint64_t (&values)[32]) {
+  return Device::instance().warp_give(place, mask, value, values);
+}
+uint64_t warp_take(const Place& place, unsigned mask, uint64_t value, int source) {
+  return Device::instance().warp_take(place, mask, value, source);
+}
+int lane() {
+  return Device::instance().lane();
+}
+void* dynamic_shared() {
+  return const_cast<char*>(dynamic_part.begin);
+}
+void fail(const char* format, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof(text), format, arguments);
+  va_end(arguments);
+  Device::instance().fail_with(text);
 }
 
 }  // namespace cuda_on_host
@@ -253,10 +642,57 @@ extern "C" __attribute__((visibility("default"))) void cuda_on_host_order(const 
   cuda_on_host::Device::instance().set_order(name);
 }
 
+// ---- the CUDA runtime's functions that the project calls ----
+
 cudaError_t cudaGetLastError() {
   return cuda_on_host::Device::instance().take_error();
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "no error";
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
+    default:
+      return "another error";
+  }
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_on_host::kProcessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = cuda_on_host::kMostSharedBytes;
+      return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 1;
+      return cudaSuccess;
+    default:
+      return cuda_on_host::Device::instance().error(cudaErrorInvalidValue);
+  }
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  auto& device = cuda_on_host::Device::instance();
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return device.error(cudaErrorInvalidValue);
+  return device.set_most_shared(kernel, value);
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
+                                                          size_t shared_bytes) {
+  const bool fits = threads > 0 && threads <= 1024 && shared_bytes <= cuda_on_host::kMostSharedBytes;
+  *blocks = fits ? cuda_on_host::kBlocksPerProcessor : 0;
+  return cudaSuccess;
 }

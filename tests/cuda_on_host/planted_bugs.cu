@@ -12,6 +12,8 @@ extern "C" void cuda_on_host_order(const char* name);
 
 namespace {
 
+using afa::grid_sync;
+
 constexpr int kSize = 64;   // threads of a block, and values it handles
 constexpr int kBlocks = 4;  // so that an output has kBlocks * kSize values
 constexpr int kHalf = kSize / 2;
@@ -78,13 +80,14 @@ __global__ void shared_of_another_block(const float* in, float* out) {
 template <bool RIGHT>
 __global__ void never_written_shared(const float* in, float* out) {
   __shared__ float scale[2];
-  if (RIGHT) scale[threadIdx.x % 2] = 2;
+  if (RIGHT && threadIdx.x < 2) scale[threadIdx.x] = 2;
   __syncthreads();
   out[item()] = scale[threadIdx.x % 2] * in[item()];
 }
 
 // Not seen through by the compiler, which would find the end of an array by itself.
-__attribute__((noinline)) float* element(float* first, unsigned index) {
+template <typename T>
+__attribute__((noinline)) T* element(T* first, unsigned index) {
   return first + index;
 }
 
@@ -169,6 +172,107 @@ __global__ void beyond_the_grid(const float* in, float* out, int64_t count) {
   }
 }
 
+// Four values at once. Wrong: from an address that is not a multiple of 16.
+template <bool RIGHT>
+__global__ void misaligned_vector(const float* in, float* out) {
+  if (threadIdx.x >= kSize / 4) return;
+  const float4* from = reinterpret_cast<const float4*>(element(in, blockIdx.x * kSize + (RIGHT ? 0 : 1)));
+  const float4 value = from[threadIdx.x % (kSize / 4 - 1)];
+  reinterpret_cast<float4*>(out + blockIdx.x * kSize)[threadIdx.x] = value;
+}
+
+// The same through the read-only cache.
+template <bool RIGHT>
+__global__ void misaligned_ldg(const float* in, float* out) {
+  if (threadIdx.x >= kSize / 4) return;
+  const float4* from = reinterpret_cast<const float4*>(element(in, blockIdx.x * kSize + (RIGHT ? 0 : 2)));
+  const float4 value = __ldg(from + threadIdx.x % (kSize / 4 - 1));
+  out[item()] = value.x + value.w;
+}
+
+// A reverse in dynamic shared memory. Wrong: the last value past its end.
+template <bool RIGHT>
+__global__ void dynamic_overflow(const float* in, float* out) {
+  AFA_DYNAMIC_SHARED(float, tile);
+  tile[threadIdx.x + (RIGHT ? 0 : 1)] = in[item()];
+  __syncthreads();
+  out[item()] = tile[kSize - 1 - threadIdx.x];
+}
+
+// A constant in dynamic shared memory. Wrong: never set.
+template <bool RIGHT>
+__global__ void unwritten_dynamic(const float* in, float* out) {
+  AFA_DYNAMIC_SHARED(float, scale);
+  if (RIGHT && threadIdx.x == 0) scale[kSize - 1] = 2;
+  __syncthreads();
+  out[item()] = scale[kSize - 1] * in[item()];
+}
+
+// A reverse in dynamic shared memory. Wrong: no barrier.
+template <bool RIGHT>
+__global__ void missing_barrier_dynamic(const float* in, float* out) {
+  AFA_DYNAMIC_SHARED(float, tile);
+  tile[threadIdx.x] = in[item()];
+  if (RIGHT) __syncthreads();
+  out[item()] = tile[kSize - 1 - threadIdx.x];
+}
+
+// A reverse within warps. Wrong: the lanes don't wait for each other.
+template <bool RIGHT>
+__global__ void missing_syncwarp(const float* in, float* out) {
+  __shared__ float tile[kSize];
+  tile[threadIdx.x] = in[item()];
+  if (RIGHT) __syncwarp();
+  out[item()] = tile[threadIdx.x ^ 31];
+}
+
+// The sum of a warp's values, in each of its lanes. Wrong: by a mask of half the warp.
+template <bool RIGHT>
+__global__ void lane_not_in_mask(const float* in, float* out) {
+  float sum = in[item()];
+  for (int flip = 16; flip > 0; flip /= 2)
+    sum += __shfl_xor_sync(RIGHT ? 0xffffffffu : 0x0000ffffu, sum, flip);
+  out[item()] = sum;
+}
+
+// The value of a warp's first lane. Wrong: that lane takes no part.
+template <bool RIGHT>
+__global__ void absent_lane(const float* in, float* out) {
+  float value = in[item()];
+  if (RIGHT || threadIdx.x % 32 != 0) value = __shfl_sync(RIGHT ? 0xffffffffu : 0xfffffffeu, value, 0);
+  out[item()] = value;
+}
+
+// The sum by halves of the warp. Wrong: only one half comes, but the mask names both.
+template <bool RIGHT>
+__global__ void half_a_warp(const float* in, float* out) {
+  float sum = in[item()];
+  if (RIGHT || threadIdx.x % 32 < 16) {
+    sum += __shfl_down_sync(0xffffffffu, sum, 8, 16);
+  }
+  __syncthreads();
+  out[item()] = sum;
+}
+
+// All blocks write, then each takes what another wrote, twice over. Wrong: they don't wait for each other.
+template <bool RIGHT>
+__global__ void missing_grid_sync(const float* in, float* out) {
+  out[item()] = in[item()];
+  if (RIGHT) grid_sync();
+  __shared__ float kept;  // a block's own, also while the others run
+  if (threadIdx.x == 0) kept = out[(blockIdx.x + 1) % kBlocks * kSize];
+  grid_sync();
+  out[item()] = kept;
+}
+
+// Wrong: one block has gone.
+template <bool RIGHT>
+__global__ void grid_sync_without_a_block(const float* in, float* out) {
+  if (!RIGHT && blockIdx.x == 1) return;
+  grid_sync();
+  out[item()] = in[item()];
+}
+
 template <bool RIGHT>
 void run(const std::string& name, const float* in, float* out) {
 #define LAUNCH_IF(kernel)                                          \
@@ -190,7 +294,42 @@ void run(const std::string& name, const float* in, float* out) {
   LAUNCH_IF(barrier_in_a_branch)
   LAUNCH_IF(last_writer)
   LAUNCH_IF(race_between_blocks)
-  if (name == "beyond_the_grid") {
+  LAUNCH_IF(misaligned_vector)
+  LAUNCH_IF(misaligned_ldg)
+  LAUNCH_IF(missing_syncwarp)
+  LAUNCH_IF(lane_not_in_mask)
+  LAUNCH_IF(absent_lane)
+  LAUNCH_IF(half_a_warp)
+#define LAUNCH_SHARED_IF(kernel)                                                                 \
+  if (name == #kernel) {                                                                         \
+    AFA_LAUNCH_SHARED((kernel<RIGHT>), kBlocks, kSize, kSize * sizeof(float), nullptr, in, out); \
+    return;                                                                                      \
+  }
+  LAUNCH_SHARED_IF(dynamic_overflow)
+  LAUNCH_SHARED_IF(unwritten_dynamic)
+  LAUNCH_SHARED_IF(missing_barrier_dynamic)
+#define LAUNCH_COOPERATIVE_IF(kernel)                                             \
+  if (name == #kernel) {                                                          \
+    AFA_LAUNCH_COOPERATIVE((kernel<RIGHT>), kBlocks, kSize, 0, nullptr, in, out); \
+    return;                                                                       \
+  }
+  LAUNCH_COOPERATIVE_IF(missing_grid_sync)
+  LAUNCH_COOPERATIVE_IF(grid_sync_without_a_block)
+  if (name == "grid_sync_of_a_plain_launch") {
+    if (RIGHT) {
+      AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), kBlocks, kSize, 0, nullptr, in, out);
+    } else {
+      AFA_LAUNCH((grid_sync_without_a_block<true>), kBlocks, kSize, nullptr, in, out);
+    }
+  } else if (name == "more_blocks_than_resident") {
+    const int64_t most = afa::resident_blocks(grid_sync_without_a_block<true>, kSize, 0);
+    if (most < kBlocks) throw std::logic_error("the grid of the right kernel must fit");
+    const dim3 grid(static_cast<unsigned>(RIGHT ? kBlocks : most + 1));
+    AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), grid, kSize, 0, nullptr, in, out);
+  } else if (name == "too_much_shared_memory") {
+    const size_t bytes = afa::most_shared_bytes() + (RIGHT ? 0 : 1);
+    AFA_LAUNCH_SHARED((dynamic_overflow<true>), kBlocks, kSize, bytes, nullptr, in, out);
+  } else if (name == "beyond_the_grid") {
     const int64_t count = 3 * kBlocks * kSize;
     AFA_LAUNCH((beyond_the_grid<RIGHT>), afa::grid_for(count, 1), afa::kThreads, nullptr, in, out, count);
   } else if (name == "too_many_threads") {

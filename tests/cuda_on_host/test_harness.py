@@ -12,35 +12,59 @@ import pytest
 from . import build
 from .conftest import ORDERS
 
-# How the bug of each kernel shows: in the output (NaN in every order; not the same in every order; the same but
-# wrong), or as the error named.
+# How the bug of each kernel shows, first in the build whose every access is checked (memory_check.cpp), then under
+# AddressSanitizer: in the output (NaN in every order; not the same in every order; the same but wrong), or as the
+# error named. None: not at all, as the other build is there for it.
 NAN, ORDER, VALUE = "nan", "order", "value"
+SHARED_RACE = "race: static shared memory at byte"
+GLOBAL_RACE = "race: global memory at"
+OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
+DIVERGENT = "divergent barrier: "
 BUGS = {
-    "missing_barrier": NAN,
-    "race_in_one_order": ORDER,
-    "missing_second_barrier": ORDER,
-    "unwritten_shared": NAN,
-    "shared_of_another_block": NAN,
-    "never_written_shared": NAN,
-    "shared_overflow": "AddressSanitizer: global-buffer-overflow",
-    "shared_row_overflow": "index 32 out of bounds for type 'float [32]'",
-    "global_read_overflow": "AddressSanitizer: heap-buffer-overflow",
-    "global_write_underflow": "AddressSanitizer: heap-buffer-overflow",
-    "early_return": "divergent barrier: 32 of a block's 64 threads have ended, the others wait at ",
-    "barrier_in_a_branch": "divergent barrier: threads of a block wait at ",
-    "last_writer": ORDER,
-    "race_between_blocks": ORDER,
-    "beyond_the_grid": VALUE,
-    "too_many_threads": "invalid configuration argument",
-    "empty_grid": "invalid configuration argument",
+    "missing_barrier": (SHARED_RACE, NAN),
+    "race_in_one_order": (SHARED_RACE, ORDER),
+    "missing_second_barrier": (SHARED_RACE, ORDER),
+    "missing_barrier_dynamic": ("race: dynamic shared memory at byte", NAN),
+    "missing_syncwarp": (SHARED_RACE, NAN),
+    "last_writer": (GLOBAL_RACE, ORDER),
+    "race_between_blocks": (GLOBAL_RACE, ORDER),
+    "missing_grid_sync": (GLOBAL_RACE, ORDER),
+    "unwritten_shared": (NAN, NAN),
+    "shared_of_another_block": (NAN, NAN),
+    "never_written_shared": (NAN, NAN),
+    "unwritten_dynamic": (NAN, NAN),
+    "shared_overflow": (None, "AddressSanitizer: global-buffer-overflow"),
+    "shared_row_overflow": ("index 32 out of bounds for type 'float [32]'",) * 2,
+    "dynamic_overflow": ("out of bounds: byte 256 of 256 of dynamic", "AddressSanitizer: use-after-poison"),
+    "global_read_overflow": (None, OVERFLOW),
+    "global_write_underflow": (None, OVERFLOW),
+    "misaligned_vector": ("misaligned address",) * 2,
+    "misaligned_ldg": ("misaligned address",) * 2,
+    "early_return": (DIVERGENT + "32 of a block's 64 threads have ended, the others wait at ",) * 2,
+    "barrier_in_a_branch": (DIVERGENT + "threads of a block wait at ",) * 2,
+    "half_a_warp": (DIVERGENT + "threads of a block wait at ",) * 2,
+    "lane_not_in_mask": ("__shfl_xor_sync by lane 16, which is not in the mask 0xffff",) * 2,
+    "absent_lane": ("__shfl_sync takes the value of lane 0, which gives none (mask 0xfffffffe)",) * 2,
+    "grid_sync_without_a_block": (DIVERGENT + "1 of 4 blocks have ended, the others wait at ",) * 2,
+    "grid_sync_of_a_plain_launch": ("grid_sync in a kernel not launched by AFA_LAUNCH_COOPERATIVE",) * 2,
+    "beyond_the_grid": (VALUE, VALUE),
+    "too_many_threads": ("invalid configuration argument",) * 2,
+    "empty_grid": ("invalid configuration argument",) * 2,
+    "more_blocks_than_resident": ("too many blocks in cooperative launch",) * 2,
+    "too_much_shared_memory": ("invalid argument",) * 2,
 }
 
 
-@pytest.fixture(scope="session")
-def program() -> Path:
+def planted_bugs(sanitize: bool) -> Path:
     if build.cuda_headers() is None:
         pytest.skip("the CUDA toolkit's headers (cuda_fp16.h) are not installed")
-    return build.build_program(build.HERE / "planted_bugs.cu")
+    return build.build_program(build.HERE / "planted_bugs.cu", sanitize)
+
+
+@pytest.fixture(scope="session")
+def programs() -> tuple[Path, Path]:
+    """The planted bugs with each access checked, and under AddressSanitizer."""
+    return planted_bugs(sanitize=False), planted_bugs(sanitize=True)
 
 
 def run(program: Path, name: str, version: str, orders: Sequence[str] = ORDERS) -> tuple[list[str], str]:
@@ -50,29 +74,46 @@ def run(program: Path, name: str, version: str, orders: Sequence[str] = ORDERS) 
     return result.stdout.splitlines(), result.stderr if result.returncode else ""
 
 
+@pytest.mark.parametrize("sanitized", [False, True], ids=["checked", "sanitized"])
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_caught(name: str, program: Path) -> None:
+def test_planted_bug_is_caught(name: str, sanitized: bool, programs: tuple[Path, Path]) -> None:
+    program, expected = programs[sanitized], BUGS[name][sanitized]
     right, error = run(program, name, "right")
     assert not error
     assert len(right) == len(ORDERS)
     assert len(set(right)) == 1
     assert "nan" not in right[0]
+    if expected is None:
+        return
     wrong, error = run(program, name, "wrong")
-    assert bool(error) == (BUGS[name] not in (NAN, ORDER, VALUE)), error
-    if BUGS[name] == NAN:
+    assert bool(error) == (expected not in (NAN, ORDER, VALUE)), error
+    if expected == NAN:
         assert all("nan" in output for output in wrong)
-    elif BUGS[name] == ORDER:
+    elif expected == ORDER:
         assert len(set(wrong)) > 1
-    elif BUGS[name] == VALUE:
+    elif expected == VALUE:
         assert len(set(wrong)) == 1
         assert wrong[0] != right[0]
     else:
-        assert BUGS[name] in error
+        assert expected in error
 
 
-def test_one_order_alone_hides_a_race(program: Path) -> None:
+def test_every_planted_bug_is_caught_by_one_build() -> None:
+    assert all(plain or sanitized for plain, sanitized in BUGS.values())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", [name for name, (plain, _) in BUGS.items() if plain and plain.startswith("race")])
+def test_a_race_is_caught_in_any_order_and_named(name: str, order: str, programs: tuple[Path, Path]) -> None:
+    _, error = run(programs[0], name, "wrong", [order])
+    assert f"kernel ({name}<RIGHT>): race: " in error
+    assert error.count("planted_bugs.cu:") == 2  # the two lines of the source
+    assert error.count("thread (") == 2
+
+
+def test_one_order_alone_hides_a_race_from_the_output(programs: tuple[Path, Path]) -> None:
     name = "race_in_one_order"
-    right, _ = run(program, name, "right", ["forward"])
-    wrong, _ = run(program, name, "wrong", ["forward", "backward"])
+    right, _ = run(programs[1], name, "right", ["forward"])
+    wrong, _ = run(programs[1], name, "wrong", ["forward", "backward"])
     assert wrong[0] == right[0]
     assert "nan" in wrong[1]
