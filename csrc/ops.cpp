@@ -215,6 +215,7 @@ pybind11::list launch_plans(int arch) {
     entry["kernel"] = kernel->name;
     entry["variants"] = std::vector<std::string>(kernel->variants, kernel->variants + kernel->count);
     entry["times_chosen"] = afa::times_chosen(*kernel);
+    entry["last_items"] = afa::last_items(*kernel);
     entry["plans"] = plans;
     kernels.insert(0, entry);  // in the order they were declared
   }
@@ -258,19 +259,20 @@ PYBIND11_MODULE(_C, m) {
   using pybind11::arg;
   m.def("size_classes", &size_classes,
         "The size classes of launch plans, each by the most work items it holds; None for the last.");
-  m.def("launch_plans", &launch_plans, arg("arch") = 0,
-        "Every tuned CUDA kernel: its name, its variants, how often one was chosen, and the variant now "
-        "chosen for "
-        "each dtype and size class on a GPU of this architecture (90 for 9.0, 0 for an unknown one).");
+  m.def(
+      "launch_plans", &launch_plans, arg("arch") = 0,
+      "Every tuned CUDA kernel: its name, its variants, how often one was chosen and for how many items "
+      "last, "
+      "and the variant now chosen for each dtype and size class on a GPU of this architecture (90 for 9.0, 0 "
+      "for an unknown one).");
   m.def("launch_plan", &launch_plan, arg("kernel"), arg("dtype"), arg("items"), arg("arch") = 0,
         "The variant now chosen for a call of so many work items.");
-  m.def("set_launch_plan", &set_launch_plan, arg("kernel"), arg("variant"), arg("dtype") = pybind11::none(),
-        arg("items") = pybind11::none(), arg("arch") = pybind11::none(),
-        "Chooses a variant for this dtype, the size class of so many items and this architecture, each None "
-        "for "
-        "all. What is set for arch=None goes before all else. variant=None takes back what was set for the "
-        "same "
-        "arch.");
+  m.def(
+      "set_launch_plan", &set_launch_plan, arg("kernel"), arg("variant"), arg("dtype") = pybind11::none(),
+      arg("items") = pybind11::none(), arg("arch") = pybind11::none(),
+      "Chooses a variant for this dtype, the size class of so many items and this architecture, each None "
+      "for all. What is set for arch=None goes before all else. variant=None takes back what was set for the "
+      "same arch.");
   m.def("reset_launch_plans", &afa::reset_plans,
         "Takes back everything that was set: the defaults alone are left.");
 }

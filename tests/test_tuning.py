@@ -172,6 +172,17 @@ def test_a_wrong_file_is_refused_by_name(content, message, tmp_path, monkeypatch
         tuning.reset()
 
 
+def test_a_table_of_another_version_in_the_package_is_left_out_with_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "sm_80.json").write_text(json.dumps(table(plans=plan(variant="of_old"))))
+    (tmp_path / "sm_90.json").write_text(json.dumps(table(architecture=90)))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.delenv("AFA_EXT_TUNING")
+    with pytest.warns(UserWarning, match=r"sm_80\.json.*got 'of_old'; its launch plans are not used"):
+        tuning.reset()
+    assert chosen(C.size_classes()[1], arch=80)[1]
+    assert chosen(C.size_classes()[1], arch=90) == (VARIANTS[-1], False)
+
+
 def test_import_reads_the_variable_and_leaves_the_gpu_alone(tmp_path):
     file = tmp_path / "sm_80.json"
     file.write_text(json.dumps(table()))

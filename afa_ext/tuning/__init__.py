@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,20 @@ def reset() -> None:
         except ValueError as error:
             raise ValueError(f"AFA_EXT_TUNING must be the path of a table, or off: {error}") from error
     else:
-        tables = [read_table(path) for path in sorted(FOLDER.glob("*.json"))]
+        tables = []
+        for path in sorted(FOLDER.glob("*.json")):
+            try:
+                tables.append(read_table(path))
+            except ValueError as error:  # of another version: no reason to do without all the rest
+                warnings.warn(f"{error}; its launch plans are not used", stacklevel=2)
     for table in tables:
         apply_table(table)
 
 
 def launch_plans(architecture: int | None = None) -> list[dict[str, Any]]:
-    """Every tuned CUDA kernel: ``kernel``, ``variants``, ``times_chosen`` (so far in this process) and ``plans``: the
-    ``variant`` now in force for each ``dtype`` and size class (``max_items``, None for the last), and whether it is
-    the ``default``.
+    """Every tuned CUDA kernel: ``kernel``, ``variants``, ``times_chosen`` (in this process), ``last_items`` (of the
+    last call) and ``plans``: the ``variant`` now in force for each ``dtype`` and size class (``max_items``, None for
+    the last), and whether it is the ``default``.
 
     ``architecture`` is a compute capability, 90 for 9.0; by default the current GPU's, or 0 where there is none.
     """

@@ -34,7 +34,7 @@ struct PlanTables {
   Table table[kMaxArchitectures];
   std::atomic<int> architecture[kMaxArchitectures] = {};  // written before `count` says that it is there
   std::atomic<int> count{0};
-  std::atomic<int64_t> chosen{0};
+  std::atomic<int64_t> chosen{0}, items{0};
 };
 
 TunedKernel::TunedKernel(const char* name, const char* const* variants, int count, Rule rule)
@@ -76,11 +76,16 @@ int plan_for(const TunedKernel& kernel, Kind kind, int64_t items, int architectu
 
 int choose(const TunedKernel& kernel, Kind kind, int64_t items) {
   kernel.tables->chosen.fetch_add(1, std::memory_order_relaxed);
+  kernel.tables->items.store(items, std::memory_order_relaxed);
   return plan_for(kernel, kind, items, current_architecture(), nullptr);
 }
 
 int64_t times_chosen(const TunedKernel& kernel) {
   return kernel.tables->chosen.load(std::memory_order_relaxed);
+}
+
+int64_t last_items(const TunedKernel& kernel) {
+  return kernel.tables->items.load(std::memory_order_relaxed);
 }
 
 bool set_plan(const TunedKernel& kernel, int kind, int size_class, int architecture, int variant) {

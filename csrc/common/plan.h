@@ -60,7 +60,8 @@ int plan_for(const TunedKernel& kernel, Kind kind, int64_t items, int architectu
 // variant -1 takes back what was set. False if there are too many architectures.
 bool set_plan(const TunedKernel& kernel, int kind, int size_class, int architecture, int variant);
 void reset_plans();
-// How often choose was called.
+// How often choose was called, and for how many items the last time.
 int64_t times_chosen(const TunedKernel& kernel);
+int64_t last_items(const TunedKernel& kernel);
 
 }  // namespace afa
