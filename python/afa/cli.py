@@ -1,4 +1,4 @@
-"""The `afa` command: train, evaluate, predict, report."""
+"""The `afa` command: prepare, train, evaluate, predict, report."""
 
 from __future__ import annotations
 
@@ -26,8 +26,24 @@ Weakly-supervised semantic segmentation: learn masks from image tags alone
 (AFA, CVPR 2022).
 
   afa train demo                    train on the embedded data set and measure
-  afa train voc data.root=FOLDER    the published recipe on PASCAL VOC 2012
+  afa prepare voc FOLDER            make the downloaded PASCAL VOC 2012 ready
+  afa train voc data.root=FOLDER    the published recipe on it
+  afa train own data.root=photos    your own pictures, tagged or in one folder a class
   afa predict runs/demo photo.jpg   masks for pictures of your own
+"""
+
+PREPARE = """\
+Make a data set ready to train on. What is missing is named, with the place to get it. Only what is not there yet is
+written: after a stop, or when more has been downloaded, run it again.
+
+  voc    PASCAL VOC 2012: the list train_aug (VOC and SBD, without val) and tags from the annotations
+  coco   COCO 2014: lists, tags and validation masks from the instance annotations
+  own    your own pictures: look at what was found (classes, split, masks, bad files); writes nothing
+
+examples:
+  afa prepare voc /data/VOCdevkit --sbd /data/benchmark_RELEASE
+  afa prepare coco /data/coco2014
+  afa prepare own photos
 """
 
 TRAIN = """\
@@ -123,6 +139,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
 
+    prepare = add("prepare", "make a data set ready to train on", PREPARE, _prepare)
+    prepare.add_argument("kind", metavar="KIND", help="voc, coco or own")
+    prepare.add_argument("folder", type=Path, metavar="FOLDER", help="where it was unpacked, or your pictures")
+    prepare.add_argument(
+        "--sbd", type=Path, metavar="DIR", help="voc: where SBD is (default: looked for beside FOLDER)"
+    )
+    prepare.add_argument(
+        "--train-masks", action="store_true", help="also write masks of training images, which training never opens"
+    )
+    prepare.add_argument("--quiet", action="store_true", help="no progress bars")
+
     train = add("train", "train, measure and report", TRAIN.format(ready=", ".join(ready_names())), _train)
     train.add_argument("config", metavar="CONFIG", help="name of a ready configuration, or a YAML file")
     train.add_argument(
@@ -152,10 +179,34 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     report = add("report", "write a run's report.html anew", REPORT, _report)
     report.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
-    return parser, {"train": train, "evaluate": evaluate, "predict": predict, "report": report}
+    return parser, {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict, "report": report}
 
 
 # ---- commands
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from afa.data import prepare
+
+    folder, masks, progress = options.folder, options.train_masks, not options.quiet
+    kinds = ("voc", "coco", "own")
+    if options.kind not in kinds:
+        raise UserError(
+            f"afa prepare knows {', '.join(kinds)}, not '{options.kind}'{did_you_mean(options.kind, kinds)}"
+        )
+    if options.sbd is not None and options.kind != "voc":
+        raise UserError(f"--sbd belongs to `afa prepare voc`, not to {options.kind}")
+    try:
+        if options.kind == "voc":
+            root = prepare.prepare_voc(folder, sbd=options.sbd, train_masks=masks, progress=progress, say=_say)
+        elif options.kind == "coco":
+            root = prepare.prepare_coco(folder, train_masks=masks, progress=progress, say=_say)
+        else:
+            root = prepare.prepare_own(folder, progress=progress, say=_say)
+    except KeyboardInterrupt:
+        _say("stopped", "what is written is whole; run the same command again to go on")
+        raise
+    _say("next", f"afa train {options.kind} data.root={root}")
 
 
 def _train(options: argparse.Namespace) -> None:
