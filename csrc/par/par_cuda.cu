@@ -1,7 +1,14 @@
-// PAR's and PAMR's affinity on CUDA: a thread owns one pixel. Four passes over the neighbours, served by L1:
-// mean and variance for each channel, the largest logit with the sum of exponentials (rescaled as the largest
-// grows), the weights. Logits are formed again in the last pass rather than stored: the only memory written
-// is the K weights a pixel, and a half-precision store could not hold a logit.
+// PAR's and PAMR's affinity on CUDA: a thread owns one pixel.
+//
+// par_rings_kernel, for six dilations and values whose sums are float32: a channel's differences to the
+// centre are read once into registers and passed over three times there: their mean, the deviations from it
+// (a sum of squares alone would lose the small ones that matter), the logits, which are registers too. The
+// image is read K times a pixel and channel, from L1, at places clamped to it; the K weights are written
+// once, coalesced.
+//
+// par_affinity_kernel, for the rest: four passes over the neighbours: mean and variance for each channel, the
+// largest logit with the sum of exponentials (rescaled as the largest grows), the weights, from logits formed
+// again: a half-precision store could not hold them.
 #include "common/cuda.cuh"
 #include "par/par.h"
 
@@ -107,15 +114,169 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
   }
 }
 
+// ---- six dilations, in one pass
+
+constexpr int kRings = 6, kRing = 8;
+constexpr int64_t kMaxPlane = int64_t{1} << 29;  // pixels whose indices and bytes fit 32 bits
+
+// What the kernel needs of ParAffinityParams, as it needs it.
+struct RingParams {
+  const void* images;
+  void* weights;
+  const int64_t* extent;
+  int64_t image_stride_b, image_stride_c;
+  int64_t batch;
+  int32_t channels, height, width, image_stride_y;
+  int32_t dilation[kRings];
+  float edge[kRings], corner[kRings];
+  float gain;  // makes of scaled differences such whose logits are to the base 2, the mean over the channels
+  float w1;
+};
+
+RingParams ring_params(const ParAffinityParams& p) {
+  RingParams q = {
+      p.images, p.weights, p.extent, p.image_stride_b,        p.image_stride_c, p.batch, 0, 0, 0, 0, {},
+      {},       {},        0,        static_cast<float>(p.w1)};
+  q.channels = static_cast<int32_t>(p.channels);
+  q.height = static_cast<int32_t>(p.height);
+  q.width = static_cast<int32_t>(p.width);
+  q.image_stride_y = static_cast<int32_t>(p.image_stride_y);
+  for (int i = 0; i < kRings; ++i) {
+    q.dilation[i] = p.stencil.run[3 * i + 2].dy;
+    q.edge[i] = static_cast<float>(p.edge[i]);
+    q.corner[i] = static_cast<float>(p.corner[i]);
+  }
+  const double mean = 1.4426950408889634 / static_cast<double>(p.channels);  // log2(e)
+  q.gain = static_cast<float>(p.pamr ? mean : sqrt(mean));
+  return q;
+}
+
+// 2 to a power of at most 0; under the smallest normal number, 0.
+__device__ inline float exp2_of(float power) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(power));
+  return result;
+#else
+  return exp2f(power);
+#endif
+}
+
+// Sum of f(k) over the neighbours, in four strands.
+template <typename F>
+__device__ inline float sum_over(const F& f) {
+  float strand[4] = {};
+#pragma unroll
+  for (int k = 0; k < kRings * kRing; ++k) strand[k % 4] += f(k);
+  return (strand[0] + strand[1]) + (strand[2] + strand[3]);
+}
+
+// Hides from the compiler that the value stays the same.
+__device__ inline int again(int value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+// The neighbours' places in a plane of the image, borders replicated.
+__device__ inline void find_neighbours(const RingParams& p, int y, int x, int height, int width,
+                                       uint32_t (&at)[kRings * kRing]) {
+  const uint32_t stride = static_cast<uint32_t>(p.image_stride_y);
+#pragma unroll
+  for (int i = 0; i < kRings; ++i) {
+    const int d = p.dilation[i];
+    const uint32_t left = x > d ? x - d : 0, right = x + d < width ? x + d : width - 1;
+    const uint32_t top = y > d ? y - d : 0, bottom = y + d < height ? y + d : height - 1;
+    const uint32_t rows[3] = {top * stride, y * stride, bottom * stride};
+    uint32_t* ring = at + kRing * i;
+    ring[0] = rows[0] + left, ring[1] = rows[0] + x, ring[2] = rows[0] + right;
+    ring[3] = rows[1] + left, ring[4] = rows[1] + right;
+    ring[5] = rows[2] + left, ring[6] = rows[2] + x, ring[7] = rows[2] + right;
+  }
+}
+
+template <typename T, bool PAMR>
+__global__ void __launch_bounds__(kThreads, 4) par_rings_kernel(const __grid_constant__ RingParams p) {
+  constexpr int kSize = kRings * kRing;
+  const uint32_t pixels = static_cast<uint32_t>(p.height) * static_cast<uint32_t>(p.width);
+  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+    const T* image = static_cast<const T*>(p.images) + b * p.image_stride_b;
+    const int height = p.extent == nullptr ? p.height : static_cast<int>(p.extent[2 * b]);
+    const int width = p.extent == nullptr ? p.width : static_cast<int>(p.extent[2 * b + 1]);
+    for (int64_t item = first_item(); item < pixels; item += item_stride()) {
+      const uint32_t pixel = static_cast<uint32_t>(item);
+      const int y = static_cast<int>(pixel / static_cast<uint32_t>(p.width));
+      const int x = static_cast<int>(pixel - static_cast<uint32_t>(y) * static_cast<uint32_t>(p.width));
+      if (y >= height || x >= width) continue;
+      float logit[kSize] = {};  // to the base 2, their signs turned
+      const T* plane = image;
+#pragma unroll 1
+      for (int c = 0; c < p.channels; ++c, plane += p.image_stride_c) {
+        const float centre = to_sum<float>(plane[y * p.image_stride_y + x]);
+        uint32_t at[kSize];  // found again for each channel: kept, they would take the registers of a block
+        find_neighbours(p, again(y), again(x), height, width, at);
+        float difference[kSize];
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) difference[k] = to_sum<float>(plane[at[k]]) - centre;
+        constexpr float centres = PAMR ? kRings : 0;  // how often sigma counts the centre
+        constexpr float count = kSize + centres;
+        const float mean = sum_over([&](int k) { return difference[k]; }) * (1 / count);
+        float squares = sum_over([&](int k) {
+          const float deviation = difference[k] - mean;
+          return deviation * deviation;
+        });
+        if (PAMR) squares += centres * (mean * mean);
+        const float sigma = sqrtf(squares * (1 / (count - 1)));
+        const float scale = p.gain / (PAMR ? 1e-8f + 0.1f * sigma : (sigma + 1e-8f) * p.w1);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) {
+          if (PAMR) {
+            logit[k] += fabsf(difference[k]) * scale;
+          } else {
+            const float step = difference[k] * scale;
+            logit[k] += step * step;
+          }
+        }
+      }
+      float least[4] = {logit[0], logit[1], logit[2], logit[3]};
+#pragma unroll
+      for (int k = 4; k < kSize; ++k) least[k % 4] = fminf(least[k % 4], logit[k]);
+      const float top = fminf(fminf(least[0], least[1]), fminf(least[2], least[3]));
+      const float inverse = 1 / sum_over([&](int k) { return logit[k] = exp2_of(top - logit[k]); });
+      T* out = static_cast<T*>(p.weights) + b * kSize * pixels + pixel;
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        const bool corner = k % 8 == 0 || k % 8 == 2 || k % 8 == 5 || k % 8 == 7;
+        const float weight = logit[k] * inverse + (corner ? p.corner[k / kRing] : p.edge[k / kRing]);
+        out[static_cast<uint64_t>(pixels) * k] = from_sum<T>(weight);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 const char* par_affinity_cuda(const ParAffinityParams& p, void* stream) {
+  const dim3 grid = grid_for(p.height * p.width, p.batch);
+  const bool rings = p.stencil.size == kRings * kRing && p.height * p.width <= kMaxPlane;
   with_type(p.kind, [&](auto type) {
-    const dim3 grid = grid_for(p.height * p.width, p.batch);
+    using T = decltype(type);
+    if constexpr (sizeof(T) < sizeof(double)) {
+      if (rings) {
+        const RingParams q = ring_params(p);
+        if (p.pamr) {
+          AFA_LAUNCH((par_rings_kernel<T, true>), grid, kThreads, stream, q);
+        } else {
+          AFA_LAUNCH((par_rings_kernel<T, false>), grid, kThreads, stream, q);
+        }
+        return;
+      }
+    }
     if (p.pamr) {
-      AFA_LAUNCH((par_affinity_kernel<decltype(type), true>), grid, kThreads, stream, p);
+      AFA_LAUNCH((par_affinity_kernel<T, true>), grid, kThreads, stream, p);
     } else {
-      AFA_LAUNCH((par_affinity_kernel<decltype(type), false>), grid, kThreads, stream, p);
+      AFA_LAUNCH((par_affinity_kernel<T, false>), grid, kThreads, stream, p);
     }
   });
   return launch_error();
