@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from afa.config import Config
     from afa.data import VOCDataset
+    from afa.eval_store import EvalStore
     from afa.evaluate import EvalResult
 
 ABOUT = """\
@@ -61,12 +63,16 @@ examples:
 """
 
 EVALUATE = """\
-Measure a trained run again and rewrite its metrics.json and report.html.
+Measure a trained run again and rewrite its metrics.json, metrics.csv (IoU by class), images.csv (IoU by image),
+confusion.csv and report.html. A measurement that was stopped goes on where it was. Of a split without masks only
+the classifier's F1 is measured.
 
 examples:
   afa evaluate runs/voc
-  afa evaluate runs/voc eval.scales=1,0.5,0.75 eval.flip=true     several scales, as published
+  afa evaluate runs/voc eval.scales=1,0.5,0.75 eval.flip=true eval.crf=true     as published
+  afa evaluate runs/voc eval.scales=1,0.5,1.5 eval.flip=true eval.fusion=mean
   afa evaluate runs/voc data.root=/elsewhere/VOC2012 data.val_split=val
+  torchrun --nproc-per-node 4 -m afa.cli evaluate runs/voc                      on four GPUs
 """
 
 PREDICT = """\
@@ -87,7 +93,7 @@ example:
   afa report runs/demo
 """
 
-NAMES = {"cam": "CAM", "walk": "walk", "par": "PAR label", "seg": "segmentation"}
+NAMES = {"cam": "CAM", "walk": "walk", "par": "PAR label", "seg": "segmentation", "crf": "+ dense CRF"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -256,16 +262,14 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from afa.config import load_config
+    from afa.crf import check_installed
     from afa.data import check_dataset, open_dataset
+    from afa.eval_store import EvalStore, evaluation_key
 
     _need_run(options.run)
     config = load_config(options.run / "config.yaml", options.overrides)
-    progress = not options.quiet
-    device = _device(options.device)
-    _make_data(config, progress)
-    val_set = open_dataset(config.data, config.data.val_split, train=False, with_mask=True, progress=progress)
-    _say_skipped(val_set)
-    check_dataset(val_set, progress)
+    if config.eval.crf:
+        check_installed()
     kept: dict[str, Any] = {}
     if (options.run / "metrics.json").is_file():
         from afa.results import load_result
@@ -273,7 +277,44 @@ def _evaluate(options: argparse.Namespace) -> None:
         # What training took stays true however often the run is measured.
         before = load_result(options.run)[2]
         kept = {key: before[key] for key in ("config", "seconds", "train_seconds") if key in before}
-    _measure(config, options.run, val_set, device, progress, kept, None)
+    with _processes(options.device) as (device, first):
+        progress = first and not options.quiet
+        with _first_alone(first):
+            _make_data(config, progress)
+            val_set = open_dataset(config.data, config.data.val_split, train=False, with_mask=True, progress=progress)
+            if first:
+                _say_skipped(val_set)
+                check_dataset(val_set, progress)
+        store = EvalStore(options.run / "evaluation", evaluation_key(options.run / "model.safetensors", config))
+        if first and (done := len(store.done())):
+            _say("resumed", f"{done:,} of {len(val_set):,} images were measured before the stop")
+        _measure(config, options.run, val_set, device, progress, kept, None, store)
+
+
+@contextmanager
+def _processes(name: str | None) -> Iterator[tuple[torch.device, bool]]:
+    """This process's device, joined with the others that torchrun started if it did, and whether it is the first."""
+    from afa import distributed
+
+    if not distributed.launched():
+        yield _device(name), True
+        return
+    try:
+        yield distributed.setup(name), distributed.is_main()
+    finally:
+        distributed.teardown()
+
+
+@contextmanager
+def _first_alone(first: bool) -> Iterator[None]:
+    """The first process goes through the block before the others do: what it makes there, they find."""
+    from afa import distributed
+
+    if not first:
+        distributed.barrier()
+    yield
+    if first:
+        distributed.barrier()
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -387,7 +428,9 @@ def _measure(
     progress: bool,
     facts: dict[str, Any],
     started: float | None,
+    store: EvalStore | None = None,
 ) -> None:
+    from afa.distributed import is_main
     from afa.evaluate import evaluate
     from afa.model import load_model
     from afa.results import environment, save_result
@@ -398,7 +441,9 @@ def _measure(
             f"the run {run} knows the classes {', '.join(classes)}, but {config.data.root} has "
             f"{', '.join(val_set.classes)}; set data.root to the data it was trained for"
         )
-    result = evaluate(model, val_set, config, progress=progress, keep=config.eval.report_images)
+    result = evaluate(model, val_set, config, progress=progress, keep=config.eval.report_images, store=store)
+    if not is_main():
+        return
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     facts = {**facts, "date": now, "environment": environment(device)}
     if started is not None:
@@ -419,16 +464,16 @@ def _no_masks(config: Config, val_set: VOCDataset) -> str:
 
 
 def _table(result: EvalResult, images: int) -> str:
-    """The four rows as text, with bars."""
+    """The rows as text, with bars."""
     full, empty = ("█", "░") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", ".")
     lines = ["", f"{'on ' + format(images, ',') + ' images':<16}{'mIoU':>7}  {'':24}{'pixels':>8}{'classes':>9}"]
-    for row, name in NAMES.items():
-        scores = getattr(result, row)
+    for row, scores in result.rows.items():
+        name = NAMES[row]
         filled = round(24 * scores["miou"]) if scores["miou"] == scores["miou"] else 0
         bar = full * filled + empty * (24 - filled)
         line = f"{name:<16}{scores['miou']:>7.3f}  {bar}{scores['pixel_acc']:>8.3f}{scores['mean_acc']:>9.3f}"
-        lines.append(f"\033[1m{line}\033[0m" if row == "seg" and _coloured() else line)
-    return "\n".join([*lines, ""])
+        lines.append(f"\033[1m{line}\033[0m" if row == list(result.rows)[-1] and _coloured() else line)
+    return "\n".join([*lines, f"F1 of the tags {result.f1:.3f}", ""])
 
 
 def _share(share: float) -> str:

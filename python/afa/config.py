@@ -132,11 +132,23 @@ class EvalConfig:
     """Measurement on the validation split."""
 
     scales: tuple[float, ...] = (1.0,)
-    """Scales of the segmentation logits, each with its flip when `flip`, fused by maximum."""
+    """Scales of the segmentation logits, each with its flip when `flip`."""
     flip: bool = False
+    fusion: str = "max"
+    """How the logits of scales and flips become one: 'max' (published) or 'mean'."""
+    crf: bool = False
+    """Dense CRF on the fused segmentation; needs the extra `crf`."""
+    crf_workers: int | None = None
+    """Processes of the CRF; null: one a core; 0: in the evaluating process."""
+    crf_iterations: int = 10
+    crf_gaussian: tuple[float, float] = (3.0, 3.0)
+    """Standard deviation (pixels) and weight of the smoothness kernel."""
+    crf_bilateral: tuple[float, float, float] = (64.0, 5.0, 4.0)
+    """Standard deviations (pixels, 8-bit colour values) and weight of the appearance kernel."""
     batch_size: int = 1
     """Images of one size measured together."""
     report_images: int = 12
+    """Images shown in the report, spread over the split; a third as many of the best and of the worst are added."""
 
 
 @dataclass
@@ -354,6 +366,12 @@ def validate(config: Config) -> None:
     need(all(0 <= beta < 1 for beta in train.betas), "train.betas", "two numbers from 0 up to but without 1")
     need_one_of("train", "precision", ("fp32", "bf16"))
     need_one_of("train", "label_precision", ("same", "auto"))
+    need_one_of("eval", "fusion", ("max", "mean"))
+    need(evaluation.crf_workers is None or evaluation.crf_workers >= 0, "eval.crf_workers", "0 or more, or null")
+    need(evaluation.crf_iterations >= 0, "eval.crf_iterations", "0 or more")
+    for key, kernel in (("crf_gaussian", evaluation.crf_gaussian), ("crf_bilateral", evaluation.crf_bilateral)):
+        allowed = "deviations above 0, then a weight of 0 or more"
+        need(min(kernel[:-1]) > 0 and kernel[-1] >= 0, f"eval.{key}", allowed)
     need(evaluation.batch_size >= 1, "eval.batch_size", "at least 1")
     need(evaluation.report_images >= 0, "eval.report_images", "0 or more")
 

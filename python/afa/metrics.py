@@ -35,16 +35,7 @@ class SegmentationMetrics:
         for name, labels in (("pred", pred), ("target", target)):
             if labels.dtype.is_floating_point or labels.dtype == torch.bool:
                 raise TypeError(f"{name} must hold integers, got {labels.dtype}")
-        n = self.num_classes
-        target = target.reshape(-1).long()
-        pred = pred.reshape(-1).long().to(target.device)
-        # One extra row and column collect what lies outside the classes: selecting pixels by a mask instead
-        # would make the host wait for the device.
-        row = torch.where((target >= 0) & (target < n), target, n)
-        column = torch.where((pred >= 0) & (pred < n), pred, n)
-        counts = torch.zeros((n + 1) ** 2, dtype=torch.int64, device=target.device)
-        counts.scatter_add_(0, row * (n + 1) + column, torch.ones_like(row))
-        counts = counts.view(n + 1, n + 1)[:n]
+        counts = _count(pred.reshape(1, -1), target.reshape(1, -1), self.num_classes)[0]
         self.confusion = counts if self.confusion is None else self.confusion + counts.to(self.confusion.device)
 
     def compute(self) -> dict[str, Any]:
@@ -68,6 +59,30 @@ class SegmentationMetrics:
             "mean_acc": float((hit / present)[present > 0].mean()),
             "confusion": counts[:, :n].long().tolist(),
         }
+
+
+def image_scores(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Mean IoU of every image alone, over the classes present in its truth: float64 [B] for [B,H,W], nan for an image
+    without a counted pixel."""
+    counts = _count(pred.flatten(1), target.flatten(1), num_classes).double()
+    hit = counts[:, :, :num_classes].diagonal(dim1=1, dim2=2)
+    present = counts.sum(2)
+    union = present + counts[:, :, :num_classes].sum(1) - hit
+    there = present > 0
+    return torch.where(there, hit / union.clamp(min=1), 0).sum(1) / there.sum(1)
+
+
+def _count(pred: Tensor, target: Tensor, n: int) -> Tensor:
+    """Pixels [B,P] -> counts int64 [B,n,n+1] by true class and by prediction, whose last column is 'no class'."""
+    target = target.long()
+    pred = pred.to(target)
+    # One extra row and column collect what lies outside the classes: selecting pixels by a mask instead would make
+    # the host wait for the device.
+    row = torch.where((target >= 0) & (target < n), target, n)
+    column = torch.where((pred >= 0) & (pred < n), pred, n)
+    counts = torch.zeros(len(target), (n + 1) ** 2, dtype=torch.int64, device=target.device)
+    counts.scatter_add_(1, row * (n + 1) + column, torch.ones_like(row))
+    return counts.view(-1, n + 1, n + 1)[:, :n]
 
 
 def classification_f1(scores: Tensor, tags: Tensor, threshold: float = 0.0) -> float:

@@ -66,7 +66,10 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
     shown = capsys.readouterr().out
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
+        "confusion.csv",
+        "images.csv",
         "log.jsonl",
+        "metrics.csv",
         "metrics.json",
         "model.safetensors",
         "report.html",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import math
@@ -24,7 +25,8 @@ CLASSES = ["star", "<ring>"]
 
 def _row(value: float) -> dict[str, object]:
     iou = [value, value / 2, math.nan]
-    return {"miou": value, "iou": iou, "pixel_acc": value + 0.01, "mean_acc": value + 0.02, "confusion": [[1]]}
+    confusion = [[800, 40, 0], [90, 60, 10], [0, 0, 0]]
+    return {"miou": value, "iou": iou, "pixel_acc": value + 0.01, "mean_acc": value + 0.02, "confusion": confusion}
 
 
 @pytest.fixture
@@ -39,8 +41,11 @@ def result() -> EvalResult:
         labels["prediction"][5:12, 5:10] = 2
         image = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
         cam = rng.random((20, 30)).astype(np.float32)
-        samples.append({"name": f"v{index}&", "image": image, "tags": ["star"], "cam": cam, "truth": truth, **labels})
-    return EvalResult(_row(0.4), _row(0.45), _row(0.5), _row(0.615), f1=0.9, seconds=3.0, images=40, samples=samples)
+        sample = {"name": f"v{index}&", "image": image, "tags": ["star"], "cam": cam, "truth": truth, **labels}
+        samples.append({**sample, "iou": 0.25 + 0.25 * index})
+    rows = (_row(0.4), _row(0.45), _row(0.5), _row(0.615))
+    scores = {sample["name"]: sample["iou"] for sample in samples}
+    return EvalResult(*rows, f1=0.9, seconds=3.0, images=40, samples=samples, image_iou=scores)
 
 
 def _log(run: Path) -> None:
@@ -166,10 +171,49 @@ def test_result_survives_the_disk(tmp_path: Path, result: EvalResult) -> None:
     for key in ("image", "truth", "prediction", "walk_label"):
         assert np.array_equal(again.samples[1][key], result.samples[1][key])
     assert np.abs(again.samples[1]["cam"] - result.samples[1]["cam"]).max() < 1e-3
+    assert again.seg["confusion"] == result.seg["confusion"]
+    assert again.image_iou == result.image_iou
+    assert [sample["iou"] for sample in again.samples] == [0.25, 0.5, 0.75]
     before = (tmp_path / "report.html").read_bytes()
     (tmp_path / "report.html").unlink()
     make_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_tables(tmp_path: Path, result: EvalResult) -> None:
+    result.crf = _row(0.7)
+    result.best, result.worst = [result.samples[2]], [result.samples[0]]
+    save_result(tmp_path, result, CLASSES, Config(), {"seconds": 1.0})
+    rows = list(csv.reader((tmp_path / "metrics.csv").open(encoding="utf-8")))
+    assert rows[0] == ["class", "cam", "walk", "par", "seg", "crf"]
+    assert rows[2] == ["star", "0.200000", "0.225000", "0.250000", "0.307500", "0.350000"]
+    assert rows[3] == ["<ring>", "", "", "", "", ""]
+    assert [row[0] for row in rows[4:]] == ["(miou)", "(pixel_acc)", "(mean_acc)"]
+    assert rows[4][-1] == "0.700000"
+    assert (tmp_path / "images.csv").read_text() == "image,miou\nv0&,0.250000\nv1&,0.500000\nv2&,0.750000\n"
+    rows = list(csv.reader((tmp_path / "confusion.csv").open(encoding="utf-8")))
+    assert rows == [
+        ["true", "background", "star", "<ring>"],
+        ["background", "800", "40", "0"],
+        ["star", "90", "60", "10"],
+        ["<ring>", "0", "0", "0"],
+    ]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["crf_miou"] == 0.7 and metrics["per_class"]["crf"]["star"] == 0.35
+    assert metrics["test_time"] == {"scales": [1.0], "flip": False, "fusion": "max", "crf": False}
+    again = load_result(tmp_path)[0]
+    assert again.rows.keys() == result.rows.keys()
+    assert again.crf is not None and again.crf["confusion"] == [[800, 40, 0], [90, 60, 10], [0, 0, 0]]
+    assert [[sample["name"] for sample in group] for group in (again.best, again.worst)] == [["v2&"], ["v0&"]]
+
+    # A split without masks has no tables, and those of an earlier measurement go.
+    nothing = {**_row(math.nan), "iou": [math.nan] * 3}
+    save_result(
+        tmp_path, EvalResult(*[nothing] * 4, f1=0.5, seconds=1.0, images=40, has_masks=False), CLASSES, Config(), {}
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "samples.npz", "report.html"}
+    again = load_result(tmp_path)[0]
+    assert not again.has_masks and again.f1 == 0.5 and math.isnan(again.seg["miou"])
 
 
 def test_unmeasured_and_damaged_runs_are_named(tmp_path: Path, result: EvalResult) -> None:

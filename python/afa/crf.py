@@ -1,0 +1,131 @@
+"""Dense CRF over class probabilities (Krähenbühl and Koltun, NeurIPS 2011), image by image in worker processes.
+
+The computation is pydensecrf's (the extra `crf`). This module imports neither torch nor anything that does, so that a
+worker starts in a moment.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Hashable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afa.errors import UserError
+
+_SMALLEST = 1e-5
+"""Probabilities are raised to this before their logarithm, as the published evaluations do."""
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class CrfSettings:
+    """Mean-field iterations and the two kernels; the defaults are AFA's published evaluation."""
+
+    iterations: int = 10
+    gaussian: tuple[float, float] = (3.0, 3.0)
+    """Standard deviation in pixels, weight."""
+    bilateral: tuple[float, float, float] = (64.0, 5.0, 4.0)
+    """Standard deviation in pixels, in 8-bit colour values, weight."""
+
+
+def check_installed() -> None:
+    """UserError that says how to install it when pydensecrf can't be imported."""
+    _library()
+
+
+def dense_crf(
+    image: NDArray[np.uint8], probabilities: NDArray[np.float32], settings: CrfSettings | None = None
+) -> NDArray[np.float32]:
+    """Class probabilities [C, H, W] after mean-field inference on the RGB image [H, W, 3]; float32 [C, H, W].
+
+    ValueError when the sizes differ. UserError when pydensecrf is not installed.
+    """
+    settings = settings or CrfSettings()
+    count, height, width = probabilities.shape
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
+        raise ValueError(
+            f"image must be uint8 {(height, width, 3)} for probabilities {probabilities.shape}, "
+            f"got {image.dtype} {image.shape}"
+        )
+    model = _library().DenseCRF2D(width, height, count)
+    energy = -np.log(np.clip(probabilities, _SMALLEST, 1.0)).reshape(count, -1)
+    model.setUnaryEnergy(np.ascontiguousarray(energy, np.float32))
+    deviation, weight = settings.gaussian
+    model.addPairwiseGaussian(sxy=deviation, compat=weight)
+    deviation, colour, weight = settings.bilateral
+    pixels = np.ascontiguousarray(image)
+    model.addPairwiseBilateral(sxy=deviation, srgb=colour, rgbim=pixels, compat=weight)
+    return np.array(model.inference(settings.iterations), np.float32).reshape(count, height, width)
+
+
+class CrfPool(Generic[Key]):
+    """Label maps by dense CRF, computed in `workers` processes while the caller goes on; 0 computes in this one.
+
+    At most two images a worker are under way: `take` waits while there are more, so that a slow CRF holds the network
+    back instead of filling the memory with logits.
+    """
+
+    def __init__(self, settings: CrfSettings, workers: int | None = None) -> None:
+        check_installed()
+        self.settings = settings
+        self.workers = (os.cpu_count() or 1) if workers is None else workers
+        self._done: list[tuple[Key, NDArray[np.uint8]]] = []
+        self._pending: dict[Future[NDArray[np.uint8]], Key] = {}
+        # Not fork: the parent has threads, and perhaps a GPU, that a forked child would inherit half of.
+        self._pool = (
+            ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn")) if self.workers else None
+        )
+
+    def add(self, key: Key, image: NDArray[np.uint8], probabilities: NDArray[np.float32]) -> None:
+        """Begin an image [H, W, 3] with its class probabilities [C, H, W]."""
+        if self._pool is None:
+            self._done.append((key, _labels(image, probabilities, self.settings)))
+        else:
+            self._pending[self._pool.submit(_labels, image, probabilities, self.settings)] = key
+
+    def take(self, *, everything: bool = False) -> Iterator[tuple[Key, NDArray[np.uint8]]]:
+        """(key, label map [H, W]) of the images done since the last call; `everything`: wait for all of them."""
+        yield from self._done
+        self._done.clear()
+        most = 0 if everything else 2 * self.workers
+        while self._pending:
+            late = len(self._pending) > most
+            finished = wait(self._pending, None if late else 0, FIRST_COMPLETED).done
+            for future in finished:
+                try:
+                    yield self._pending.pop(future), future.result()
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        "a process of the CRF died, most likely for want of memory; lower eval.crf_workers and start "
+                        "again: what is done is kept"
+                    ) from error
+            if not late:
+                return
+
+    def close(self) -> None:
+        """Drop what has not begun and end the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _labels(image: NDArray[np.uint8], probabilities: NDArray[np.float32], settings: CrfSettings) -> NDArray[np.uint8]:
+    return dense_crf(image, probabilities, settings).argmax(0).astype(np.uint8)
+
+
+def _library() -> Any:
+    try:
+        import pydensecrf.densecrf
+    except ImportError as error:
+        raise UserError(
+            f"eval.crf needs pydensecrf ({error}); install it with: pip install pydensecrf2 (or the extra "
+            '"afa-ext[crf]"), or set eval.crf=false'
+        ) from error
+    return pydensecrf.densecrf
