@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from afa.cli import main
 from afa.config import DataConfig
 from afa.data import VOCDataset, check_dataset, open_dataset, train_loader
 from afa.data.own import read_own_folder
@@ -263,3 +266,46 @@ def test_bad_masks_are_skipped_with_their_pictures(album: Path) -> None:
         (album / f"masks/{name}.png").write_bytes(b"no mask")
     with pytest.raises(UserError, match=r"no image of the split 'val' .* is left: the mask .*p01\.png"):
         open_dataset(data, "val", train=False, with_mask=True, progress=False)
+
+
+TINY = [
+    *("model.backbone=pvt_v2_b0", "model.weights=null", "model.decoder_width=16", "data.crop_size=64"),
+    *("model.backbone_args.depths=[1, 1, 1, 1]", "model.backbone_args.embed_dims=[8, 16, 40, 64]"),
+    *("train.iterations=3", "train.classify_until=1", "train.par_until=2", "train.batch_size=2", "train.warmup=1"),
+    *("labels.cam_scales=1", "labels.par_iterations=1", "data.workers=0", "--device=cpu", "--quiet"),
+]
+
+
+def test_worked_example_of_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/own_data.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (table,) = re.findall(r"```csv\n(.*?)```", page, re.DOTALL)
+    rng = np.random.default_rng(0)
+    for line in table.splitlines()[1:]:
+        path = tmp_path / "photos" / line.partition(",")[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)).save(path)
+    (tmp_path / "photos/tags.csv").write_text(table)
+    _picture(tmp_path / "holiday/one.jpg", (90, 70))
+    commands = re.findall(r"^afa .*", "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)), re.MULTILINE)
+    shown = []
+    for command in commands:
+        words = command.split()[1:]
+        if words[1:2] == ["own"] and "--run" in words:  # the mask of the last section
+            (mask,) = re.findall(r"^  (masks/.*\.png)$", page, re.MULTILINE)
+            (tmp_path / "photos" / mask).parent.mkdir(parents=True)
+            Image.fromarray(np.full((60, 80), 2, np.uint8)).save(tmp_path / "photos" / mask)
+        extra = {"train": TINY, "predict": ["--device=cpu", "--quiet"], "prepare": ["--quiet"]}[words[0]]
+        assert main([*words, *extra]) == 0, command
+        shown.append(capsys.readouterr().out)
+    assert [command.split()[1] for command in commands] == ["prepare", "train", "predict", "train"]
+    assert "7 pictures, tagged by tags.csv, 3 classes" in shown[0]
+    assert "no masks" in shown[1] and "F1 of the tags" in shown[1]
+    assert (tmp_path / "found/masks/one.png").is_file()
+    assert (tmp_path / "runs/own/report.html").is_file()
+    assert "no masks" not in shown[3]
+    metrics = json.loads((tmp_path / "runs/measured/metrics.json").read_text())
+    assert metrics["images"] == 1
+    assert metrics["seg_miou"] is not None
