@@ -1,0 +1,152 @@
+"""Measures how fast training crops come from the loader: images a second per worker, and the wait they leave.
+
+    python benchmarks/loading.py                                     # drawn pictures, about two minutes on 2 cores
+    python benchmarks/loading.py --quick                             # a few seconds
+    python benchmarks/loading.py --config voc data.root=/data/VOC2012    # your data, with that configuration's settings
+
+Drawn pictures are JPEGs of VOC's size, cropped as the VOC recipe does, and photographs of 12 megapixels, shrunk as
+own.yaml does. "waiting" is the share of the time that a consumer of `--step` milliseconds a batch, which leaves the
+processor alone as a GPU does, waits for batches: what training logs as wait_share. Decoding alone is what the check
+before training does with every file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+
+from afa.config import Config, load_config
+from afa.data import VOCDataset, open_dataset, train_loader
+from afa.data.synthetic.backgrounds import TRAIN_PHOTOGRAPHS, photograph
+from afa.data.transforms import check_image, read_image
+from benchmarks.timing import RESULTS, print_table, write_results
+
+WORKERS = (0, 1, 2)
+
+
+def draw(root: Path, count: int, size: tuple[int, int]) -> None:
+    """`count` JPEGs of (height, width) in one folder, with the noise of a camera."""
+    height, width = size
+    rng = np.random.default_rng(0)
+    (root / "thing").mkdir(parents=True)
+    for number in range(count):
+        pixels = photograph(rng, max(size), TRAIN_PHOTOGRAPHS)[:height, :width]
+        noisy = pixels + rng.normal(0, 6, pixels.shape)
+        path = root / "thing" / f"{number}.jpg"
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def load_rate(dataset: VOCDataset, batch_size: int, workers: int, seconds: float) -> float:
+    """Crops a second, as fast as they come; the start of the workers does not count."""
+    batches = train_loader(dataset, batch_size, seed=0, workers=workers)
+    # What was prefetched while nobody looked would come for nothing.
+    for _ in range(max(1, 4 * workers)):
+        next(batches)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        next(batches)
+        count += batch_size
+    return count / (time.perf_counter() - started)
+
+
+def wait_share(dataset: VOCDataset, batch_size: int, workers: int, step: float, seconds: float) -> float:
+    """Share of the time spent waiting by a consumer that takes `step` seconds a batch elsewhere."""
+    batches = train_loader(dataset, batch_size, seed=0, workers=workers)
+    next(batches)
+    before, started = batches.wait_seconds, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        time.sleep(step)
+        next(batches)
+    return (batches.wait_seconds - before) / (time.perf_counter() - started)
+
+
+def decode_rate(paths: list[Path], decode: Callable[[Path], object], seconds: float) -> float:
+    """Files a second in this process, the best of three rounds over all of them or as many as the time allows."""
+    rates = []
+    for _ in range(3):
+        count, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds / 3:
+            decode(paths[count % len(paths)])
+            count += 1
+        rates.append(count / (time.perf_counter() - started))
+    return max(rates)
+
+
+def measure(title: str, config: Config, seconds: float, step: float) -> list[dict[str, Any]]:
+    """One row a number of workers, and one for decoding alone."""
+    data, batch_size = config.data, config.train.batch_size
+    dataset = open_dataset(data, data.train_split, train=True, with_mask=False)
+    kilobytes = statistics.mean(path.stat().st_size for path in dataset.paths[:200]) / 1e3
+    rows: list[dict[str, Any]] = []
+    for workers in WORKERS:
+        rate = max(load_rate(dataset, batch_size, workers, seconds / 3) for _ in range(3))
+        waiting = wait_share(dataset, batch_size, workers, step, seconds)
+        rows.append(
+            {
+                "size": title,
+                "workers": workers,
+                "images_per_s": rate,
+                "images_per_s_per_worker": rate / max(1, workers),
+                "wait_share": waiting,
+            }
+        )
+    whole = decode_rate(dataset.paths, read_image, seconds)
+    check = decode_rate(dataset.paths, check_image, seconds)
+    small = decode_rate(dataset.paths, lambda path: read_image(path, data.largest_side), seconds)
+    rows.append({"size": title, "decode_per_s": whole, "shrunk_per_s": small, "check_per_s": check})
+    print_table(
+        f"{title}: files of {kilobytes:,.0f} kB, crop {data.crop_size}, batch {batch_size}, step {1e3 * step:.0f} ms",
+        [
+            {
+                "workers": str(row["workers"]),
+                "images/s": f"{row['images_per_s']:.0f}",
+                "per worker": f"{row['images_per_s_per_worker']:.0f}",
+                "waiting": f"{row['wait_share']:.0%}",
+            }
+            for row in rows[:-1]
+        ],
+    )
+    shrunk = f", shrunk to {data.largest_side} while decoding {small:.0f}" if data.largest_side else ""
+    print(f"  one process: decodes {whole:.0f} files/s{shrunk}, checks {check:.0f}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --config")
+    parser.add_argument("--config", help="measure the data of this configuration in place of drawn pictures")
+    parser.add_argument("--quick", action="store_true", help="few pictures and short rounds")
+    parser.add_argument("--step", type=float, default=100.0, help="milliseconds a batch of the consumer (100)")
+    parser.add_argument("--seconds", type=float, default=None, help="time for each figure")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    options = parser.parse_args()
+    seconds, step = options.seconds or (0.6 if options.quick else 6.0), options.step / 1e3
+    if options.config:
+        config = load_config(options.config, options.overrides)
+        rows = measure(str(config.data.root), config, seconds, step)
+    else:
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            for ready, size, count in (("voc", (375, 500), 100), ("own", (3000, 4000), 12)):
+                root = Path(folder) / ready
+                draw(root, 4 if options.quick else count, size)
+                config = load_config(ready, [f"data.root={root}", "data.train_split=all"])
+                rows += measure(f"{size[1]}×{size[0]}, as {ready}.yaml", config, seconds, step)
+    print(f"\nwritten to {write_results('loading', torch.device('cpu'), rows, options.out)}")
+
+
+if __name__ == "__main__":
+    main()
