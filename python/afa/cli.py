@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,7 @@ examples:
   afa train voc data.root=/data/VOCdevkit/VOC2012 train.batch_size=8
   afa train voc --run runs/voc_small data.crop_size=320 labels.cam_scales=1,0.5
   afa train runs/voc_small --resume                          go on after a stop
+  torchrun --nproc-per-node=4 -m afa train voc               a process a GPU; train.batch_size images in all
 """
 
 EVALUATE = """\
@@ -227,37 +229,53 @@ def _train(options: argparse.Namespace) -> None:
     run = options.run or (path.parent if of_run else Path("runs") / name)
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run} is a file; give a folder")
-    progress = not options.quiet
-    device = _device(options.device)
-    # What costs least is checked first: lists and tags, then the model, then, when they are made here, the images.
-    if not _to_be_made(config):
-        _datasets(config, progress)
-    _say("model", _describe_model(config))
-    _make_data(config, progress)
-    train_set, val_set = _datasets(config, progress)
-    _say(
-        "data",
-        f"{config.data.root}: {len(train_set):,} images to train on, {len(val_set):,} to measure, "
-        f"{len(train_set.classes)} classes",
-    )
-    _say_skipped(train_set)
-    _say_skipped(val_set)
-    if not val_set.has_masks:
-        _say("note", _no_masks(config, val_set) + ": only the classifier's F1 will be")
-    from afa.data import check_dataset
-    from afa.train import train
+    from afa import distributed
 
-    check_dataset(train_set, progress)
-    check_dataset(val_set, progress)
-    _say("run", f"{run}: {config.train.iterations:,} iterations of {config.train.batch_size} crops on {device}")
-    try:
-        train(config, run, resume=options.resume, device=device, progress=progress)
-    except KeyboardInterrupt:
-        if (run / "checkpoints").is_dir():
-            _say("stopped", f"go on with: afa train {run} --resume")
-        raise
-    trained = time.perf_counter() - started
-    _measure(config, run, val_set, device, progress, {"config": name, "train_seconds": trained}, started)
+    with _processes(options.device) as (device, main):
+        say = _say if main else _hush
+        progress = not options.quiet and main
+        # What costs least is checked first: lists and tags, then the model, then, when they are made here, the images.
+        if not _to_be_made(config):
+            _datasets(config, progress)
+        say("model", _describe_model(config))
+        if main:
+            _make_data(config, progress)
+        distributed.barrier()
+        train_set, val_set = _datasets(config, progress)
+        say(
+            "data",
+            f"{config.data.root}: {len(train_set):,} images to train on, {len(val_set):,} to measure, "
+            f"{len(train_set.classes)} classes",
+        )
+        from afa.data import check_dataset
+        from afa.train import Stopped, train
+
+        if main:
+            _say_skipped(train_set)
+            _say_skipped(val_set)
+            if not val_set.has_masks:
+                say("note", _no_masks(config, val_set) + ": only the classifier's F1 will be")
+            check_dataset(train_set, progress)
+            check_dataset(val_set, progress)
+        distributed.barrier()
+        where = f"{distributed.world_size()} processes on {device.type}" if distributed.world_size() > 1 else device
+        say("run", f"{run}: {config.train.iterations:,} iterations of {config.train.batch_size} crops on {where}")
+        try:
+            train(config, run, resume=options.resume, device=device, progress=progress)
+        except KeyboardInterrupt:
+            if (run / "checkpoints").is_dir():
+                say("stopped", f"go on with: afa train {run} --resume")
+            raise
+        except Stopped as stopped:
+            say(
+                "stopped",
+                f"by SIGTERM; the checkpoint of iteration {stopped.iteration:,} is written, go on with: "
+                f"afa train {run} --resume",
+            )
+            # As the shell reports a process that the signal itself ended.
+            raise SystemExit(128 + signal.SIGTERM) from None
+        trained = time.perf_counter() - started
+        _measure(config, run, val_set, device, progress, {"config": name, "train_seconds": trained}, started)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -492,6 +510,10 @@ def _square(index: int) -> str:
 
     red, green, blue = SCREEN_COLOURS[index].tolist()
     return f"\033[38;2;{red};{green};{blue}m■\033[0m "
+
+
+def _hush(what: str, text: str) -> None:
+    """`_say` in all processes of a run but the first."""
 
 
 def _say(what: str, text: str) -> None:

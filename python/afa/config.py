@@ -101,6 +101,10 @@ class TrainConfig:
 
     iterations: int = 20000
     batch_size: int = 4
+    """Images one update learns from, over all processes together."""
+    accumulate: int = 1
+    """Pieces that a process works its images in, one after the other, to save memory: the same losses and gradients up
+    to rounding, but for the decoder's batch norm, which knows one piece. Makes labels by a forward of their own."""
     classify_until: int = 2000
     """Only the classification loss before this iteration."""
     par_until: int = 6000
@@ -118,13 +122,26 @@ class TrainConfig:
     poly_power: float = 1.0
     seed: int = 0
     precision: str = "fp32"
-    """'fp32' or 'bf16' autocast."""
+    """'fp32', or autocast to 'bf16' or 'fp16', the latter with a loss scale that adapts."""
     label_precision: str = "same"
     """Of the forwards that only make labels: 'same' as precision, or 'auto': bf16 where the processor multiplies
     matrices of it in hardware."""
+    clip_grad: float = 0.0
+    """Largest 2-norm of all gradients together; 0: no limit, as published."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.999, which is then what is measured and saved;
+    0: none, as published. Checkpoints hold both."""
+    compile: bool = False
+    """torch.compile of all but the blocks whose attention is read."""
+    sync_batch_norm: bool = True
+    """The decoder's batch norm sees the images of all processes."""
     log_every: int = 10
     eval_every: int = 2000
     checkpoint_every: int = 2000
+    keep_checkpoints: int = 2
+    """The newest ones; the one before serves when the newest is damaged."""
+    tensorboard: bool | None = None
+    """Write scalars and pictures for TensorBoard; null: when the package is installed."""
 
 
 @dataclass
@@ -343,7 +360,10 @@ def validate(config: Config) -> None:
     need((labels.walk_par_iterations or 0) >= 0, "labels.walk_par_iterations", "0 or more, or null")
     need(labels.par_downscale >= 1, "labels.par_downscale", "at least 1")
 
-    for key in ("iterations", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+    for key in (
+        *("iterations", "batch_size", "accumulate"),
+        *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
+    ):
         need(getattr(train, key) >= 1, f"train.{key}", "at least 1")
     for key in (
         "classify_until",
@@ -353,6 +373,7 @@ def validate(config: Config) -> None:
         "weight_affinity",
         "weight_decay",
         "warmup_lr",
+        "clip_grad",
     ):
         need(getattr(train, key) >= 0, f"train.{key}", "0 or more")
     for key in ("head_lr_factor", "norm_lr_factor", "poly_power"):
@@ -364,7 +385,13 @@ def validate(config: Config) -> None:
         f"no smaller than train.classify_until ({train.classify_until})",
     )
     need(all(0 <= beta < 1 for beta in train.betas), "train.betas", "two numbers from 0 up to but without 1")
-    need_one_of("train", "precision", ("fp32", "bf16"))
+    need(0 <= train.ema < 1, "train.ema", "from 0 (none) up to but without 1, such as 0.999")
+    need(
+        train.batch_size % train.accumulate == 0,
+        "train.accumulate",
+        f"a divisor of train.batch_size ({train.batch_size})",
+    )
+    need_one_of("train", "precision", ("fp32", "bf16", "fp16"))
     need_one_of("train", "label_precision", ("same", "auto"))
     need_one_of("eval", "fusion", ("max", "mean"))
     need(evaluation.crf_workers is None or evaluation.crf_workers >= 0, "eval.crf_workers", "0 or more, or null")

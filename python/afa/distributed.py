@@ -41,7 +41,7 @@ def setup(device: torch.device | str | None = None) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = torch.device(device) if device is not None else torch.device("cuda" if gpus >= here else "cpu")
     if chosen.type == "cuda":
-        if chosen.index is not None:
+        if chosen.index not in (None, local):
             raise UserError(f"--device {chosen} is one GPU for {here} processes; say cuda, and each takes its own")
         if gpus < here:
             raise UserError(

@@ -133,6 +133,7 @@ def tiny_config() -> TinyConfig:
         train.classify_until, train.par_until, train.warmup = 3, 6, 2
         train.lr, train.norm_lr_factor = 1e-3, 1.0
         train.log_every, train.eval_every, train.checkpoint_every = 2, 1000, 1000
+        train.tensorboard = False
         config.labels.par_dilations, config.labels.par_iterations = (1, 2, 4), 3
         return config
 

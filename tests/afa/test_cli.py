@@ -26,7 +26,7 @@ model:
   decoder_width: 16
   backbone_args: {{depths: [1, 1, 1, 1], embed_dims: [8, 16, 40, 64]}}
 labels: {{cam_scales: [1], par_iterations: 1}}
-train: {{iterations: 3, classify_until: 1, par_until: 2, batch_size: 2, log_every: 1, warmup: 1}}
+train: {{tensorboard: false, iterations: 3, classify_until: 1, par_until: 2, batch_size: 2, log_every: 1, warmup: 1}}
 eval: {{report_images: 2}}
 """
 

@@ -42,7 +42,7 @@ def test_ready_files_load_and_survive_a_round_trip(name: str, tmp_path: Path) ->
 
 
 def test_ready_names_and_paths_resolve(tmp_path: Path) -> None:
-    assert {"voc", "coco", "vit"} <= set(ready_names())
+    assert {"voc", "coco", "vit_b", "demo"} <= set(ready_names())
     assert resolve("voc").name == "voc.yaml"
     own = tmp_path / "mine.yaml"
     own.write_text("train: {iterations: 7}\n")
@@ -86,7 +86,7 @@ def test_overrides_take_the_type_of_the_field(override: str, section: str, name:
         ("data.lr=1", ["unknown", "'data.lr'", "'train.lr'"]),
         ("trian.lr=1", ["unknown", "'trian.lr'", "'train.lr'"]),
         ("train.zzzzzz=1", ["unknown", "'train.zzzzzz'", "iterations"]),
-        ("nothing.at=1", ["unknown", "sections are data, model"]),
+        ("nowhere.zz=1", ["unknown", "sections are data, model"]),
         ("train.lr.x=1", ["unknown", "'train.lr.x'"]),
         ("train=1", ["section", "train.iterations"]),
         ("train.iterations", ["no override", "section.key=value"]),
@@ -112,7 +112,7 @@ def test_overrides_take_the_type_of_the_field(override: str, section: str, name:
         ("labels.cam_scales=[]", ["labels.cam_scales", "above 0"]),
         ("train.batch_size=0", ["train.batch_size", "at least 1", "0"]),
         ("train.par_until=5", ["train.par_until", "train.classify_until (2000)"]),
-        ("train.precision=fp16", ["train.precision", "fp32, bf16"]),
+        ("train.precision=fp8", ["train.precision", "fp32, bf16"]),
         ("train.betas=0.9,1", ["train.betas"]),
         ("train.seed=-1", ["train.seed", "0 or more"]),
         ("data.workers=-1", ["data.workers"]),

@@ -1,0 +1,7 @@
+"""`python -m afa`, and so `torchrun -m afa`."""
+
+import sys
+
+from afa.cli import main
+
+sys.exit(main())

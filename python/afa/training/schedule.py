@@ -1,0 +1,71 @@
+"""Phases, learning rates and parameter groups: what depends on the iteration and the configuration alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from afa.config import TrainConfig
+from afa.model.network import AFANet
+
+PHASES = ("classify", "par", "walk")
+
+
+def phase_of(config: TrainConfig, iteration: int) -> str:
+    """Phase of an iteration counted from 0."""
+    if iteration < config.classify_until:
+        return "classify"
+    return "par" if iteration < config.par_until else "walk"
+
+
+def learning_rate_factor(config: TrainConfig, iteration: int) -> float:
+    """What multiplies every group's rate at an iteration counted from 0: a linear rise from warmup_lr to lr, then the
+    polynomial (1 - iteration/iterations)^poly_power."""
+    if iteration < config.warmup:
+        start = config.warmup_lr / config.lr
+        return start + (1 - start) * iteration / config.warmup
+    return (1 - iteration / config.iterations) ** config.poly_power
+
+
+def ema_decay(config: TrainConfig, iteration: int) -> float:
+    """Share of the old average kept after the update of an iteration counted from 0: train.ema, less at first, so that
+    the random weights of the start are soon forgotten."""
+    return min(config.ema, (iteration + 1) / (iteration + 10))
+
+
+def step_seed(config: TrainConfig, iteration: int, place: int = 0) -> int:
+    """Seed of an iteration's random numbers: they depend on nothing that ran before, so a resumed run repeats exactly.
+
+    place: which of the batch's parts, where processes or `train.accumulate` divide it; of 256, then they repeat.
+    """
+    return (config.seed << 32) + (place % 256 << 24) + iteration
+
+
+def parameter_groups(model: AFANet, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW groups: backbone, backbone norms (lr x norm_lr_factor), heads (lr x head_lr_factor).
+
+    A factor of 0 freezes the norms: their gradients are not even computed.
+    """
+    norm_ids = {
+        id(parameter)
+        for module in model.backbone.modules()
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm))
+        for parameter in module.parameters(recurse=False)
+    }
+    own = list(model.backbone.parameters())
+    inside = {id(parameter) for parameter in own}
+    norms = [parameter for parameter in own if id(parameter) in norm_ids]
+    if config.norm_lr_factor == 0:
+        for parameter in norms:
+            parameter.requires_grad_(False)
+    groups = {
+        "backbone": ([p for p in own if id(p) not in norm_ids], 1.0),
+        "norms": (norms if config.norm_lr_factor else [], config.norm_lr_factor),
+        "heads": ([p for p in model.parameters() if id(p) not in inside], config.head_lr_factor),
+    }
+    return [
+        {"name": name, "params": parameters, "base_lr": config.lr * factor, "lr": config.lr * factor}
+        for name, (parameters, factor) in groups.items()
+        if parameters
+    ]
