@@ -88,6 +88,24 @@ examples:
   afa predict runs/voc holiday/ 'more/*.png' --out results
 """
 
+PSEUDO = """\
+Write a training set's pseudo labels, to train a second segmentor on: in --out, NAME.png of the image's own size with
+class numbers in PASCAL VOC's palette, 0 background, 255 ignored. Every source is told the image's tags:
+  seg   the segmentation, among background and the image's tags; nothing is ignored (default)
+  walk  the CAM walked by the affinity, then PAR: what the last phase of training learns from
+  par   the CAM refined by PAR: what the phase before learns from
+  cam   the CAM against the two background scores
+What is written already is kept, so a stopped export goes on; torchrun or --shard share it out. Where there are masks,
+the labels' mIoU against them is told.
+
+examples:
+  afa pseudo-labels runs/voc --out labels
+  afa pseudo-labels runs/voc --out labels eval.scales=1,0.5,0.75 eval.flip=true eval.crf=true
+  afa pseudo-labels runs/voc --out walk --source walk --split train --cams
+  afa pseudo-labels runs/voc --out labels --shard 2/8                           the second of eight machines
+  torchrun --nproc-per-node 4 -m afa.cli pseudo-labels runs/voc --out labels    on four GPUs
+"""
+
 REPORT = """\
 Write report.html of a measured run anew from its files, without the data or the model.
 
@@ -185,9 +203,26 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     common(predict, "")
 
+    pseudo = add("pseudo-labels", "write a training set's pseudo labels", PSEUDO, _pseudo_labels)
+    pseudo.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    pseudo.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write to")
+    pseudo.add_argument("--split", metavar="NAME", help="split list to label (default: the run's data.train_split)")
+    pseudo.add_argument("--source", metavar="SOURCE", default="seg", help="seg (default), walk, par or cam")
+    pseudo.add_argument("--no-ignore", action="store_true", help="one background score, labels.cam_threshold, not two")
+    pseudo.add_argument("--cams", action="store_true", help="also write cams/NAME.npz (classes, cams)")
+    pseudo.add_argument("--shard", metavar="I/N", default="1/1", help="write the I-th of N parts, I from 1")
+    common(pseudo, "settings that differ from the run's, such as eval.crf=true")
+
     report = add("report", "write a run's report.html anew", REPORT, _report)
     report.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
-    return parser, {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict, "report": report}
+    return parser, {
+        "prepare": prepare,
+        "train": train,
+        "evaluate": evaluate,
+        "predict": predict,
+        "pseudo-labels": pseudo,
+        "report": report,
+    }
 
 
 # ---- commands
@@ -359,6 +394,68 @@ def _predict(options: argparse.Namespace) -> None:
     _say("written", f"{len(images)} picture{plural} to {options.out}/masks, overlays and cams")
 
 
+def _pseudo_labels(options: argparse.Namespace) -> None:
+    _need_run(options.run)
+    shard = _shard(options.shard)
+    from afa.pseudo_labels import SOURCES
+
+    if options.source not in SOURCES:
+        hint = did_you_mean(options.source, SOURCES)
+        raise UserError(f"--source must be one of {', '.join(SOURCES)}, got '{options.source}'{hint}")
+    from afa.config import load_config
+    from afa.crf import check_installed
+    from afa.data import open_dataset
+    from afa.eval_store import weights_id
+    from afa.model import load_model
+    from afa.pseudo_labels import export_labels
+
+    config = load_config(options.run / "config.yaml", options.overrides)
+    if config.eval.crf and options.source == "seg":
+        check_installed()
+    split = options.split or config.data.train_split
+    with _processes(options.device) as (device, first):
+        progress = first and not options.quiet
+        with _first_alone(first):
+            _make_data(config, progress)
+        dataset = open_dataset(config.data, split, train=False, with_mask=False, progress=progress)
+        path = options.run / "model.safetensors"
+        model, classes, _ = load_model(path, device)
+        _need_classes(options.run, classes, config, dataset)
+        done = export_labels(
+            model,
+            dataset,
+            config,
+            options.out,
+            source=options.source,
+            ignore=not options.no_ignore,
+            cams=options.cams,
+            shard=shard,
+            weights_id=weights_id(path),
+            progress=progress,
+        )
+    if not first:
+        return
+    _say_skipped(dataset)
+    rate = f", {done.written / done.seconds:.1f} images a second" if done.written else ""
+    _say("written", f"{done.written:,} labels of '{split}' to {options.out} ({done.skipped:,} were there){rate}")
+    if done.scores is None:
+        _say("note", f"the split '{split}' has no masks, so the labels can't be measured")
+        return
+    _say(
+        "measured",
+        f"mIoU {done.scores['miou']:.3f} on {done.measured:,} images with masks, over the "
+        f"{done.scores['labelled']:.1%} of their pixels that are labelled",
+    )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """'2/8' -> (1, 8)."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--shard must be I/N with 1 <= I <= N, such as 2/8, got '{text}'")
+    return int(number) - 1, int(count)
+
+
 def _report(options: argparse.Namespace) -> None:
     from afa.results import make_report
 
@@ -378,6 +475,14 @@ def _need_run(run: Path) -> None:
         raise UserError(
             f"the run {run} has no model.safetensors, so its training has not ended; "
             f"finish it with `afa train {run} --resume`"
+        )
+
+
+def _need_classes(run: Path, classes: list[str], config: Config, dataset: VOCDataset) -> None:
+    if classes != dataset.classes:
+        raise UserError(
+            f"the run {run} knows the classes {', '.join(classes)}, but {config.data.root} has "
+            f"{', '.join(dataset.classes)}; set data.root to the data it was trained for"
         )
 
 
@@ -454,11 +559,7 @@ def _measure(
     from afa.results import environment, save_result
 
     model, classes, _ = load_model(run / "model.safetensors", device)
-    if classes != val_set.classes:
-        raise UserError(
-            f"the run {run} knows the classes {', '.join(classes)}, but {config.data.root} has "
-            f"{', '.join(val_set.classes)}; set data.root to the data it was trained for"
-        )
+    _need_classes(run, classes, config, val_set)
     result = evaluate(model, val_set, config, progress=progress, keep=config.eval.report_images, store=store)
     if not is_main():
         return

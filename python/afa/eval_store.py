@@ -35,7 +35,10 @@ class EvalStore:
             for other in self.folder.parent.iterdir():
                 if other != self.folder:
                     shutil.rmtree(other, ignore_errors=True)
-        return {path.stem for path in self.folder.glob("*.png") if not path.name.startswith(".") and self._whole(path)}
+        # A name may have folders in it.
+        files = (path for path in self.folder.rglob("*.png") if not path.name.startswith("."))
+        names = {path.relative_to(self.folder).as_posix()[: -len(".png")] for path in files}
+        return {name for name in names if self._whole(name)}
 
     def save(self, name: str, planes: Mapping[str, NDArray[np.uint8]], found: Sequence[int]) -> None:
         """Keep an image's label maps [H, W] by row, and the class numbers its classifier found."""
@@ -56,11 +59,10 @@ class EvalStore:
         """Remove everything: the evaluation is complete, and a later one measures anew."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
-    def _whole(self, path: Path) -> bool:
+    def _whole(self, name: str) -> bool:
         try:
-            self.load(path.stem)
+            self.load(name)
         except (OSError, ValueError, KeyError, SyntaxError):
-            path.unlink(missing_ok=True)
             return False
         return True
 
@@ -70,12 +72,17 @@ def evaluation_key(model: str | Path, config: Config) -> str:
     content = to_dict(config)
     settings = {
         "format": _FORMAT,
-        "data": [str(Path(config.data.root).resolve()), config.data.val_split],
+        "data": [str(Path(config.data.root).resolve()), config.data.val_split, config.data.largest_side],
         "labels": content["labels"],
         "eval": {name: value for name, value in content["eval"].items() if name not in _IRRELEVANT},
         "precision": config.train.precision,
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    return hashlib.sha256(json.dumps([settings, weights_id(model)], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_id(model: str | Path) -> str:
+    """Tells one model file from another by its content."""
+    digest = hashlib.sha256()
     with open(model, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)

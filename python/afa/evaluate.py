@@ -26,6 +26,7 @@ from afa.cam import multi_scale_cam, pack_classes
 from afa.config import Config, EvalConfig
 from afa.crf import CrfPool, CrfSettings, dense_crf
 from afa.data import VOCDataset, eval_loader, share
+from afa.data.transforms import image_size
 from afa.distributed import all_reduce_sum_, broadcast, gather, is_main, rank, world_size
 from afa.eval_store import EvalStore
 from afa.labels import par_label_single, threshold_labels, walk_label_single
@@ -180,7 +181,7 @@ class _Measurement:
                     self._measure(batch, pool)
                 else:
                     images = batch["image"].to(self.device, non_blocking=True)
-                    with _precision(self.device, self.config):
+                    with precision(self.device, self.config):
                         out = self.model(normalize(images), want=("class",))
                     self._note_found(batch["name"], out.class_logits)
                 bar.update(len(batch["name"]))
@@ -225,7 +226,7 @@ class _Measurement:
         assert self.store is not None
         name = self.dataset.names[index]
         planes, self.found[name] = self.store.load(name)
-        truth = torch.from_numpy(self.dataset.mask(index, planes["seg"].shape))[None]
+        truth = torch.from_numpy(self.dataset.mask(index, image_size(self.dataset.paths[index])))[None]
         for row, metrics in self.metrics.items():
             metrics.update(torch.from_numpy(planes[row])[None], truth)
         self._note_iou([name], torch.from_numpy(planes["crf" if self.crf else "seg"])[None], truth)
@@ -329,7 +330,7 @@ def measure_batch(model: AFANet, images: Tensor, tags: Tensor, config: Config) -
     most = int((tags > 0).sum(1).max())
     classes = pack_classes(tags.to(device, non_blocking=True), most)
     inputs = normalize(images)
-    with _precision(device, config):
+    with precision(device, config):
         # One forward of the images as they are serves the tags, the CAM, the affinity and the segmentation.
         out = model(inputs, want=("class", "cam", "seg", "affinity"))
         assert out.class_logits is not None and out.cam is not None and out.affinity is not None
@@ -342,7 +343,7 @@ def measure_batch(model: AFANet, images: Tensor, tags: Tensor, config: Config) -
             base=out.cam,
             base_affinity=out.affinity,
         )
-        segmentation = _segment(model, inputs, out.seg_logits, config.eval)
+        segmentation = fuse_segmentation(model, inputs, out.seg_logits, config.eval)
     assert result.affinity is not None and result.grid is not None
     background = config.labels.cam_threshold
     labels = {
@@ -356,15 +357,16 @@ def measure_batch(model: AFANet, images: Tensor, tags: Tensor, config: Config) -
 
 def segment(model: AFANet, images: Tensor, config: Config) -> Tensor:
     """uint8 images [B, 3, H, W] -> segmentation logits [B, C+1, H, W] at eval.scales: what prediction uses, no tags."""
-    with torch.inference_mode(), _precision(images.device, config):
-        return _segment(model, normalize(images), None, config.eval)
+    with torch.inference_mode(), precision(images.device, config):
+        return fuse_segmentation(model, normalize(images), None, config.eval)
 
 
-def _precision(device: torch.device, config: Config) -> torch.autocast:
+def precision(device: torch.device, config: Config) -> torch.autocast:
+    """Autocast as the model was trained with."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
-def _segment(model: AFANet, inputs: Tensor, base: Tensor | None, settings: EvalConfig) -> Tensor:
+def fuse_segmentation(model: AFANet, inputs: Tensor, base: Tensor | None, settings: EvalConfig) -> Tensor:
     """Maximum or mean over scales and flips of the logits at full size; `base` saves the forward of scale 1."""
     size = inputs.shape[2:]
     fused: Tensor | None = None
