@@ -87,7 +87,7 @@ int find_variant(const TunedKernel& kernel, const std::string& name) {
 }  // namespace
 }  // namespace afa
 
-#ifdef AFA_CUDA_ON_HOST
+#ifdef AFA_CUDA_ON_HOST_LIBRARY
 // The CUDA kernels, compiled for the CPU by the tests, under a name of their own.
 STABLE_TORCH_LIBRARY(afa_ext_cuda_on_host,
                      m){AFA_OPERATORS(AFA_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(afa_ext_cuda_on_host, CPU, m) {
@@ -134,6 +134,9 @@ pybind11::dict build_info() {
 #else
   info["cuda"] = pybind11::none();
   info["cuda_architectures"] = "";
+#endif
+#ifdef AFA_CUDA_ON_HOST
+  info["cuda_on_host"] = true;  // CPU tensors are computed by the CUDA kernels: a build for tests
 #endif
   info["simd_levels"] = compiled;
   info["simd"] = afa::simd_name(afa::simd_level());

@@ -9,16 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+import afa_ext
+
 GOLDEN = Path(__file__).parent / "golden"
+ON_HOST = "cuda_on_host" in afa_ext.build_info()  # tools/kernels_on_host.py: the CUDA kernels, on CPU tensors
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no GPU on this machine")
+    gpu = pytest.mark.skip(reason="no GPU on this machine")
+    cpu = pytest.mark.skip(reason="about the CPU kernels, and this build runs the CUDA kernels on CPU tensors")
     for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(skip)
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(gpu)
+        if ON_HOST and (item.get_closest_marker("cpu_kernels") or "threads" in getattr(item, "fixturenames", ())):
+            item.add_marker(cpu)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +55,12 @@ def assert_relative() -> Callable[..., None]:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def cuda_kernels(device: str) -> bool:
+    """Whether the CUDA kernels compute on this device."""
+    return ON_HOST or device == "cuda"
 
 
 @pytest.fixture

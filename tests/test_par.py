@@ -260,6 +260,7 @@ torch.save(results, sys.argv[2])
 """
 
 
+@pytest.mark.cpu_kernels
 def test_instruction_sets_agree(tmp_path, assert_relative):
     """Each level this machine has, in a process of its own, against the baseline."""
     cases = []
@@ -301,6 +302,7 @@ def peak_bytes(run):
     return most
 
 
+@pytest.mark.cpu_kernels
 def test_memory_is_the_weights_and_two_buffers_of_the_masks():
     batch, classes, height, width = 2, 7, 96, 120
     images, masks = smooth_images(batch, height, width), torch.rand(batch, classes, height, width)

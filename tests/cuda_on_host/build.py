@@ -19,6 +19,7 @@ BUILD = ROOT / "build" / "cuda_on_host"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 # For the .cu files where nothing is sanitized: calls before each access, to the functions of memory_check.cpp.
 CHECKED = ["-fsanitize=thread,alignment,bounds"]
+LIBRARY = "-DAFA_CUDA_ON_HOST_LIBRARY"
 RUNTIME = [HERE / "cuda_on_host.cpp", HERE / "memory_check.cpp"]
 
 
@@ -43,7 +44,7 @@ def compile_objects(sources: Sequence[Path], folder: Path, flags: Sequence[str])
     if headers is None:
         raise SystemExit("the CUDA toolkit's headers (cuda_fp16.h) are not installed")
     folder.mkdir(parents=True, exist_ok=True)
-    common = ["g++", "-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror"]
+    common = ["g++", "-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror"]
     common += ["-Wno-unknown-pragmas", f"-I{CSRC}", f"-I{HERE}"]
     common += [f"-isystem{path}" for path in (headers, headers / "cccl")]
     shared_by_all = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.glob("*.h"), Path(__file__)]
@@ -84,8 +85,9 @@ def compile_operators(sanitize: bool, registration: Sequence[str]) -> tuple[list
     flags += [f"-isystem{path}" for path in include_paths()]
     # The SIMD files are never called in this build, but the host code names them.
     sources = sorted({*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu"), *RUNTIME} - {CSRC / "ops.cpp"})
-    objects = compile_objects(sources, folder, [*flags, "-DAFA_CUDA_ON_HOST"])
-    kind = folder / ("library" if "-DAFA_CUDA_ON_HOST" in registration else "module")
+    flags.append("-DAFA_CUDA_ON_HOST")
+    objects = compile_objects(sources, folder, flags)
+    kind = folder / ("library" if LIBRARY in registration else "module")
     objects += compile_objects([CSRC / "ops.cpp"], kind, [*flags, *registration])
     folders = [f"-L{path}" for path in library_paths()]
     return objects, kind, ["-shared", *extra, "-Wl,-Bsymbolic", *folders, "-ltorch_cpu", "-lc10"]
@@ -94,7 +96,7 @@ def compile_operators(sanitize: bool, registration: Sequence[str]) -> tuple[list
 def build_library(sanitize: bool = False) -> Path:
     """A library that registers torch.ops.afa_ext_cuda_on_host: every operator, computed by the CUDA kernels on CPU
     tensors."""
-    objects, folder, flags = compile_operators(sanitize, ["-DAFA_CUDA_ON_HOST"])
+    objects, folder, flags = compile_operators(sanitize, [LIBRARY])
     return link(objects, folder / "afa_cuda_on_host.so", *flags)
 
 

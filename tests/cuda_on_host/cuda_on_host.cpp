@@ -181,9 +181,9 @@ class Device {
     start_memory_check();
     arrange(order);
     in_kernel = true;
-    const char here = 0;
-    running.host_stack = &here - kNear;
-    running.host_stack_end = &here + kNear;
+    const char* const here = static_cast<const char*>(__builtin_frame_address(0));
+    running.host_stack = here - kNear;
+    running.host_stack_end = here + kNear;
     try {
       cooperative_ ? run_together(order) : run_in_turn(order);
     } catch (...) {
