@@ -74,7 +74,7 @@ examples:
   afa evaluate runs/voc eval.scales=1,0.5,0.75 eval.flip=true eval.crf=true     as published
   afa evaluate runs/voc eval.scales=1,0.5,1.5 eval.flip=true eval.fusion=mean
   afa evaluate runs/voc data.root=/elsewhere/VOC2012 data.val_split=val
-  torchrun --nproc-per-node 4 -m afa.cli evaluate runs/voc                      on four GPUs
+  torchrun --nproc-per-node 4 -m afa evaluate runs/voc                      on four GPUs
 """
 
 PREDICT = """\
@@ -103,7 +103,7 @@ examples:
   afa pseudo-labels runs/voc --out labels eval.scales=1,0.5,0.75 eval.flip=true eval.crf=true
   afa pseudo-labels runs/voc --out walk --source walk --split train --cams
   afa pseudo-labels runs/voc --out labels --shard 2/8                           the second of eight machines
-  torchrun --nproc-per-node 4 -m afa.cli pseudo-labels runs/voc --out labels    on four GPUs
+  torchrun --nproc-per-node 4 -m afa pseudo-labels runs/voc --out labels    on four GPUs
 """
 
 REPORT = """\

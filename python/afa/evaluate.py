@@ -1,7 +1,7 @@
 """Measurement on a split: mean IoU of CAMs, walked CAMs, PAR labels, segmentation and its dense CRF; F1 of the tags.
 
     afa evaluate runs/voc eval.scales=1,0.5,0.75 eval.flip=true eval.crf=true
-    torchrun --nproc-per-node 4 -m afa.cli evaluate runs/voc        # every process measures its share
+    torchrun --nproc-per-node 4 -m afa evaluate runs/voc        # every process measures its share
 
 A split without masks has no IoU: of it only the classifier is measured.
 """

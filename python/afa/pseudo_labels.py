@@ -1,7 +1,7 @@
 """Export of a training set's pseudo labels for a second-stage segmentor.
 
     afa pseudo-labels runs/voc --split train_aug --out labels                 # one PNG an image, in VOC's palette
-    torchrun --nproc-per-node 4 -m afa.cli pseudo-labels runs/voc --out labels
+    torchrun --nproc-per-node 4 -m afa pseudo-labels runs/voc --out labels
     afa pseudo-labels runs/voc --out labels --shard 2/8                       # the second of eight machines
 
 Every source is told the image's tags, as at training: a class that the image doesn't show is never in its label.

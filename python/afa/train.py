@@ -26,6 +26,9 @@ from afa.errors import UserError
 from afa.evaluate import evaluate
 from afa.files import write_text
 from afa.model.network import build_model, save_checkpoint_weights
+from afa.results import RESULTS
+from afa.snapshots import FOLDER as SNAPSHOTS
+from afa.snapshots import snapshot
 from afa.training.board import PICTURES, open_board
 from afa.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from afa.training.log import Record, RunLog, summary, trim_log
@@ -97,6 +100,7 @@ def train(
         rank=distributed.rank(),
         world_size=processes,
     )
+    phase_ends = {settings.classify_until, settings.par_until, settings.iterations}
     bar = tqdm(
         total=settings.iterations, initial=start, unit="it", disable=not progress, dynamic_ncols=True, smoothing=0.05
     )
@@ -126,6 +130,10 @@ def train(
             bar.update()
             if done % settings.log_every == 0 or done == settings.iterations:
                 bar.set_postfix_str(summary(log.write()))
+            if done in phase_ends and main:
+                log.check()
+                with log.paused():
+                    snapshot(trainer.measured, dataset, config, run, done)
             saving = done % settings.checkpoint_every == 0 and done < settings.iterations
             measuring = validation is not None and done % settings.eval_every == 0 and done < settings.iterations
             if not (saving or measuring):
@@ -164,8 +172,8 @@ def _check_division(config: Config) -> None:
 
 def _put_aside(run: Path) -> None:
     """Move what an earlier run left here to run/previous, so that no old file passes for a new one."""
-    results = ("model.safetensors", "metrics.json", "samples.npz", "report.html")
-    old = [run / name for name in ("config.yaml", "log.jsonl", "checkpoints", "tensorboard", *results)]
+    own = ("config.yaml", "log.jsonl", "checkpoints", "tensorboard", "model.safetensors", SNAPSHOTS, "evaluation")
+    old = [run / name for name in (*own, *RESULTS)]
     old = [path for path in old if path.exists()]
     if not old:
         return

@@ -74,7 +74,9 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
         "model.safetensors",
         "report.html",
         "samples.npz",
+        "snapshots",
     }
+    assert [path.stem for path in sorted((run / "snapshots").iterdir())] == ["00000001", "00000002", "00000003"]
     assert "lr: 0.0001" in (run / "config.yaml").read_text()
     metrics = json.loads((run / "metrics.json").read_text())
     for row, name in (("cam", "CAM"), ("walk", "walk"), ("par", "PAR label"), ("seg", "segmentation")):

@@ -17,6 +17,7 @@ import afa.training.trainer as trainer_module
 from afa.config import Config, TrainConfig, load_config
 from afa.errors import UserError
 from afa.model import build_model, load_model
+from afa.snapshots import load_snapshots
 from afa.train import Trainer, learning_rate_factor, parameter_groups, phase_of, train
 
 
@@ -197,7 +198,10 @@ class TestRun:
         seen: list[Any] = []
         run = tmp_path / "run"
         train(config, run, on_log=seen.append, progress=False)
-        assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "log.jsonl", "model.safetensors"]
+        files = ["config.yaml", "log.jsonl", "model.safetensors", "snapshots"]
+        assert sorted(path.name for path in run.iterdir()) == files
+        # Of the ends of the three phases.
+        assert list(load_snapshots(run)) == [3, 6, 9]
         assert load_config(run / "config.yaml") == config
         records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         assert records == seen
