@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,6 +347,42 @@ def test_coco_goes_on_after_a_stop(coco: Path, said: Lines, say: Any, monkeypatc
     assert len(list((coco / "SegmentationClass").iterdir())) == 3
     assert done[0].stat().st_mtime_ns == before
     assert ("wrote", f"{coco / 'SegmentationClass'}: 3 masks of val2014 (1 kept)") in said
+
+
+def test_coco_goes_on_after_a_kill(coco: Path, tmp_path: Path, say: Any) -> None:
+    path = coco / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    rng = np.random.default_rng(0)
+    for number in range(10, 210):
+        name = f"COCO_val2014_{number:012}.jpg"
+        _jpeg(coco / "val2014" / name)
+        content["images"].append({"id": number, "file_name": name, "height": 480, "width": 640})
+        for _ in range(6):
+            x, y, side = (int(v) for v in rng.integers(1, 300, 3))
+            item = _annotation(number, 18, _square(x, y, min(side, 470 - y)), side * side)
+            content["annotations"].append({**item, "id": len(content["annotations"])})
+    path.write_text(json.dumps(content))
+    masks = coco / "SegmentationClass"
+    command = [sys.executable, "-m", "afa.cli", "prepare", "coco", str(coco), "--quiet"]
+    # A session of its own: its pool must die with it.
+    with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            for _ in range(6000):
+                if masks.is_dir() and sum(1 for _ in masks.glob("[!.]*.png")) >= 10:
+                    break
+                time.sleep(0.01)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    done = {path.name: path.stat().st_mtime_ns for path in masks.glob("[!.]*.png")}
+    assert 10 <= len(done) < 203
+    assert not (coco / "ImageSets/Segmentation/val.txt").exists()
+    prepare_coco(coco, progress=False, say=say)
+    assert done.items() <= {path.name: path.stat().st_mtime_ns for path in masks.glob("[!.]*.png")}.items()
+    images = coco_module._read_instances(path)
+    assert len(images) == 203
+    for image in images:
+        drawn = coco_module.draw_mask(image.height, image.width, image.objects)
+        assert np.array_equal(np.asarray(Image.open(masks / f"{image.name}.png")), drawn)
 
 
 def test_coco_missing_parts_are_named_at_once(coco: Path, say: Any) -> None:
