@@ -61,7 +61,7 @@ examples:
   afa train voc data.root=/data/VOCdevkit/VOC2012 train.batch_size=8
   afa train voc --run runs/voc_small data.crop_size=320 labels.cam_scales=1,0.5
   afa train runs/voc_small --resume                          go on after a stop
-  torchrun --nproc-per-node=4 -m afa train voc               a process a GPU; train.batch_size images in all
+  torchrun --nproc-per-node=4 -m afa train voc --run-dir X   a process a GPU; train.batch_size images in all
 """
 
 EVALUATE = """\
@@ -179,7 +179,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train = add("train", "train, measure and report", TRAIN.format(ready=", ".join(ready_names())), _train)
     train.add_argument("config", metavar="CONFIG", help="name of a ready configuration, or a YAML file")
     train.add_argument(
-        "--run", type=Path, metavar="DIR", help="folder to write to (default: runs/NAME, or the run given)"
+        "--run",
+        "--run-dir",  # torchrun takes --run for one of its own options, shortened
+        type=Path,
+        metavar="DIR",
+        help="folder to write to (default: runs/NAME, or the run given); say --run-dir under torchrun",
     )
     train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     common(train, "settings that differ from CONFIG")

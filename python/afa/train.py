@@ -143,7 +143,7 @@ def train(
                 if saving and main:
                     save_checkpoint(run, trainer, dataset.classes, done)
                 if measuring and validation is not None:
-                    keep = PICTURES if board is not None else 0
+                    keep = min(PICTURES, len(validation)) if settings.tensorboard is not False else 0
                     result = evaluate(trainer.measured, validation, config, progress=progress, keep=keep)
                     scores = {f"val_{row}_miou": getattr(result, row)["miou"] for row in ("cam", "walk", "par", "seg")}
                     log.append({"iteration": done, **scores})
