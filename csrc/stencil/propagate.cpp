@@ -117,7 +117,7 @@ void check_class_mask(const std::optional<Tensor>& class_mask, const Tensor& pla
   check_shape(*class_mask, "class_mask", "[B, C]", {planes.size(0), planes.size(1)});
   AFA_CHECK(class_mask->scalar_type() == ScalarType::Bool, "class_mask must be bool, got ",
             type_name(class_mask->scalar_type()));
-  AFA_CHECK(class_mask->is_cuda() == planes.is_cuda(), "class_mask must be on the device of the masks");
+  check_device(*class_mask, "class_mask", planes, "the masks");
 }
 
 ActivePlanes::ActivePlanes(int64_t batch, int64_t classes, const std::optional<Tensor>& class_mask) {
