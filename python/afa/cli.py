@@ -542,7 +542,7 @@ def _datasets(config: Config, progress: bool) -> tuple[VOCDataset, VOCDataset]:
 
 def _say_skipped(dataset: VOCDataset) -> None:
     for reason in dataset.skipped[:10]:
-        _say("skipped", reason)
+        _say("skipped", reason.partition(";")[0])  # without the advice, which has been taken
     if len(dataset.skipped) > 10:
         _say("skipped", f"and {len(dataset.skipped) - 10:,} more of '{dataset.split}'")
 

@@ -231,6 +231,17 @@ def test_mistake_in_the_folder(album: Path, mistake: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_downloads_are_not_taken_for_pictures_of_ones_own(tmp_path: Path) -> None:
+    _picture(tmp_path / "kit/VOC2012/JPEGImages/a.jpg")
+    with pytest.raises(UserError, match=r"holds a folder in PASCAL VOC layout; set data\.root=.*kit/VOC2012$"):
+        _open(tmp_path / "kit", "train")
+    with pytest.raises(UserError, match=r"no list is there.*afa prepare voc .*VOC2012$"):
+        _open(tmp_path / "kit/VOC2012", "train_aug")
+    _picture(tmp_path / "coco/train2014/a.jpg")
+    with pytest.raises(UserError, match=r"no list is there.*afa prepare coco .*coco$"):
+        _open(tmp_path / "coco", "train")
+
+
 def test_unknown_split_is_named(album: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'vall' in .*did you mean 'val'"):
         _open(album, "vall")

@@ -49,7 +49,11 @@ def read_split(root: Path, split: str) -> list[str]:
     if not path.is_file():
         lists = sorted(file.stem for file in path.parent.glob("*.txt"))
         there = f"the lists there are {', '.join(lists)}{did_you_mean(split, lists)}" if lists else "no list is there"
-        raise UserError(f"the split list {path} does not exist: {there}; set data.train_split or data.val_split")
+        coco = any((root / name).is_dir() for name in IMAGE_FOLDERS[1:])
+        raise UserError(
+            f"the split list {path} does not exist: {there}; set data.train_split or data.val_split, or make the lists "
+            f"of a fresh download: afa prepare {'coco' if coco else 'voc'} {root}"
+        )
     names = [stem_of(line.split()[0]) for line in read_lines(path)]
     if not names:
         raise UserError(f"the split list {path} is empty; it must hold one image name a line")

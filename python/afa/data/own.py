@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from afa.data.lists import IMAGE_SUFFIXES, files_by_name, read_class_list, read_lines, visible_files
+from afa.data.lists import IMAGE_FOLDERS, IMAGE_SUFFIXES, files_by_name, read_class_list, read_lines, visible_files
 from afa.data.tags import csv_rows, split_labels
 from afa.data.transforms import IGNORE
 from afa.errors import UserError, did_you_mean
@@ -89,7 +89,7 @@ class OwnFolder:
         masked = self._masked()
         if 0 < len(masked) < len(self.pictures):
             return "the pictures with masks are for validation"
-        return f"every {round(1 / VALIDATION_SHARE)}th picture, chosen by its name, is for validation"
+        return f"one picture in {round(1 / VALIDATION_SHARE)}, chosen by its name, is for validation"
 
     def _masked(self) -> set[str]:
         return {picture.name for picture in self.pictures if picture.name in self.masks}
@@ -124,11 +124,14 @@ class OwnFolder:
 
 def is_own_folder(root: Path) -> bool:
     """Whether the folder is not laid out as VOC's or COCO's, so that it is read as pictures of one's own."""
-    return root.is_dir() and not any((root / name).is_dir() for name in ("ImageSets", "JPEGImages"))
+    return root.is_dir() and not any((root / name).is_dir() for name in ("ImageSets", *IMAGE_FOLDERS))
 
 
 def read_own_folder(root: Path) -> OwnFolder:
     """List the pictures of `root` and their tags; UserError names the file or line that is wrong."""
+    for inside in (*root.iterdir(), *root.glob("VOCdevkit/*")):
+        if (inside / "ImageSets").is_dir() or (inside / "JPEGImages").is_dir():
+            raise UserError(f"{root} holds a folder in PASCAL VOC layout; set data.root={inside}")
     masks = files_by_name([root / MASKS], (".png",)) if (root / MASKS).is_dir() else {}
     files: dict[str, Path] = {}
     for path in visible_files(root, IMAGE_SUFFIXES):

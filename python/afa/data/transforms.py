@@ -203,7 +203,7 @@ def random_crop(
     crop = np.empty((size, size, 3), np.uint8)
     # Whole rows are copied twenty times as fast as single pixels.
     crop[:] = np.tile(np.array(MEAN_COLOUR, np.uint8), (size, 1))
-    crop[y0:y1, x0:x1] = part
+    crop[y0:y1, x0:x1] = np.asarray(part)
     return crop, (y0, y1, x0, x1)
 
 

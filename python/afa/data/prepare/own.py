@@ -52,7 +52,7 @@ def prepare_own(folder: Path, *, progress: bool = True, say: Say) -> Path:
         )
     if bad:
         for reason in bad[:20]:
-            say("bad", reason)
+            say("bad", reason.partition(";")[0])
         raise UserError(
             f"{len(bad):,} of the {len(own.pictures):,} pictures of {folder} can't be used, as listed above; mend or "
             "remove them, or train with data.bad_images=skip"
