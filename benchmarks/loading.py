@@ -144,9 +144,9 @@ def main() -> None:
     else:
         rows = []
         with tempfile.TemporaryDirectory() as folder:
-            for ready, size, count in (("voc", (375, 500), 100), ("own", (3000, 4000), 12)):
+            for ready, size, count in (("voc", (375, 500), 100), ("own", (3000, 4000), 4)):
                 root = Path(folder) / ready
-                draw(root, 4 if options.quick else count, size)
+                draw(root, min(count, 4) if options.quick else count, size)
                 config = load_config(ready, [f"data.root={root}", "data.train_split=all"])
                 rows += measure(f"{size[1]}×{size[0]}, as {ready}.yaml", config, seconds, step)
     print(f"\nwritten to {write_results('loading', torch.device('cpu'), rows, options.out)}")

@@ -189,6 +189,8 @@ def test_voc_grows_when_sbd_is_completed(devkit: Path, sbd: Path, said: Lines, s
     prepare_voc(devkit, progress=False, say=say)
     assert len(_trainaug(devkit)) == 5
     assert any(what == "rewrote" and "train_aug.txt" in text for what, text in said)
+    former = devkit / "VOC2012/ImageSets/Segmentation/train_aug.txt.old"
+    assert former.read_text().split() == ["a1", "a2", "s1", "s3"]
 
 
 def test_voc_tags_from_sbd_where_there_is_no_annotation(devkit: Path, sbd: Path, say: Any) -> None:

@@ -18,12 +18,20 @@ Say = Callable[[str, str], None]
 
 
 def write_if_new(path: Path, lines: Iterable[str], say: Say, what: str) -> None:
-    """Write the lines unless the file holds them already, and say which; `what` describes the content."""
+    """Write the lines unless the file holds them already, and say which; `what` describes the content.
+
+    A file of other content, which may be someone's work, is kept beside it as <name>.old.
+    """
     text = "".join(f"{line}\n" for line in lines)
     if path.is_file() and path.read_bytes() == text.encode():
         say("kept", f"{path}: {what}")
         return
-    say("rewrote" if path.is_file() else "wrote", f"{path}: {what}")
+    former = path.with_name(f"{path.name}.old")
+    if path.is_file():
+        path.replace(former)
+        say("rewrote", f"{path}: {what}; the former one is {former.name}")
+    else:
+        say("wrote", f"{path}: {what}")
     write_text(path, text)
 
 
