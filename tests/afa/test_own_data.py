@@ -168,6 +168,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda root: (root / "p04.jpg").unlink(),
         ["'p04.jpg'", "line 6", "tags.csv", "did you mean"],
     ),
+    "a picture of a kind that can't be read": (
+        lambda root: (root / "p04.jpg").rename(root / "p04.heic"),
+        ["'p04.jpg'", "did you mean"],
+    ),
+    "a line with such a picture": (
+        lambda root: ((root / "x.heic").write_bytes(b""), (root / "tags.csv").write_text("x.heic,cat\n")),
+        ["'x.heic' of line 1", "no kind of picture", "convert it"],
+    ),
     "a line twice": (
         lambda root: (root / "tags.csv").write_text("p01.jpg,cat\np01,dog\n"),
         ["line 2", "'p01'", "second time", "line 1"],

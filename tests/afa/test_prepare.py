@@ -455,6 +455,8 @@ def test_command_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
         rows.append(f"{number}.jpg,{'zebra' if number else 'zebar'}")
     (root / "tags.csv").write_text("\n".join(rows))
     _jpeg(root / "other.jpg")
+    (root / "clip.MOV").write_bytes(b"film")
+    (root / ".DS_Store").write_bytes(b"")
     before = _files(root)
     assert main(["prepare", "own", str(root), "--quiet"]) == 0
     shown = capsys.readouterr().out
@@ -462,6 +464,7 @@ def test_command_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "30 pictures, tagged by tags.csv, 2 classes",
         "left out for want of a line in tags.csv: 1 of 31 pictures",
         f"no masks in {root / 'masks'}: the classifier's F1 will be measured",
+        "left out, as no kind of picture that can be read: 1 .mov",
         "1  zebar",
         "is this 'zebra'?",
         f"next     afa train own data.root={root}",

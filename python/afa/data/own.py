@@ -164,6 +164,13 @@ def read_own_folder(root: Path) -> OwnFolder:
     return OwnFolder(root, source, classes, pictures, len(files) - len(pictures), masks)
 
 
+def other_files(root: Path) -> dict[str, int]:
+    """Suffix -> number of files that are neither pictures nor tables nor lists, and so are left out."""
+    known = (*IMAGE_SUFFIXES, ".csv", ".txt")
+    found = Counter(path.suffix.lower() for path in root.rglob("*") if path.is_file() and path.name[0] != ".")
+    return {suffix or "no suffix": count for suffix, count in sorted(found.items()) if suffix not in known}
+
+
 def _check_classes(root: Path, source: str, classes: list[str], pictures: list[OwnPicture]) -> None:
     if not 1 <= len(classes) < IGNORE:
         raise UserError(f"{root} ({source}) must name 1 to {IGNORE - 1} classes, and names {len(classes)}")
@@ -209,6 +216,11 @@ class _Finder:
         if len(names) > 1:
             raise UserError(f"'{text}' of {where} may be {names[0]} or {names[1]}; write its path within {self.root}")
         if not names:
+            if (self.root / key).is_file():
+                raise UserError(
+                    f"'{text}' of {where} is no kind of picture that can be read ({', '.join(IMAGE_SUFFIXES)}); "
+                    "convert it"
+                )
             hint = did_you_mean(key, [path.relative_to(self.root).as_posix() for path in self.files.values()])
             raise UserError(f"the picture '{text}' of {where} is not in {self.root}{hint}; add it or take the line out")
         return names[0]

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from afa.config import DataConfig
-from afa.data.own import is_own_folder, read_own_folder
+from afa.data.own import is_own_folder, other_files, read_own_folder
 from afa.data.prepare.common import Say
 from afa.data.voc import open_dataset
 from afa.errors import UserError
@@ -29,6 +29,10 @@ def prepare_own(folder: Path, *, progress: bool = True, say: Say) -> Path:
     if own.untagged:
         total = own.untagged + len(own.pictures)
         say("note", f"left out for want of a line in {own.source}: {own.untagged:,} of {total:,} pictures")
+    others = other_files(folder)
+    if others:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
+        say("note", f"left out, as no kind of picture that can be read: {kinds}")
     data = DataConfig(root=str(folder), bad_images="skip")
     bad: list[str] = []
     names: dict[str, set[str]] = {}
