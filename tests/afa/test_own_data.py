@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from afa.cli import main
-from afa.config import DataConfig
+from afa.config import DataConfig, load_config
 from afa.data import VOCDataset, check_dataset, open_dataset, train_loader
 from afa.data.own import read_own_folder
 from afa.errors import UserError
@@ -319,6 +319,8 @@ def test_worked_example_of_the_docs(
         extra = {"train": TINY, "predict": ["--device=cpu", "--quiet"], "prepare": ["--quiet"]}[words[0]]
         assert main([*words, *extra]) == 0, command
         shown.append(capsys.readouterr().out)
+    for override in re.findall(r"(?:train|data|model)\.\w+=[^\s`]+", page):
+        load_config("own", [override])
     assert [command.split()[1] for command in commands] == ["prepare", "train", "predict", "train"]
     assert "7 pictures, tagged by tags.csv, 3 classes" in shown[0]
     assert "no masks" in shown[1] and "F1 of the tags" in shown[1]
