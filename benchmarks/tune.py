@@ -57,7 +57,34 @@ def rings_and_planes(size: Size, device: torch.device) -> list[Tensor]:
 
 PLANES = [(1, 3, 64, 64), (1, 21, 64, 64), (8, 3, 160, 160), (1, 21, 320, 320), (8, 21, 320, 320)]
 """Up to 2^14, 2^17, 2^20, 2^23 values, and more; PAR while training and at test time are the third and the last."""
+STEPS = [(1, 3, 48, 48), (1, 21, 48, 48), (8, 21, 48, 48), (4, 32, 96, 96), (8, 240, 72, 64)]
+"""The same for one step of a walk; the affinity is windowed, but for the third's, training's."""
+
+
+def scores_and_affinity(size: Size, device: torch.device) -> list[Tensor]:
+    """Scores, [B, C, H, W], and an affinity of radius 8, [B, N, N] or [B, N, 289]."""
+    batch, _, height, width = size
+    nodes = height * width
+    pairs = nodes if size == STEPS[2] else (2 * 8 + 1) ** 2
+    return [torch.rand(*size, device=device), torch.rand(batch, nodes, pairs, device=device)]
+
+
+def step_scores(scores: Tensor) -> Tensor:
+    """In the type that a step of a walk takes them in."""
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
 CASES = {
+    "walk_step": Case(
+        STEPS,
+        scores_and_affinity,
+        lambda scores, affinity: torch.ops.afa_ext.walk_step(
+            step_scores(scores), affinity, 8, "square", 2.0, True, 1e-4, None
+        ),
+        lambda scores, affinity: reference.random_walk(
+            scores, affinity, grid=(scores.shape[2], scores.shape[3]), radius=8
+        ),
+    ),
     "stencil_step": Case(
         PLANES,
         rings_and_planes,

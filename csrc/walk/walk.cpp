@@ -11,6 +11,10 @@ namespace {
 
 constexpr double kMaxWholePower = 64;
 
+constexpr const char* kWalkStepVariants[] = {AFA_WALK_STEP_VARIANTS(AFA_VARIANT_NAME)};
+const TunedKernel kWalkStep("walk_step", kWalkStepVariants,
+                            [](Kind, int64_t) { return static_cast<int>(WalkStepVariant::tiled224); });
+
 // Whether [B, N, K] is a view of a contiguous [B, K, N].
 bool by_offset(const Tensor& affinity) {
   return affinity.stride(1) == 1 && affinity.stride(2) == affinity.size(1) &&
@@ -194,6 +198,7 @@ Tensor walk_step(const Tensor& scores, const Tensor& affinity, int64_t radius, c
   if (cuda) {
     p.class_mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
     p.scores = source.const_data_ptr();
+    p.variant = choose(kWalkStep, p.walk.kind, batch * classes * height * width);
     AFA_CUDA_LAUNCH("walk_step", walk_step_cuda(p, scope->stream()));
     return out;
   }

@@ -1,119 +1,239 @@
-// Windowed affinities on CUDA. A thread owns one pair, node and offset: it reads the pair's path or channels,
-// neighbouring threads neighbouring nodes, and writes the pair's two entries. Offsets before the window's
-// centre only write the zeros of their own plane. Backward: a thread owns one node of one channel and gathers
-// over the window, so that no atomics are needed.
+// Windowed affinities on CUDA. A thread owns a node and up to eight of the offsets after the window's centre:
+// it writes each pair's two entries, and the zeros of the two planes at its own node. Edges: the points of
+// the eight paths are found once a block, and kept in shared memory as what is to be added to a node's place.
+// Features: a channel is read once for the node and once for each of the eight. Backward: a thread owns eight
+// channels of a node and gathers over the window, so that no atomics are needed; what the gradients of a pair
+// come to is found once for the eight.
 #include "common/cuda.cuh"
 #include "window/window.h"
 
 namespace afa {
 namespace {
 
+constexpr int kOffsets = 8, kChannels = 8;
+// Of a path: those of the box around the segment nearer than 1 to the line, at most three for each of the
+// longer side's steps.
+constexpr int kMaxPoints = 3 * (kMaxRadius + 1);
+
 struct Offset {
-  int64_t dy, dx;
+  int dy, dx;
+  int64_t step;  // from a node to its neighbour
 };
 
-__device__ Offset offset_of(const Stencil& stencil, int64_t k) {
+__device__ Offset offset_of(const WindowParams& p, int64_t k) {
   int64_t first = 0;
   int r = 0;
-  while (first + stencil.run[r].count <= k) first += stencil.run[r++].count;
-  const Run run = stencil.run[r];
-  return {-int64_t{run.dy}, -(run.dx + (k - first) * run.step)};
+  while (first + p.stencil.run[r].count <= k) first += p.stencil.run[r++].count;
+  const Run run = p.stencil.run[r];
+  const int dx = -(run.dx + static_cast<int>(k - first) * run.step);
+  return {-run.dy, dx, -run.dy * p.width + dx};
 }
 
-__device__ bool inside(const WindowParams& p, int64_t y, int64_t x) {
-  return y >= 0 && y < p.height && x >= 0 && x < p.width;
+// How far the grid goes on from a node to each side, as far as a window can reach.
+class Room {
+ public:
+  __device__ Room(const WindowParams& p, int64_t y, int64_t x)
+      : up_(within_reach(y)),
+        down_(within_reach(p.height - 1 - y)),
+        left_(within_reach(x)),
+        right_(within_reach(p.width - 1 - x)) {}
+  __device__ bool holds(int dy, int dx) const {
+    return dy <= down_ && -dy <= up_ && dx <= right_ && -dx <= left_;
+  }
+
+ private:
+  static __device__ int within_reach(int64_t distance) {
+    return distance < kMaxRadius ? static_cast<int>(distance) : kMaxRadius;
+  }
+  int up_, down_, left_, right_;
+};
+
+// f(node, its room)
+template <typename F>
+__device__ void each_node(const WindowParams& p, const F& f) {
+  const int64_t nodes = p.height * p.width;
+  for (int64_t node = first_item(); node < nodes; node += item_stride()) {
+    const int64_t y = node / p.width;
+    f(node, Room(p, y, node - y * p.width));
+  }
 }
 
-template <typename T, bool EDGE>
-__global__ void __launch_bounds__(kThreads) window_kernel(const __grid_constant__ WindowParams p) {
+// Writes a node's entry of an offset, at `forth`, and the one at the pair's other end; `back` is the node's
+// entry of the opposite offset, which is 0 if the node is nobody's other end.
+template <typename T, typename Sum>
+__device__ void write_pair(const Room& room, const Offset& offset, T* forth, T* back, Sum value) {
+  const bool has_other = room.holds(offset.dy, offset.dx);
+  const T entry = from_sum<T>(has_other ? value : Sum{0});
+  *forth = entry;
+  if (has_other) back[offset.step] = entry;
+  if (!room.holds(-offset.dy, -offset.dx)) *back = from_sum<T>(Sum{0});
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, min_blocks<T>(8))
+    window_edge_kernel(const __grid_constant__ WindowParams p) {
   using Sum = typename SumOf<T>::type;
+  __shared__ int64_t points[kOffsets][kMaxPoints];
+  __shared__ int counts[kOffsets];
+  __shared__ Offset offsets[kOffsets];
   const int64_t nodes = p.height * p.width, centre = p.stencil.size / 2;
-  for (int64_t index = blockIdx.y; index < p.batch * p.stencil.size; index += gridDim.y) {
-    const int64_t b = index / p.stencil.size, k = index % p.stencil.size;
-    const Offset offset = offset_of(p.stencil, k);
-    const T* in = static_cast<const T*>(p.in) + b * p.channels * nodes;
-    T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
-    for (int64_t node = first_item(); node < nodes; node += item_stride()) {
-      const int64_t y = node / p.width, x = node - y * p.width;
-      if (!inside(p, y + offset.dy, x + offset.dx)) {
-        out[k * nodes + node] = from_sum<T>(Sum{0});
-        continue;
-      }
-      if (k == centre) out[k * nodes + node] = from_sum<T>(Sum{1});
-      if (k <= centre) continue;
-      const int64_t other = node + offset.dy * p.width + offset.dx;
-      Sum value;
-      if (EDGE) {
-        Sum top = to_sum<Sum>(in[node]);
-        each_path_point(offset.dy, offset.dx, [&](int64_t py, int64_t px) {
-          const Sum on_path = to_sum<Sum>(in[node + py * p.width + px]);
-          if (on_path > top) top = on_path;
-        });
-        value = 1 - top;
-      } else {
-        Sum sum = 0;
-        for (int64_t c = 0; c < p.channels; ++c) {
-          const Sum difference = to_sum<Sum>(in[c * nodes + node]) - to_sum<Sum>(in[c * nodes + other]);
-          sum += difference < 0 ? -difference : difference;
-        }
-        value = exp(-sum / static_cast<Sum>(p.channels));
-      }
-      out[k * nodes + node] = from_sum<T>(value);
-      out[(p.stencil.size - 1 - k) * nodes + other] = from_sum<T>(value);
+  const int64_t groups = centre / kOffsets + 1;
+  for (int64_t index = blockIdx.y; index < p.batch * groups; index += gridDim.y) {
+    const int64_t b = index / groups, first = index % groups * kOffsets + centre;
+    const int64_t left = p.stencil.size - first;
+    const int count = static_cast<int>(left < kOffsets ? left : kOffsets);
+    const int thread = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    if (thread < count) {
+      const Offset offset = offset_of(p, first + thread);
+      int n = 0;
+      each_path_point(offset.dy, offset.dx,
+                      [&](int64_t y, int64_t x) { points[thread][n++] = y * p.width + x; });
+      counts[thread] = n;
+      offsets[thread] = offset;
     }
+    __syncthreads();
+    const T* in = static_cast<const T*>(p.in) + b * nodes;
+    T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
+    each_node(p, [&](int64_t node, const Room& room) {
+      const T* const here = in + node;
+      T *forth = out + first * nodes + node, *back = out + (p.stencil.size - 1 - first) * nodes + node;
+      const Sum own = to_sum<Sum>(*here);
+      for (int i = 0; i < count; ++i, forth += nodes, back -= nodes) {
+        if (forth == back) {  // the centre
+          *forth = from_sum<T>(Sum{1});
+          continue;
+        }
+        const Offset offset = offsets[i];
+        Sum top = own;
+        if (room.holds(offset.dy, offset.dx)) {
+#pragma unroll 4
+          for (int j = 0; j < counts[i]; ++j) {
+            const Sum on_path = to_sum<Sum>(here[points[i][j]]);
+            if (on_path > top) top = on_path;
+          }
+        }
+        write_pair(room, offset, forth, back, 1 - top);
+      }
+    });
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    window_feature_backward_kernel(const __grid_constant__ WindowParams p) {
+__global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
+    window_feature_kernel(const __grid_constant__ WindowParams p) {
   using Sum = typename SumOf<T>::type;
-  const int64_t nodes = p.height * p.width;
-  for (int64_t index = blockIdx.y; index < p.batch * p.channels; index += gridDim.y) {
-    const int64_t pairs = index / p.channels * p.stencil.size * nodes;
-    const T* grad = static_cast<const T*>(p.grad) + pairs;
-    const T* affinity = static_cast<const T*>(p.affinity) + pairs;
-    const T* features = static_cast<const T*>(p.in) + index * nodes;
-    for (int64_t node = first_item(); node < nodes; node += item_stride()) {
-      const int64_t y = node / p.width, x = node - y * p.width;
-      const Sum value = to_sum<Sum>(features[node]);
-      Sum sum = 0;
-      int64_t k = 0;
-      for (int r = 0; r < p.stencil.runs; ++r) {
-        const Run run = p.stencil.run[r];
-        for (int j = 0; j < run.count; ++j, ++k) {
-          const int64_t dy = -int64_t{run.dy}, dx = -(run.dx + int64_t{j} * run.step);
-          if (!inside(p, y + dy, x + dx)) continue;
-          const int64_t other = node + dy * p.width + dx;
-          const Sum difference = value - to_sum<Sum>(features[other]);
-          const Sum both = to_sum<Sum>(grad[k * nodes + node]) +
-                           to_sum<Sum>(grad[(p.stencil.size - 1 - k) * nodes + other]);
-          const Sum slope = both * to_sum<Sum>(affinity[k * nodes + node]);
-          if (difference > 0) sum -= slope;
-          if (difference < 0) sum += slope;
+  __shared__ Offset offsets[kOffsets];
+  const int64_t nodes = p.height * p.width, centre = p.stencil.size / 2;
+  const int64_t groups = centre / kOffsets + 1;
+  for (int64_t index = blockIdx.y; index < p.batch * groups; index += gridDim.y) {
+    const int64_t b = index / groups, first = index % groups * kOffsets + centre;
+    const int64_t left = p.stencil.size - first;
+    const int count = static_cast<int>(left < kOffsets ? left : kOffsets);
+    const int thread = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    if (thread < count) offsets[thread] = offset_of(p, first + thread);
+    __syncthreads();
+    const T* in = static_cast<const T*>(p.in) + b * p.channels * nodes;
+    T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
+    each_node(p, [&](int64_t node, const Room& room) {
+      Sum sum[kOffsets] = {};
+      int64_t other[kOffsets];  // the node itself where there is none
+#pragma unroll
+      for (int i = 0; i < kOffsets; ++i) {
+        other[i] = 0;
+        if (i >= count) continue;
+        const Offset offset = offsets[i];
+        if (room.holds(offset.dy, offset.dx)) other[i] = offset.step;
+      }
+      const T* here = in + node;
+#pragma unroll 2
+      for (int64_t c = 0; c < p.channels; ++c, here += nodes) {
+        const Sum value = to_sum<Sum>(*here);
+#pragma unroll
+        for (int i = 0; i < kOffsets; ++i) {
+          sum[i] += fabs(value - to_sum<Sum>(here[other[i]]));
         }
       }
-      static_cast<T*>(p.out)[index * nodes + node] = from_sum<T>(sum / static_cast<Sum>(p.channels));
-    }
+      T *forth = out + first * nodes + node, *back = out + (p.stencil.size - 1 - first) * nodes + node;
+#pragma unroll
+      for (int i = 0; i < kOffsets; ++i, forth += nodes, back -= nodes) {
+        if (i >= count) break;
+        if (i == 0 && first == centre) {
+          *forth = from_sum<T>(Sum{1});
+        } else {
+          write_pair(room, offsets[i], forth, back, exp(-sum[i] / static_cast<Sum>(p.channels)));
+        }
+      }
+    });
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, min_blocks<T>(3))
+    window_feature_backward_kernel(const __grid_constant__ WindowParams p) {
+  using Sum = typename SumOf<T>::type;
+  const int64_t nodes = p.height * p.width, groups = (p.channels + kChannels - 1) / kChannels;
+  for (int64_t index = blockIdx.y; index < p.batch * groups; index += gridDim.y) {
+    const int64_t b = index / groups, first = index % groups * kChannels;
+    const int64_t pairs = b * p.stencil.size * nodes, planes = (b * p.channels + first) * nodes;
+    const int64_t left = p.channels - first;
+    const int count = static_cast<int>(left < kChannels ? left : kChannels);
+    each_node(p, [&](int64_t node, const Room& room) {
+      const T* const here = static_cast<const T*>(p.in) + planes + node;
+      Sum value[kChannels], sum[kChannels] = {};
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) value[c] = c < count ? to_sum<Sum>(here[c * nodes]) : Sum{0};
+      // Of offset k: this node's entry, and the opposite one of the node k leads to.
+      const T* grad = static_cast<const T*>(p.grad) + pairs + node;
+      const T* opposite = grad + (p.stencil.size - 1) * nodes;
+      const T* affinity = static_cast<const T*>(p.affinity) + pairs + node;
+      for (int r = 0; r < p.stencil.runs; ++r) {
+        const Run run = p.stencil.run[r];  // its offsets, the signs turned back, go from left to right
+        int dx = -run.dx;
+        int64_t other = -run.dy * p.width + dx;
+        for (int j = 0; j < run.count; ++j, ++dx, ++other) {
+          if (room.holds(-run.dy, dx)) {
+            const Sum slope = (to_sum<Sum>(*grad) + to_sum<Sum>(opposite[other])) * to_sum<Sum>(*affinity);
+            const T* there = here + other;
+#pragma unroll
+            for (int c = 0; c < kChannels; ++c, there += nodes) {
+              if (c >= count) break;
+              const Sum difference = value[c] - to_sum<Sum>(*there);
+              if (difference > 0) sum[c] -= slope;
+              if (difference < 0) sum[c] += slope;
+            }
+          }
+          grad += nodes;
+          opposite -= nodes;
+          affinity += nodes;
+        }
+      }
+      T* out = static_cast<T*>(p.out) + planes + node;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c, out += nodes) {
+        if (c < count) *out = from_sum<T>(sum[c] / static_cast<Sum>(p.channels));
+      }
+    });
   }
 }
 
 dim3 pair_grid(const WindowParams& p) {
-  return grid_for(p.height * p.width, p.batch * p.stencil.size);
+  return grid_for(p.height * p.width, p.batch * (p.stencil.size / 2 / kOffsets + 1));
 }
 
 }  // namespace
 
 const char* window_edge_cuda(const WindowParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
-    AFA_LAUNCH((window_kernel<decltype(type), true>), pair_grid(p), kThreads, stream, p);
+    AFA_LAUNCH((window_edge_kernel<decltype(type)>), pair_grid(p), kThreads, stream, p);
   });
   return launch_error();
 }
 
 const char* window_feature_cuda(const WindowParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
-    AFA_LAUNCH((window_kernel<decltype(type), false>), pair_grid(p), kThreads, stream, p);
+    AFA_LAUNCH((window_feature_kernel<decltype(type)>), pair_grid(p), kThreads, stream, p);
   });
   return launch_error();
 }
@@ -121,7 +241,7 @@ const char* window_feature_cuda(const WindowParams& p, void* stream) {
 const char* window_feature_backward_cuda(const WindowParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((window_feature_backward_kernel<decltype(type)>),
-               grid_for(p.height * p.width, p.batch * p.channels), kThreads, stream, p);
+               grid_for(p.height * p.width, p.batch * ceil_div(p.channels, kChannels)), kThreads, stream, p);
   });
   return launch_error();
 }

@@ -101,10 +101,25 @@ def test_par(shape, dilations, dtype, kernels, assert_relative):
             compare(kernels, name, (*arguments, *settings), limit, assert_relative)
 
 
-def test_par_affinity_of_many_channels(kernels, assert_relative):
-    images = torch.rand(1, 6, 8, 9, dtype=torch.float64)
-    compare(kernels, "par_affinity", (images, [1, 2], 0.3, 0.01), 1e-10, assert_relative)
-    compare(kernels, "pamr_affinity", (images, [1, 2]), 1e-10, assert_relative)
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("dilations", [D6, [1, 2]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_par_affinity_of_channels(dtype, dilations, channels, kernels, assert_relative):
+    images = torch.rand(2, channels, 8, 9, dtype=dtype)
+    compare(kernels, "par_affinity", (images, dilations, 0.3, 0.01), LIMITS[dtype], assert_relative)
+    compare(kernels, "pamr_affinity", (images, dilations), LIMITS[dtype], assert_relative)
+
+
+def test_par_affinity_loses_no_small_deviations(kernels, assert_relative):
+    """Sums in float32, of an image nearly flat but for a step, against float64."""
+    images = 100 + 1e-2 * torch.rand(1, 3, 9, 60)
+    images[..., 30:] += 50
+    for name, settings in (("par_affinity", (D6, 0.3, 0.01)), ("pamr_affinity", (D6,))):
+        expected = getattr(NATIVE, name)(images.double(), *settings)
+        assert_relative(getattr(kernels, name)(images, *settings), expected, 5e-6)
+        flat = torch.full_like(images, 0.7)
+        expected = getattr(NATIVE, name)(flat.double(), *settings)
+        assert_relative(getattr(kernels, name)(flat, *settings), expected, 1e-6)
 
 
 @DTYPES
@@ -139,12 +154,23 @@ def test_walk(grid, radius, window, dtype, kernels, assert_relative):
             compare(kernels, name, (*arguments, *settings), max(limit, 1e-10), assert_relative)
 
 
+def test_walk_transition_is_exact_in_float32(kernels):
+    """Columns sum to 1 to a float's rounding, of large and of the smallest entries."""
+    for scale, power in ((1.0, 2.0), (1e30, 1.0), (1e-30, 1.0), (1e-39, 1.0)):
+        affinity = (torch.rand(1, 20 * 21, 20 * 21, dtype=torch.float64) + 0.1) * scale
+        settings = (20, 21, 8, "square", power, True, 0.0)
+        out = kernels.walk_transition(affinity.float(), *settings)
+        assert float((out.double().sum(1) - 1).abs().max()) < 2e-7
+        expected = NATIVE.walk_transition(affinity.float().double(), *settings)
+        assert float((out - expected).abs().max()) < 1e-7 * float(expected.max())
+
+
 @DTYPES
 @pytest.mark.parametrize(("grid", "radius"), [((1, 1), 2), ((5, 6), 1), ((9, 17), 5), ((4, 5), 9)], ids=str)
 def test_window_affinities(grid, radius, dtype, kernels, assert_relative):
     limit = LIMITS[dtype]
     compare(kernels, "edge_affinity", (torch.rand(2, *grid).to(dtype), radius), limit, assert_relative)
-    features = torch.randn(2, 5, *grid).to(dtype)
+    features = torch.randn(2, 11, *grid).to(dtype)
     features[..., ::2] = features[..., :1].clone()
     affinity = compare(kernels, "feature_affinity", (features, radius), limit, assert_relative)
     grad = torch.rand_like(affinity)

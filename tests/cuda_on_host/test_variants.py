@@ -43,9 +43,35 @@ def stencil_calls(dtype: torch.dtype, backward: str = "") -> Calls:
     return calls
 
 
+def walk_step_calls(dtype: torch.dtype) -> Calls:
+    """walk_step on grids of rows that four divides and that it doesn't, narrow, wider than a block's tile, of more
+    classes than a pass; windows beyond the grid, rows of a disc of unequal length; each layout, each power's code."""
+    calls: Calls = []
+    settings: list[tuple[Any, ...]] = [
+        ((8, 12), 21, 3, "square", 2.0, True),
+        ((5, 70), 5, 4, "disc", 1.0, True),
+        ((3, 68), 34, 5, "disc", 3.0, False),
+        ((7, 9), 3, 8, "square", 1.5, True),
+        ((4, 3), 8, 13, "disc", 2.0, True),
+        ((1, 1), 1, 2, "square", 1.0, True),
+        ((2, 17), 2, 40, "square", 2.0, False),
+    ]
+    for grid, classes, radius, window, power, normalize in settings:
+        nodes, out = grid[0] * grid[1], torch.float64 if dtype == torch.float64 else torch.float32
+        args = (radius, window, 1.0, False, 0.0)
+        offsets = NATIVE.walk_transition(torch.rand(1, nodes, nodes), *grid, *args).shape[1]
+        scores, keep = torch.rand(2, classes, *grid, dtype=out), torch.rand(2, classes) > 0.4
+        windowed = torch.rand(2, nodes, offsets).to(dtype)
+        for affinity in (torch.rand(2, nodes, nodes).to(dtype), windowed, windowed.mT.contiguous().mT):
+            for mask in (None, keep):
+                calls.append(("walk_step", (scores, affinity, radius, window, power, normalize, 0.01, mask)))
+    return calls
+
+
 # By kernel, the calls that launch it: operator and arguments.
 CALLS: dict[str, Callable[[torch.dtype], Calls]] = {
     "stencil_step": stencil_calls,
+    "walk_step": walk_step_calls,
 }
 
 
