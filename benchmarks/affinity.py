@@ -8,7 +8,8 @@ A size is batch x maps x height x width of the token grid. "As published" is AFA
 S + S^T, a sigmoid and a masked loss over all pairs; "einsum" mixes the maps before transposing, the best that plain
 PyTorch does. Peak memory is what a step takes beyond its inputs, the gradient of the attention included: on the CPU the
 growth of a fresh process's peak resident set, on CUDA the allocator's peak. The limit is the time this machine needs to
-read the window's pairs of every map once and to write the gradient of every map once, at the rate of a copy.
+read the window's pairs of every map once and to write the gradient of every map once, at the rate of a copy; that of
+the affinity alone, forward, which is timed on CUDA too, to read every map and to write the result once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 import afa_ext
 from benchmarks.par_kernel import parse_size, validate
-from benchmarks.timing import RESULTS, print_table, time_candidates, write_results
+from benchmarks.timing import RESULTS, captured, limits, print_table, time_candidates, write_results
 
 STANDARD = ["1x16x32x32", "2x16x32x32", "1x16x20x20"]
 QUICK = ["1x16x16x16"]
@@ -133,6 +134,35 @@ def copy_rate(source: Tensor) -> tuple[int, float]:
     return 2 * source.nbytes, min(timing.median for timing in copies)
 
 
+def forward_rows(problem: Problem, size_text: str, dtype_text: str, seconds: float) -> list[dict[str, Any]]:
+    """affinity_from_attention alone on all pairs, as called and in a CUDA graph."""
+    device, attention = problem.attention.device, problem.attention.detach()
+    weight, bias = problem.project.weight.detach(), problem.project.bias.detach()
+
+    def run() -> Tensor:
+        return afa_ext.affinity_from_attention(attention, weight, bias)
+
+    moved = attention.nbytes + run().nbytes
+    timings = time_candidates({"forward alone": run, "forward alone, in a CUDA graph": captured(run)}, device, seconds)
+    return [
+        {
+            "candidate": name,
+            "size": size_text,
+            "radius": None,
+            "dtype": dtype_text,
+            "median_ms": timing.median,
+            "spread_ms": timing.spread,
+            "rounds": timing.rounds,
+            "times_ours": None,
+            "peak_bytes": None,
+            "gb_per_s": moved / timing.median / 1e6,
+            "copy_gb_per_s": limits(device).bytes_per_s / 1e9,
+            "share_of_limit": limits(device).milliseconds(moved) / timing.median,
+        }
+        for name, timing in timings.items()
+    ]
+
+
 def measure(size: Size, radius: int, device: torch.device, dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
     """Validates, times and prints one size; its rows for the JSON."""
     batch, maps, height, width = size
@@ -185,6 +215,11 @@ def measure(size: Size, radius: int, device: torch.device, dtype: torch.dtype, s
     print_table(
         f"{title}; validated, relative error {error:.1e}; a copy moves {rows[0]['copy_gb_per_s']:.1f} GB/s", table
     )
+    if device.type == "cuda":
+        for row in forward_rows(problem, size_text, dtype_text, seconds):
+            share = f"{row['share_of_limit']:.0%} of the limit"
+            print(f"  {row['candidate']}: {row['median_ms']:.3f} ms, {row['gb_per_s']:.0f} GB/s, {share}")
+            rows.append(row)
     return rows
 
 

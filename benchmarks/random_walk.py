@@ -8,7 +8,7 @@ Every row is held to plain PyTorch before it is timed. IRN's dense version runs 
 and so does ours for its memory: the peak of what either adds to its process (CUDA: to the allocator). Denormal numbers
 are flushed to 0, for the dense versions' sake: their squarings pass through many, and are several times slower for it.
 The limit is the time this machine needs to read what the walk reads at the rate of a copy of that size, or to do its
-multiply-adds at the rate of a float32 matrix product, whichever is longer.
+multiply-adds at the rate of a float32 matrix product, whichever is longer. On CUDA both rates are those of large ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import afa_ext
 from afa_ext import reference
 from afa_ext.reference.walk import dense_affinity, window_mask
 from benchmarks.par_kernel import validate
-from benchmarks.timing import RESULTS, Timing, print_table, time_candidates, write_results
+from benchmarks.timing import RESULTS, Timing, limits, print_table, time_candidates, write_results
 
 TOLERANCE = 1e-4
 MATRIX = 1024
@@ -73,6 +73,7 @@ STANDARD = [
     Row("AFA training", (4, 4, 32, 32), 8, "square", 1),
     Row("PSA", (1, 21, 47, 63), 5, "disc", 256, channels=448),
 ]
+ON_CUDA = [Row("AFA, batch 8", (8, 21, 48, 48), 8, "square", 1)]
 QUICK = [
     Row("IRN", (1, 4, 24, 31), 5, "disc", 256),
     Row("AFA", (1, 21, 24, 24), 8, "square", 1),
@@ -145,6 +146,8 @@ def candidates(row: Row, scores: Tensor, source: Tensor) -> dict[str, Callable[[
 
 def limit_ms(row: Row, device: torch.device) -> float:
     """Milliseconds at the rates this machine copies and multiplies: see the top of this file."""
+    if device.type == "cuda":
+        return limits(device).milliseconds(4 * row.steps * row.pairs(), row.multiply_adds())
     factor = torch.rand(MATRIX, MATRIX, device=device)
     entries = torch.rand(row.pairs(), device=device)
     copied = torch.empty_like(entries)
@@ -226,7 +229,7 @@ def measure(row: Row, quick: bool, device: torch.device, seconds: float, compile
                 "spread_ms": timing.spread,
                 "rounds": timing.rounds,
                 "gfma_per_s": rate,
-                "share_of_limit": limit / timing.median if name == ours else None,
+                "share_of_limit": limit / timing.median,
                 "times_ours": timing.median / timings[ours].median,
                 "peak_bytes": memory.get(name),
             }
@@ -251,7 +254,9 @@ def measure(row: Row, quick: bool, device: torch.device, seconds: float, compile
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small grids and short rounds; nothing dense is large")
-    parser.add_argument("--row", action="append", choices=[row.name for row in STANDARD], help="only this one")
+    parser.add_argument(
+        "--row", action="append", choices=[row.name for row in STANDARD + ON_CUDA], help="only this one"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=None, help="time for each candidate")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (its first run is slow)")
@@ -260,7 +265,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_flush_denormal(True)  # before the first operator: its threads inherit it
-    chosen = QUICK if options.quick else STANDARD
+    chosen = QUICK if options.quick else STANDARD + (ON_CUDA if device.type == "cuda" else [])
     if options.alone:
         name, candidate, path = options.alone
         (row,) = (row for row in chosen if row.name == name)

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,42 @@ def time_candidates(
         quartiles = statistics.quantiles(taken, n=4)
         timings[name] = Timing(statistics.median(taken), (quartiles[2] - quartiles[0]) / 2, len(taken))
     return timings
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """What replays run() as a CUDA graph: its time without the host's part. It must have run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device does at best: bytes read or written, and float32 multiply-adds, a second."""
+
+    bytes_per_s: float
+    multiply_adds_per_s: float
+
+    def milliseconds(self, moved: float, multiply_adds: float = 0) -> float:
+        return 1e3 * max(moved / self.bytes_per_s, multiply_adds / self.multiply_adds_per_s)
+
+
+@cache
+def limits(device: torch.device, values: int = 1 << 28, side: int = 8192) -> Limits:
+    """Measured in plain PyTorch, once a process: a copy of so many float32 values, and a product of two square matrices
+    without TF32. For a GPU; a CPU's caches have no one rate, so that each benchmark measures its own."""
+    source, factor = torch.rand(values, device=device), torch.rand(side, side, device=device)
+    target, product = torch.empty_like(source), torch.empty_like(factor)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        runs = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(factor, factor, out=product)}
+        timings = time_candidates(runs, device, seconds=0.2)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    seconds = {name: timing.median / 1e3 for name, timing in timings.items()}
+    return Limits(2 * source.nbytes / seconds["copy"], side**3 / seconds["product"])
 
 
 def _processor_name() -> str:

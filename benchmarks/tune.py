@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from afa_ext import _native, build_info, reference, tuning
-from benchmarks.timing import machine, print_table, time_candidates
+from benchmarks.timing import captured, machine, print_table, time_candidates
 
 DTYPES = ["float32", "float16", "bfloat16"]
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -124,15 +124,8 @@ class Gpu:
         self.architecture = 10 * major + minor
 
     def time(self, candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-        graphs = {name: self.captured(run) for name, run in candidates.items()}
-        timings = time_candidates({name: graph.replay for name, graph in graphs.items()}, self.device, seconds)
+        timings = time_candidates({name: captured(run) for name, run in candidates.items()}, self.device, seconds)
         return {name: timing.median for name, timing in timings.items()}
-
-    def captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import sys
 import time
@@ -16,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from afa.data import VOCDataset  # noqa: E402
+from benchmarks.timing import Limits, limits  # noqa: E402
 from tools import blocks, cutout_tree, gpu_check, kernel_report  # noqa: E402
-from tools.kernel_report import Instructions, Kernel, Usage  # noqa: E402
+from tools.kernel_report import GPUS, TARGETS, Instructions, Kernel, Usage, estimate  # noqa: E402
 
 # As nvcc 13.0 prints it: a kernel that spills, one that calls a function with a stack of its own, one in order.
 PTXAS = """\
@@ -276,19 +279,106 @@ def test_gpu_check_runs_every_stage_and_fails_if_one_did(monkeypatch, capsys, tm
     assert gpu_check.main(["--only", "second"]) == 0
 
 
-def test_gpu_check_sums_up_the_benchmarks(tmp_path):
-    file = tmp_path / "par_kernel-some-gpu.json"
-    file.write_text(
-        '{"machine": {"device": "some GPU", "torch": "2.10"}, "rows": ['
-        '{"candidate": "ours", "size": "1x2", "dtype": "float32", "median_ms": 0.25, "times_ours": 1.0},'
-        '{"candidate": "a part", "size": "1x2", "dtype": "float32", "median_ms": 0.125, "times_ours": null}]}'
-    )
-    assert gpu_check.summary([gpu_check.Outcome("tests", "passed", 2.5, False)], [file]).splitlines() == [
+def benchmark_row(**changed):
+    """A row as the benchmarks write it."""
+    given = {"candidate": "ours", "size": "1x2", "dtype": "float32", "median_ms": 0.25, "times_ours": 1.0}
+    return {**given, "share_of_limit": 0.5, **changed}
+
+
+def write_benchmark(folder, name, *rows, device="NVIDIA H200"):
+    file = folder / f"{name}-nvidia-h200.json"
+    machine = {"device": device, "torch": "2.10", "cuda": "13"}
+    file.write_text(json.dumps({"benchmark": name, "machine": machine, "rows": rows}))
+    return file
+
+
+PAR_ROWS = [
+    benchmark_row(candidate="afa_ext.par_refine", size="8x21x320x320", median_ms=1.5),
+    benchmark_row(candidate="plain PyTorch", size="8x21x320x320", median_ms=60.0, times_ours=40.0, share_of_limit=0.01),
+    benchmark_row(candidate="its affinity", size="8x21x320x320", median_ms=0.125, times_ours=None, share_of_limit=None),
+]
+
+
+def test_gpu_check_sums_up_the_benchmarks(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "prediction", lambda name, device: 3.0)
+    rows = gpu_check.collected([write_benchmark(tmp_path, "par_kernel", *PAR_ROWS)])
+    lines = gpu_check.summary([gpu_check.Outcome("tests", "passed", 2.5, False)], rows).splitlines()
+    assert lines[:8] == [
         "tests     2.5 s  passed",
-        "par_kernel-some-gpu.json: some GPU, torch 2.10",
-        "  ours, 1x2 float32: 0.250 ms, 1.0 times ours",
-        "  a part, 1x2 float32: 0.125 ms",
+        "par_kernel:",
+        "  afa_ext.par_refine, 8x21x320x320 float32: 1.500 ms, 1.0 times ours, 50% of the limit, "
+        "predicted 3.000 ms, 0.50 times that",
+        "  plain PyTorch, 8x21x320x320 float32: 60.000 ms, 40.0 times ours, 1% of the limit",
+        "  its affinity, 8x21x320x320 float32: 0.125 ms",
+        "targets for an H200:",
+        "  par_kernel 8x21x320x320, afa_ext.par_refine: median_ms at most 2: met, 1.5",
+        "  par_kernel 8x21x320x320, plain PyTorch: times_ours at least 50: MISSED, 40",
     ]
+    assert len(lines) == 6 + len(gpu_check.TARGETS)
+    assert all(line.endswith(": not measured") for line in lines[8:])
+    assert gpu_check.summary([], []) == ""
+
+
+def test_gpu_check_knows_its_targets_and_predictions():
+    targets = {target.name for target in TARGETS}
+    assert set(gpu_check.PREDICTED.values()) <= targets
+    benchmarks = {stage.name: stage.command for stage in gpu_check.STAGES}
+    for benchmark, size, _ in [*gpu_check.PREDICTED, *((t.benchmark, t.size, "") for t in gpu_check.TARGETS)]:
+        assert benchmark == "random_walk" or size in benchmarks[benchmark], "a row that no stage measures"
+    for name in gpu_check.PREDICTED.values():
+        assert gpu_check.prediction(name, "an unknown GPU") is None
+    (name,) = {target.name for target in TARGETS if target.name.startswith("PAR 8×21")}
+    counts = dict.fromkeys((stage.code for target in TARGETS for stage in target.stages), 10.0)
+    (target,) = (target for target in TARGETS if target.name == name)
+    expected = estimate(target, next(gpu for gpu in GPUS if gpu.name == "H200"), counts).predicted * 1e3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_check.kernel_report, "recorded_for_an_access", lambda page: counts)
+        assert gpu_check.prediction(name, "NVIDIA H200") == pytest.approx(expected)
+        patch.setattr(gpu_check.kernel_report, "recorded_for_an_access", lambda page: {})
+        assert gpu_check.prediction(name, "NVIDIA H200") is None
+
+
+def test_gpu_check_writes_one_report(tmp_path, monkeypatch, capsys):
+    write_benchmark(tmp_path, "affinity", benchmark_row())
+    os.utime(tmp_path / "affinity-nvidia-h200.json", (0, 0))  # of an earlier run
+    code = (
+        f"import pathlib; pathlib.Path({str(tmp_path / 'par_kernel-nvidia-h200.json')!r}).write_text("
+        f"{write_benchmark(tmp_path, 'par_kernel', *PAR_ROWS).read_text()!r})"
+    )
+    os.utime(tmp_path / "par_kernel-nvidia-h200.json", (0, 0))
+    stages = [
+        gpu_check.Stage("par_kernel", [sys.executable, "-S", "-c", code], 60),
+        gpu_check.Stage("affinity", [sys.executable, "-S", "-c", "pass"], 60),
+    ]
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    monkeypatch.setattr(gpu_check, "BENCHMARKS", ["par_kernel", "affinity"])
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_check, "gpu", lambda: ("NVIDIA H200", "9.0"))
+    assert gpu_check.main([]) == 0
+    report = json.loads((tmp_path / "nvidia-h200.json").read_text())
+    assert report["machine"]["device"] == "NVIDIA H200"
+    assert [stage["stage"] for stage in report["stages"]] == ["par_kernel", "affinity"]
+    assert [row["candidate"] for row in report["rows"]] == [row["candidate"] for row in PAR_ROWS]
+    assert {row["benchmark"] for row in report["rows"]} == {"par_kernel"}
+    assert [target["met"] for target in report["targets"]][:3] == [True, False, None]
+    assert f"written to {tmp_path / 'nvidia-h200.json'}" in capsys.readouterr().out
+
+
+def test_gpu_check_tunes_between_tests_and_benchmarks_on_request(capsys):
+    assert gpu_check.main(["--list", "--tune"]) == 0
+    listed = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed.index("racecheck") + 1 == listed.index("tune") == listed.index("par_kernel") - 1
+    assert gpu_check.main(["--list", "--tune", "--only", "affinity"]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["tune", "affinity"]
+
+
+def test_limits_of_a_device():
+    best = limits(torch.device("cpu"), values=1 << 16, side=64)
+    assert best.bytes_per_s > 0 and best.multiply_adds_per_s > 0
+    assert torch.get_float32_matmul_precision() == "highest"
+    best = Limits(2e9, 1e12)
+    assert best.milliseconds(4e6) == pytest.approx(2.0)
+    assert best.milliseconds(4e6, 5e9) == pytest.approx(5.0)
 
 
 def test_cutout_tree_keeps_the_splits_apart(tmp_path):

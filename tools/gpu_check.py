@@ -1,13 +1,15 @@
 """All that needs a GPU, in one command of at most eight minutes: build, tests, sanitizers, benchmarks.
 
     python tools/gpu_check.py                    # everything
+    python tools/gpu_check.py --tune             # after the tests, tune the launch plans too: two minutes more
     python tools/gpu_check.py --only tests       # some stages; --list names them
     python tools/gpu_check.py --skip build       # all but some
 
 The build is in place, against the torch that is installed (2.10 or later), for this machine's GPU alone unless
-TORCH_CUDA_ARCH_LIST says otherwise, and fetches nothing. The benchmarks write their files to benchmarks/results. Every
-stage runs whatever became of the others; the exit status is 1 if one failed or ran past its time, or if there is no
-GPU.
+TORCH_CUDA_ARCH_LIST says otherwise, and fetches nothing. The benchmarks write their files to benchmarks/results; what
+they measured, with each row's share of the limit, docs/kernels.md's predictions beside it, and the targets met and
+missed go to benchmarks/results/<gpu>.json. Every stage runs whatever became of the others; the exit status is 1 if one
+failed or ran past its time, or if there is no GPU.
 """
 
 from __future__ import annotations
@@ -15,17 +17,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the folder above holds the package `tools`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import kernel_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+BENCHMARKS = ["par_kernel", "random_walk", "affinity", "pseudo_labels"]
 SANITIZED = [f"tests/test_{name}.py" for name in ("par", "walk", "affinity", "labels", "refine_labels")]
 
 
@@ -50,21 +60,20 @@ def _benchmark(name: str, *arguments: str) -> list[str]:
     return _python(f"benchmarks/{name}.py", "--device", "cuda", *arguments)
 
 
+PAR_SIZES = ["--size", "8x21x320x320", "--size", "8x3x160x160", "--compile-at", "8x21x320x320"]
 STAGES = [
-    Stage("build", _python("setup.py", "-q", "build_ext", "--inplace"), 120),
+    Stage("build", _python("setup.py", "-q", "build_ext", "--inplace"), 100),
     Stage("tests", _python("-m", "pytest", "-q", "-m", "cuda"), 90),
-    Stage("memcheck", _sanitizer("memcheck"), 40, "compute-sanitizer"),
-    Stage("racecheck", _sanitizer("racecheck"), 40, "compute-sanitizer"),
-    Stage(
-        "par_kernel",
-        _benchmark("par_kernel", "--seconds", "0.5", "--no-compile", "--size", "8x21x320x320", "--size", "8x3x160x160"),
-        50,
-    ),
-    Stage("random_walk", _benchmark("random_walk", "--seconds", "0.5", "--no-compile"), 60),
+    Stage("memcheck", _sanitizer("memcheck"), 35, "compute-sanitizer"),
+    Stage("racecheck", _sanitizer("racecheck"), 35, "compute-sanitizer"),
+    Stage("par_kernel", _benchmark("par_kernel", "--seconds", "0.5", *PAR_SIZES), 90),
+    Stage("random_walk", _benchmark("random_walk", "--seconds", "0.5", "--no-compile"), 55),
     Stage("affinity", _benchmark("affinity", "--seconds", "0.5", "--size", "8x16x32x32"), 30),
     Stage("pseudo_labels", _benchmark("pseudo_labels", "--seconds", "0.5", "--size", "8x20x512x512"), 40),
 ]
 """In order; their limits add up to under eight minutes."""
+TUNE = Stage("tune", _python("-m", "benchmarks.tune", "--seconds", "0.1"), 120)
+"""With --tune, once the tests have run, so that the benchmarks run with its plans."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +105,128 @@ def run_stage(stage: Stage, environment: Mapping[str, str]) -> Outcome:
     return Outcome(stage.name, result, time.monotonic() - begin, status != 0)
 
 
-def summary(outcomes: Sequence[Outcome], files: Sequence[Path]) -> str:
-    """One line a stage, then one for each thing that the benchmarks compared."""
-    width = max((len(o.stage) for o in outcomes), default=0)
-    lines = [f"{o.stage.ljust(width)}  {o.seconds:6.1f} s  {o.result}" for o in outcomes]
+@dataclass(frozen=True)
+class Target:
+    """What one row of a benchmark should reach: a bound on one of its figures."""
+
+    benchmark: str
+    size: str
+    candidate: str
+    figure: str  # "median_ms" at most, "times_ours" or "share_of_limit" at least
+    bound: float
+
+    def met(self, row: Mapping[str, Any]) -> bool:
+        return row[self.figure] <= self.bound if self.figure == "median_ms" else row[self.figure] >= self.bound
+
+
+PAR, OURS = "8x21x320x320", "afa_ext.par_refine"
+TARGETS = [
+    Target("par_kernel", PAR, OURS, "median_ms", 2.0),
+    Target("par_kernel", PAR, "plain PyTorch", "times_ours", 50),
+    Target("par_kernel", PAR, "torch.compile", "times_ours", 6),
+    Target("par_kernel", "8x3x160x160", "in a CUDA graph", "median_ms", 0.15),
+    Target("random_walk", "1x4x94x125", "plain PyTorch, dense", "times_ours", 20),
+    Target("random_walk", "8x21x48x48", "afa_ext.random_walk", "share_of_limit", 0.5),
+    Target("affinity", "8x16x32x32", "forward alone, in a CUDA graph", "share_of_limit", 0.5),
+    Target("pseudo_labels", "8x20x512x512", "afa_ext.pseudo_labels", "median_ms", 3.0),
+]
+"""For an H200 or alike, in float32."""
+PREDICTED = {
+    ("par_kernel", PAR, OURS): "PAR 8×21×320×320, 10 iterations",
+    ("par_kernel", "8x3x160x160", "in a CUDA graph"): "PAR 8×3×160×160, 10 iterations",
+    ("random_walk", "1x4x94x125", "afa_ext.propagate_to_edge"): "IRN walk 94×125, 4 maps, 256 steps",
+    ("random_walk", "8x21x48x48", "afa_ext.random_walk"): "AFA walk 48×48, batch 8, 21 maps, radius 8, 1 step",
+    ("affinity", "8x16x32x32", "forward alone, in a CUDA graph"): (
+        "affinity_from_attention 8×16 maps, 32×32 tokens, dense"
+    ),
+    ("pseudo_labels", "8x20x512x512", "afa_ext.pseudo_labels"): "pseudo_labels 8×512×512, 2 classes an image, 2 scores",
+}
+"""The rows that docs/kernels.md predicts, in float32: benchmark, size and candidate; the target's name there."""
+
+
+def prediction(name: str, device: str) -> float | None:
+    """Milliseconds that tools/kernel_report.py predicts for its target on this GPU; None for a GPU whose data sheet it
+    doesn't have, or if docs/kernels.md lacks one of the target's kernels."""
+    gpus = [gpu for gpu in kernel_report.GPUS if gpu.name in device]
+    (target,) = (target for target in kernel_report.TARGETS if target.name == name)
+    counts = kernel_report.recorded_for_an_access(kernel_report.PAGE)
+    if not gpus or any(stage.code not in counts for stage in target.stages):
+        return None
+    return kernel_report.estimate(target, gpus[0], counts).predicted * 1e3
+
+
+def collected(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The benchmarks' rows, each with its `benchmark`, and `predicted_ms` where there is a prediction."""
+    rows = []
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
-        lines.append(f"{file.name}: {content['machine']['device']}, torch {content['machine']['torch']}")
         for row in content["rows"]:
-            times = "" if row.get("times_ours") is None else f", {row['times_ours']:.1f} times ours"
-            lines.append(f"  {row['candidate']}, {row['size']} {row['dtype']}: {row['median_ms']:.3f} ms{times}")
+            name = PREDICTED.get((content["benchmark"], row["size"], row["candidate"]))
+            known = name is not None and row["dtype"] == "float32"
+            predicted = prediction(str(name), content["machine"]["device"]) if known else None
+            rows.append({"benchmark": content["benchmark"], **row, "predicted_ms": predicted})
+    return rows
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    parts = [f"{row['median_ms']:.3f} ms"]
+    if row.get("times_ours") is not None:
+        parts.append(f"{row['times_ours']:.1f} times ours")
+    if row.get("share_of_limit") is not None:
+        parts.append(f"{row['share_of_limit']:.0%} of the limit")
+    if row["predicted_ms"] is not None:
+        ratio = row["median_ms"] / row["predicted_ms"]
+        parts.append(f"predicted {row['predicted_ms']:.3f} ms, {ratio:.2f} times that")
+    return f"{row['candidate']}, {row['size']} {row['dtype']}: {', '.join(parts)}"
+
+
+def judged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The targets, with what was measured for each and whether it is met; None where it was not measured."""
+    judgements = []
+    for target in TARGETS:
+        wanted = (target.benchmark, target.size, target.candidate, "float32")
+        found = [r for r in rows if (r["benchmark"], r["size"], r["candidate"], r["dtype"]) == wanted]
+        measured = found[0][target.figure] if found else None
+        met = None if measured is None else target.met(found[0])
+        judgements.append({**asdict(target), "measured": measured, "met": met})
+    return judgements
+
+
+def describe_target(judgement: Mapping[str, Any]) -> str:
+    sign = "at most" if judgement["figure"] == "median_ms" else "at least"
+    word = {None: "not measured", True: "met", False: "MISSED"}[judgement["met"]]
+    got = "" if judgement["measured"] is None else f", {judgement['measured']:.3g}"
+    what = f"{judgement['benchmark']} {judgement['size']}, {judgement['candidate']}"
+    return f"{what}: {judgement['figure']} {sign} {judgement['bound']:g}: {word}{got}"
+
+
+def summary(outcomes: Sequence[Outcome], rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a stage, one for each thing that the benchmarks compared, one a target."""
+    width = max((len(o.stage) for o in outcomes), default=0)
+    lines = [f"{o.stage.ljust(width)}  {o.seconds:6.1f} s  {o.result}" for o in outcomes]
+    for name in dict.fromkeys(row["benchmark"] for row in rows):
+        lines.append(f"{name}:")
+        lines += [f"  {describe(row)}" for row in rows if row["benchmark"] == name]
+    if rows:
+        lines.append("targets for an H200:")
+        lines += [f"  {describe_target(judgement)}" for judgement in judged(rows)]
     return "\n".join(lines)
+
+
+def write_report(machine: Mapping[str, Any], outcomes: Sequence[Outcome], rows: Sequence[Mapping[str, Any]]) -> Path:
+    """<gpu>.json among the results, whole or not at all."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    path = RESULTS / f"{slug}.json"
+    partial = path.with_suffix(".partial")
+    content = {
+        "machine": dict(machine),
+        "stages": [asdict(outcome) for outcome in outcomes],
+        "rows": list(rows),
+        "targets": judged(rows),
+    }
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
 
 
 def gpu() -> tuple[str, str]:
@@ -126,9 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=names, help="run this stage (may be repeated)")
     parser.add_argument("--skip", action="append", choices=names, default=[], help="leave this stage out")
+    parser.add_argument("--tune", action="store_true", help="tune the launch plans, and write their table")
     parser.add_argument("--list", action="store_true", help="name the stages and their limits, and run nothing")
     options = parser.parse_args(arguments)
     chosen = [s for s in STAGES if s.name in (options.only or names) and s.name not in options.skip]
+    if options.tune:  # before the first benchmark
+        chosen.insert(sum(stage.name not in BENCHMARKS for stage in chosen), TUNE)
     if options.list:
         print("\n".join(f"{stage.name}: at most {stage.limit:.0f} s" for stage in chosen))
         return 0
@@ -143,8 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     begin = time.time()
     outcomes = [run_stage(stage, environment) for stage in chosen]
-    files = sorted(file for file in RESULTS.glob("*.json") if file.stat().st_mtime >= begin)
-    print(f"\n{summary(outcomes, files)}")
+    found = (file for benchmark in BENCHMARKS for file in sorted(RESULTS.glob(f"{benchmark}-*.json")))
+    files = [file for file in found if file.stat().st_mtime >= begin]
+    rows = collected(files)
+    print(f"\n{summary(outcomes, rows)}")
+    if files:
+        machine = json.loads(files[0].read_text(encoding="utf-8"))["machine"]
+        print(f"written to {write_report(machine, outcomes, rows)}")
     return int(any(outcome.failed for outcome in outcomes))
 
 
