@@ -150,8 +150,7 @@ def make_report(run: str | Path) -> Path:
         "Hardware": about.get("hardware", "unknown"),
         "Software": ", ".join(f"{name} {about.get(name, '?')}" for name in ("torch", "timm", "python")),
         "Test time": _test_time(metrics.get("test_time", {})),
-        "Classifier": f"F1 of the tags {result.f1:.3f}",
-        "Date": metrics.get("date", "unknown"),
+        "Date": metrics.get("date", "unknown").replace("T", " ")[:16],
     }
     return write_report(run, result, classes, facts=facts)
 

@@ -17,6 +17,7 @@ from afa.config import Config
 from afa.errors import UserError
 from afa.evaluate import EvalResult
 from afa.report import nice_ticks, read_log, write_report
+from afa.report.tables import confusion
 from afa.results import duration, load_result, make_report, save_result
 from afa.visualize import PALETTE, class_colour, heat, overlay, save_mask
 
@@ -275,3 +276,67 @@ def test_nice_ticks(low: float, high: float, ticks: list[float]) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_sections_of_a_full_run(tmp_path: Path, result: EvalResult) -> None:
+    _log(tmp_path)
+    result.crf = _row(0.7)
+    result.best, result.worst = [result.samples[2]], [result.samples[0]]
+    (tmp_path / "snapshots").mkdir()
+    for iteration in (200, 500, 1000):
+        maps = {key: np.ones((20, 30), np.uint8) for key in ("cam", "par", "walk", "prediction")}
+        arrays = {f"0_{key}": value for key, value in {"image": np.zeros((20, 30, 3), np.uint8), **maps}.items()}
+        about = np.array(json.dumps([{"name": "t<7>", "tags": ["star"]}]))
+        np.savez(tmp_path / f"snapshots/{iteration:08d}.npz", about=about, **arrays)
+    text = write_report(tmp_path, result, CLASSES).read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == []
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings == [
+        *("Scores", "Training", "IoU by class", "What is taken for what", "How the labels grow"),
+        *("Best and worst images", "Examples"),
+    ]
+    # Tiles and the marked row are of the CRF, the last row.
+    assert re.findall(r'<tr class="main">.*?<b>(.*?)</b>', text) == ["Segmentation + CRF"]
+    assert '<div class="tile card main"><b>0.700</b>' in text and "+0.300" in page.text
+    # One image, three phases; of the first, walk and prediction are not trained.
+    part = text.partition("How the labels grow</h2>")[2].partition("<h2>")[0]
+    assert part.count("not trained yet") == 2
+    assert part.count("<img") == 1 + 3 * 4 - 2
+    assert re.findall(r'<div class="when"><b>(.*?)</b>(.*?)</div>', part) == [
+        ("tags", "200"),
+        ("PAR labels", "500"),
+        ("walk labels", "1,000"),
+    ]
+    assert "t<7>" in page.text
+    assert text.count("IoU 0.75") == 2 and text.count("IoU 0.25") == 2  # as best or worst, and as an example
+    # 90 of 160 star pixels are taken for background.
+    assert "56.2% of star taken for background" in text
+    assert re.search(r"56\.2%</td><td>.*?star</td><td>.*?background</td>", text)
+
+
+def test_large_confusion_is_listed_and_not_drawn() -> None:
+    names = [f"class{i}" for i in range(40)]
+    counts = np.diag(np.full(40, 100))
+    counts[7, 9] = 25
+    drawn = confusion(counts.tolist(), names)
+    assert 'class="matrix"' not in drawn
+    assert re.findall(r"([\d.]+%)</td><td>.*?(class\d+)</td><td>.*?(class\d+)</td>", drawn) == [
+        ("20.0%", "class7", "class9")
+    ]
+    assert 'class="matrix"' in confusion(counts[:20, :20].tolist(), names[:20])
+    assert "not kept" in confusion(None, names)
+
+
+def test_page_without_masks(tmp_path: Path, result: EvalResult) -> None:
+    nothing = {**_row(math.nan), "iou": [math.nan] * 3}
+    for sample in result.samples:
+        sample["truth"][:] = 255
+        sample["iou"] = math.nan
+    empty = EvalResult(*[nothing] * 4, f1=0.5, seconds=1.0, images=40, has_masks=False, samples=result.samples)
+    text = write_report(tmp_path, empty, CLASSES).read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == [] and "nan" not in text
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Training", "Examples"]
+    assert "0.500" in page.text and "has no masks" in page.text
+    assert "Truth" not in page.text and len(page.addresses) == 3 * 5
