@@ -214,7 +214,9 @@ def test_bad_input_of_the_other_commands(small: Path, tmp_path: Path, capsys: py
     assert "metrics.json does not exist" in _error(capsys, "report", "half")
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["predict"], ["pseudo-labels"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], ["prepare"], ["train"], ["evaluate"], ["predict"], ["pseudo-labels"], ["report"]]
+)
 def test_help_teaches_by_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
