@@ -74,6 +74,10 @@ def test_tags_from_folders(tmp_path: Path) -> None:
     assert everything.classes == ["ant", "zebra"]
     tags = dict(zip(everything.names, everything.tags.tolist(), strict=True))
     assert tags == {"ant/1": [1, 0], "background/3": [0, 0], "zebra/1": [0, 1], "zebra/far/2": [0, 1]}
+    _picture(tmp_path / ".elsewhere/4.jpg")
+    (tmp_path / "bee").symlink_to(tmp_path / ".elsewhere", target_is_directory=True)
+    assert _open(tmp_path, "all").classes == ["ant", "bee", "zebra"]
+    (tmp_path / "bee").unlink()
     (tmp_path / "classes.txt").write_text("zebra\nant\nlion\n")
     assert _open(tmp_path, "all").classes == ["zebra", "ant", "lion"]
 

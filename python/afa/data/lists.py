@@ -107,8 +107,9 @@ def files_by_name(folders: Iterable[Path], suffixes: Sequence[str]) -> dict[str,
 
 
 def visible_files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """The files with one of the lower-case suffixes down to the bottom, in order, but for those hidden by a dot."""
-    for place, inside, files in os.walk(folder):
+    """The files with one of the lower-case suffixes down to the bottom, in order, but for those hidden by a dot; links
+    to folders are followed."""
+    for place, inside, files in os.walk(folder, followlinks=True):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
