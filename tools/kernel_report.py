@@ -315,6 +315,11 @@ WORK = {
         Work("stencil_kernel", "B*N*(K+2*C)*s", "2*B*N*K*C", "5*B*N*K*ceil(C/4)", "B*ceil(N/128)*ceil(C/4)"),
         Work("weight_grad_kernel", "B*N*(2*C*s+8*K)", "2*B*N*K*C", "2*B*N*K*(C+1)", "B*K*ceil(N/128)"),
         Work("walk_transition_kernel", "B*N*K*(s+4)", "5*B*N*K", "4*B*N*K", "B*ceil(N/128)"),
+        Work(
+            "walk_transition_tiled_kernel",
+            *("B*N*K*(s+4)", "5*B*N*K", "B*N*K*(3+5/16)", "B*ceil(N/48)"),
+            issued="40*B*N*K",
+        ),
         Work("walk_transition_backward_kernel", "B*N*K*(2*s+4)", "10*B*N*K", "5*B*N*K", "B*ceil(N/128)"),
         Work("walk_transpose_kernel", "2*B*N*K*s", "0", "2*B*N*K", "B*ceil(N/128)"),
         Work(
@@ -409,6 +414,15 @@ TARGETS = [
         "AFA walk 48×48, batch 8, 21 maps, radius 8, 1 step",
         {"B": 8, "C": 21, "N": 48 * 48, "K": 17 * 17, "s": 4},
         [Stage("walk_step_tiled_kernel", "walk_step_tiled_kernel<float>")],
+    ),
+    Target(
+        "the same as a transition: formed, once backward, transposed",
+        {"B": 8, "N": 48 * 48, "K": 17 * 17, "s": 4},
+        [
+            Stage("walk_transition_tiled_kernel", "walk_transition_tiled_kernel<float>"),
+            Stage("walk_transition_backward_kernel", "walk_transition_backward_kernel<float>"),
+            Stage("walk_transpose_kernel", "walk_transpose_kernel<float>"),
+        ],
     ),
     Target(
         "affinity_from_attention 8×16 maps, 32×32 tokens, dense",

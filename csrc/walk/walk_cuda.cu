@@ -1,16 +1,16 @@
 // The walk's transition and its single step on CUDA. Nothing outside the window is read.
 //
-// transition and its backward: a thread owns one target node and walks along the window's rows with one
-// pointer, so that an entry costs a step of it. The transition reads an entry once: its power waits in the
-// result for the column's sum. Neighbouring targets read neighbouring entries of neighbouring sources, so
-// that a source's line serves a warp as the offsets pass. transpose: a thread owns the entries of one row of
-// the window.
+// transition: an entry is read once: its power waits in the result for the column's sum. A block owns a piece
+// of a row of targets and stages, for some rows of sources at a time, their entries to these targets (in
+// tiles of 4 x 4, raised to the power, 0 outside the window): gathered, each would lie in a line of its own.
+// Planes by offset are gathered, as a warp's entries lie side by side, and so is what doesn't fit such tiles
+// (float64, wide windows): a thread owns one target and walks along the window's rows with one pointer. So
+// does the backward pass. transpose: a thread owns the entries of one row of the window.
 //
-// step: a block owns a piece of a row of targets, and stages for some rows of sources at a time their entries
-// to these targets (in tiles of 4 x 4, raised to the power, 0 outside the window) and their scores (one
-// source's classes together). A thread adds up eight classes for four targets: 48 bytes from shared memory
-// for 32 multiply-adds. One class is 1 everywhere, and its sum that of the column. Where that does not fit
-// (float64, wide windows), a thread owns one target of up to eight classes.
+// step: the same tiles, and beside them the sources' scores, one source's classes together. A thread adds up
+// eight classes for four targets: 48 bytes from shared memory for 32 multiply-adds. One class is 1
+// everywhere, and its sum that of the column. Where that does not fit, a thread owns one target of up to
+// eight classes.
 #include "common/cuda.cuh"
 #include "walk/walk.h"
 
@@ -274,14 +274,14 @@ constexpr int step_blocks() {
 #endif
 }
 
-// How walk_step_tiled_kernel shares a step out to blocks and threads. A group: four nodes side by side, from
+// How a tiled kernel shares its work out to blocks and threads. A group: four nodes side by side, from
 // an x that four divides.
 struct StepTiles {
   int rows;                // of sources, at once
   int groups;              // of targets of a block
   int reach;               // groups of sources on each side of a group of targets
-  int sets;                // of eight classes, the last of a pass being the ones
-  int classes;             // of a pass, but for the ones
+  int sets;                // threads a group and row: one for eight classes, or one for each target
+  int classes;             // of a pass, but for the last, the ones; the transition has none
   int64_t across, passes;  // blocks side by side in a row of targets; passes over the classes
   bool wide;               // whether four entries can be read at once
   bool wide_scores;        // and four scores
@@ -295,8 +295,8 @@ struct StepTiles {
   AFA_HOST_DEVICE int slots() const { return kStepClasses * sets; }
   AFA_HOST_DEVICE int score_pitch() const { return 4 * slots() + 4; }
   AFA_HOST_DEVICE int shared() const {
-    const int staged = rows * sources() * (entry_pitch() + score_pitch());
-    const int sums = rows * slots() * 4 * groups;
+    const int staged = rows * sources() * (entry_pitch() + (classes > 0 ? score_pitch() : 0));
+    const int sums = rows * (classes > 0 ? slots() : 2) * 4 * groups;
     return staged > sums ? staged : sums;
   }
 };
@@ -306,9 +306,33 @@ struct StepPiece {
   int64_t b;
   int y, x;         // the first target
   int targets;      // groups of them
-  int end;          // the runs of the stencil under it have their sources in the grid
+  int first, end;   // the runs of the stencil whose sources lie in the grid: from `first`, under `end`
   int left, right;  // the groups of sources that lie in the grid: from `left`, under `right`
 };
+
+__device__ inline StepPiece piece_of(const WalkParams& walk, const StepTiles& s, int64_t b, int64_t item) {
+  const int width = static_cast<int>(walk.width);
+  const int y = static_cast<int>(item / s.across), x = static_cast<int>(item % s.across) * 4 * s.groups;
+  const int whole = (width - x + 3) / 4;             // groups to the end of the row
+  const int above = walk.stencil.run[0].dy + y + 1;  // runs go from the sources below to those above
+  return {b,
+          y,
+          x,
+          whole < s.groups ? whole : s.groups,
+          above - static_cast<int>(walk.height) > 0 ? above - static_cast<int>(walk.height) : 0,
+          walk.stencil.runs < above ? walk.stencil.runs : above,
+          x / 4 < s.reach ? s.reach - x / 4 : 0,
+          whole + s.reach < s.sources() ? whole + s.reach : s.sources()};
+}
+
+// The number of offsets before each run, into shared memory.
+__device__ inline void count_offsets(const Stencil& stencil, int* first_of_run) {
+  for (int r = static_cast<int>(threadIdx.x); r < stencil.runs; r += static_cast<int>(blockDim.x)) {
+    int before = 0;
+    for (int i = 0; i < r; ++i) before += stencil.run[i].count;
+    first_of_run[r] = before;
+  }
+}
 
 __device__ inline float4 load_four(const float* at) {
   return *reinterpret_cast<const float4*>(at);
@@ -441,14 +465,9 @@ __global__ void __launch_bounds__(kStepThreads, step_blocks<T>())
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread % s.groups, set = thread / s.groups % s.sets,
             strand = thread / (s.groups * s.sets);
-  for (int r = thread; r < walk.stencil.runs; r += s.threads()) {
-    int before = 0;
-    for (int i = 0; i < r; ++i) before += walk.stencil.run[i].count;
-    first_of_run[r] = before;
-  }
+  count_offsets(walk.stencil, first_of_run);
   float* const entries = shared;
   float* const scores = entries + s.rows * s.sources() * s.entry_pitch();
-  const int half_window = walk.stencil.run[0].dy;  // runs go from there to its negative
   for (int64_t index = blockIdx.y; index < walk.batch * s.passes; index += gridDim.y) {
     const int64_t b = index / s.passes, first_class = index % s.passes * s.classes;
     const int64_t plane = b * p.classes + first_class;
@@ -459,22 +478,13 @@ __global__ void __launch_bounds__(kStepThreads, step_blocks<T>())
       for (int c = 0; c < count; ++c) on &= ~(uint32_t{!p.class_mask[plane + c]} << c);
     }
     for (int64_t item = blockIdx.x; item < height * s.across; item += gridDim.x) {
-      const int y = static_cast<int>(item / s.across), x = static_cast<int>(item % s.across) * 4 * s.groups;
-      const int whole = (width - x + 3) / 4;  // groups to the end of the row
-      const StepPiece piece = {
-          b,
-          y,
-          x,
-          whole < s.groups ? whole : s.groups,
-          walk.stencil.runs < half_window + y + 1 ? walk.stencil.runs : half_window + y + 1,
-          x / 4 < s.reach ? s.reach - x / 4 : 0,
-          whole + s.reach < s.sources() ? whole + s.reach : s.sources()};
+      const StepPiece piece = piece_of(walk, s, b, item);
+      const int y = piece.y, x = piece.x;
       const int in_strand = set * s.groups + group;
       const int first_four = in_strand / (piece.right - piece.left);
       const int first_group = in_strand - first_four * (piece.right - piece.left);
       float sum[kStepClasses][4] = {};
-      int first = half_window + y - height + 1;
-      for (first = first > 0 ? first : 0; first < piece.end; first += s.rows) {
+      for (int first = piece.first; first < piece.end; first += s.rows) {
         const int end = first + s.rows < piece.end ? first + s.rows : piece.end;
         __syncthreads();
         with_power(walk, [&](auto power) {
@@ -552,20 +562,85 @@ __global__ void __launch_bounds__(kStepThreads, step_blocks<T>())
   }
 }
 
-// False where the step doesn't fit such tiles.
-bool find_tiles(const WalkStepParams& p, int threads, StepTiles& s) {
-  const WalkParams& walk = p.walk;
+// The transition, from entries that are not already side by side for neighbouring targets: a thread owns a
+// target and some rows of its window.
+template <typename T>
+__global__ void __launch_bounds__(kStepThreads, 3)
+    walk_transition_tiled_kernel(const __grid_constant__ WalkParams p, const __grid_constant__ StepTiles s) {
+  AFA_DYNAMIC_SHARED(float, entries);
+  __shared__ int first_of_run[kMaxRuns];
+  const int64_t nodes = p.height * p.width;
+  const int thread = static_cast<int>(threadIdx.x), targets = 4 * s.groups;
+  const int strand = thread / targets, target = thread - strand * targets;
+  const int width = static_cast<int>(p.width), pitch = s.entry_pitch();
+  count_offsets(p.stencil, first_of_run);
+  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+    for (int64_t item = blockIdx.x; item < p.height * s.across; item += gridDim.x) {
+      const StepPiece piece = piece_of(p, s, b, item);
+      const int x = piece.x + target;
+      const bool mine = x < width;
+      float* const out =
+          static_cast<float*>(p.out) + b * p.stencil.size * nodes + int64_t{piece.y} * width + x;
+      // The last source of a run, to the right of the target, by row, column and tile as one; and the target
+      // in its tile.
+      const float* const tiles = entries + (target / 4 + 2 * s.reach) * 16 + target % 4;
+      double sum = 0;
+      for (int first = piece.first; first < piece.end; first += s.rows) {
+        const int end = first + s.rows < piece.end ? first + s.rows : piece.end;
+        __syncthreads();
+        with_power(
+            p, [&](auto power) { stage_entries<T>(p, s, piece, first, end, first_of_run, entries, power); });
+        __syncthreads();
+        const int r = first + strand;
+        if (r >= end || !mine) continue;
+        const float* const row = tiles + strand * s.sources() * pitch;
+        const int half = p.stencil.run[r].dx;
+        float* entry = out + first_of_run[r] * nodes;
+        int source = target + 4 * s.reach + half;
+        for (int sx = x + half; sx >= x - half; --sx, --source, entry += nodes) {
+          float value = 0;
+          if (sx >= 0 && sx < width) value = row[(source >> 2) * (pitch - 16) + (source & 3) * 4];
+          sum += value;
+          *entry = value;
+        }
+      }
+      double total = p.eps;
+      if (p.normalize) {
+        double* const sums = reinterpret_cast<double*>(entries);
+        __syncthreads();
+        sums[strand * targets + target] = sum;
+        __syncthreads();
+        for (int i = 0; i < s.rows; ++i) total += sums[i * targets + target];
+      }
+      if (!mine) continue;
+      // Each thread goes over the rows it wrote, and over those whose sources lie outside the grid.
+      const Factor factor(p.normalize ? 1 / total : 1);
+      for (int r = 0; r < p.stencil.runs; ++r) {
+        const bool outside = r < piece.first || r >= piece.end;
+        const int whose = outside ? r : r - piece.first;
+        if (whose % s.rows != strand || (!outside && !p.normalize)) continue;
+        float* entry = out + first_of_run[r] * nodes;
+        for (int j = p.stencil.run[r].count; j > 0; --j, entry += nodes) {
+          *entry = outside ? 0 : factor.times(*entry);
+        }
+      }
+    }
+  }
+}
+
+// Tiles for `sets` threads a group and row, at most `threads` in all. False where that doesn't fit.
+bool find_tiles(const WalkParams& walk, int sets, int classes, int threads, StepTiles& s) {
   const int64_t in_row = ceil_div(walk.width, 4);
   if (walk.kind == Kind::f64 || walk.height * walk.width > int64_t{1} << 28) return false;
+  s = {};
+  s.passes = 1;
   s.across = ceil_div(in_row, 16);
   s.groups = static_cast<int>(ceil_div(in_row, s.across));
   s.reach = (walk.stencil.reach_x + 3) / 4;
-  s.passes = ceil_div(p.classes, 4 * kStepClasses - 1);
-  s.classes = static_cast<int>(ceil_div(p.classes, s.passes));
-  s.sets = s.classes / kStepClasses + 1;
+  s.classes = classes;
+  s.sets = sets;
   // As many rows as there are threads and shared memory for, shared out evenly to the rounds.
-  const int in_strand = s.groups * s.sets;
-  int64_t most = threads / in_strand;
+  int64_t most = threads / (s.groups * s.sets);
   s.rows = 1;
   const int64_t in_row_bytes = s.shared() * int64_t{sizeof(float)};
   if (most > kStepSharedBytes / in_row_bytes) most = kStepSharedBytes / in_row_bytes;
@@ -574,9 +649,24 @@ bool find_tiles(const WalkStepParams& p, int threads, StepTiles& s) {
   const uintptr_t bytes = walk.kind == Kind::f32 ? 16 : 8;
   s.wide = walk.layout == Layout::dense && walk.width % 4 == 0 &&
            reinterpret_cast<uintptr_t>(walk.affinity) % bytes == 0;
-  s.wide_scores = walk.width % 4 == 0 && reinterpret_cast<uintptr_t>(p.scores) % 16 == 0 &&
-                  reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   return s.threads() >= 4 * s.tiles();  // stage_entries has a thread for each place in a group's tiles
+}
+
+bool find_step_tiles(const WalkStepParams& p, int threads, StepTiles& s) {
+  const int64_t passes = ceil_div(p.classes, 4 * kStepClasses - 1);
+  const int classes = static_cast<int>(ceil_div(p.classes, passes));
+  if (!find_tiles(p.walk, classes / kStepClasses + 1, classes, threads, s)) return false;
+  s.passes = passes;
+  s.wide_scores = p.walk.width % 4 == 0 && reinterpret_cast<uintptr_t>(p.scores) % 16 == 0 &&
+                  reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  return true;
+}
+
+// A block for each piece of a row of targets, a second dimension for images and passes.
+dim3 tile_grid(const WalkParams& walk, const StepTiles& s) {
+  const int64_t rows = walk.height * s.across, groups = walk.batch * s.passes;
+  return dim3(static_cast<unsigned>(rows < kMaxGridX ? rows : kMaxGridX),
+              static_cast<unsigned>(groups < kMaxGridY ? groups : kMaxGridY));
 }
 
 dim3 node_grid(const WalkParams& p) {
@@ -586,6 +676,17 @@ dim3 node_grid(const WalkParams& p) {
 }  // namespace
 
 const char* walk_transition_cuda(const WalkParams& p, void* stream) {
+  StepTiles s;
+  if (p.layout != Layout::by_offset && find_tiles(p, 4, 0, kStepThreads, s)) {
+    with_type(p.kind, [&](auto type) {
+      using T = decltype(type);
+      if constexpr (sizeof(T) < sizeof(double)) {
+        AFA_LAUNCH_SHARED((walk_transition_tiled_kernel<T>), tile_grid(p, s), s.threads(),
+                          s.shared() * sizeof(float), stream, p, s);
+      }
+    });
+    return launch_error();
+  }
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((walk_transition_kernel<decltype(type)>), node_grid(p), kThreads, stream, p);
   });
@@ -605,15 +706,12 @@ const char* walk_step_cuda(const WalkStepParams& p, void* stream) {
                       : variant == WalkStepVariant::tiled160 ? 160
                                                              : kStepThreads;
   StepTiles s;
-  if (variant != WalkStepVariant::by_target && find_tiles(p, threads, s)) {
+  if (variant != WalkStepVariant::by_target && find_step_tiles(p, threads, s)) {
     with_type(p.walk.kind, [&](auto type) {
       using T = decltype(type);
       if constexpr (sizeof(T) < sizeof(double)) {
-        const int64_t rows = p.walk.height * s.across, groups = p.walk.batch * s.passes;
-        const dim3 grid(static_cast<unsigned>(rows < kMaxGridX ? rows : kMaxGridX),
-                        static_cast<unsigned>(groups < kMaxGridY ? groups : kMaxGridY));
-        AFA_LAUNCH_SHARED((walk_step_tiled_kernel<T>), grid, s.threads(), s.shared() * sizeof(float), stream,
-                          p, s);
+        AFA_LAUNCH_SHARED((walk_step_tiled_kernel<T>), tile_grid(p.walk, s), s.threads(),
+                          s.shared() * sizeof(float), stream, p, s);
       }
     });
     return launch_error();
