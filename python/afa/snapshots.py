@@ -19,6 +19,7 @@ from afa.evaluate import segment
 from afa.files import atomic_path
 from afa.model.network import AFANet
 from afa.pseudo_labels import make_labels
+from afa.training.schedule import phase_of
 
 FOLDER = "snapshots"
 _LONGEST = 320
@@ -39,6 +40,7 @@ def snapshot(
     can't be read is left out.
     """
     device = next(model.parameters()).device
+    phase = phase_of(config.train, iteration - 1)
     was_training = model.training
     model.eval()
     about: list[dict[str, Any]] = []
@@ -61,7 +63,7 @@ def snapshot(
             for key, values in maps.items():
                 arrays[f"{len(about)}_{key}"] = _small(values.astype(np.uint8), smooth=key in ("image", "cam"))
             tags = [dataset.classes[index] for index in dataset.tags[number].nonzero()[:, 0].tolist()]
-            about.append({"name": dataset.names[number], "tags": tags})
+            about.append({"name": dataset.names[number], "tags": tags, "phase": phase})
     finally:
         model.train(was_training)
     path = Path(run) / FOLDER / f"{iteration:08d}.npz"
@@ -72,7 +74,7 @@ def snapshot(
 
 
 def load_snapshots(run: str | Path) -> dict[int, list[Snapshot]]:
-    """Iteration -> its images in order: name, tags, image uint8 [H,W,3], cam float [H,W], par, walk and prediction
+    """Iteration -> its images in order: name, tags, phase (that the iteration ends), image uint8 [H,W,3], cam float [H,W], par, walk and prediction
     uint8 [H,W]. Empty when the run has none; a damaged file is passed over."""
     found: dict[int, list[Snapshot]] = {}
     for path in sorted((Path(run) / FOLDER).glob("[0-9]*.npz")):

@@ -191,6 +191,9 @@ def test_snapshot(run: Path, tmp_path: Path) -> None:
     found = load_snapshots(tmp_path / "kept")
     assert list(found) == [30]
     assert [item["name"] for item in found[30]] == ["t0", "t2", "t4"]
+    assert {item["phase"] for item in found[30]} == {"walk"}
+    snapshot(model, dataset, config, tmp_path / "kept", config.train.classify_until, count=1)
+    assert load_snapshots(tmp_path / "kept")[3][0]["phase"] == "classify"
     model.eval()
     for item in found[30]:
         number = dataset.names.index(item["name"])

@@ -283,10 +283,10 @@ def test_sections_of_a_full_run(tmp_path: Path, result: EvalResult) -> None:
     result.crf = _row(0.7)
     result.best, result.worst = [result.samples[2]], [result.samples[0]]
     (tmp_path / "snapshots").mkdir()
-    for iteration in (200, 500, 1000):
+    for iteration, phase in ((200, "classify"), (500, "par"), (1000, "walk")):
         maps = {key: np.ones((20, 30), np.uint8) for key in ("cam", "par", "walk", "prediction")}
         arrays = {f"0_{key}": value for key, value in {"image": np.zeros((20, 30, 3), np.uint8), **maps}.items()}
-        about = np.array(json.dumps([{"name": "t<7>", "tags": ["star"]}]))
+        about = np.array(json.dumps([{"name": "t<7>", "tags": ["star"], "phase": phase}]))
         np.savez(tmp_path / f"snapshots/{iteration:08d}.npz", about=about, **arrays)
     text = write_report(tmp_path, result, CLASSES).read_text(encoding="utf-8")
     page = _Page(text)

@@ -77,8 +77,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.append({"iteration": i, **{f"val_{key}_miou": i / 40000 for key in ("cam", "walk", "par", "seg")}})
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / FOLDER).mkdir()
-    for iteration in (2000, 6000, 20000):
-        about = [{"name": f"2008_{i:06d}", "tags": CLASSES[:2]} for i in range(2)]
+    for iteration, phase in ((2000, "classify"), (6000, "par"), (20000, "walk")):
+        about = [{"name": f"2008_{i:06d}", "tags": CLASSES[:2], "phase": phase} for i in range(2)]
         arrays = {
             f"{i}_{key}": sample(0)["image"] if key == "image" else label()
             for i in range(2)

@@ -84,7 +84,7 @@ def _sections(
             "The same training images at the end of each phase: what the network is taught (PAR label, then walk "
             "label) and what it answers. No mask of theirs was ever opened."
         )
-        found.append(("How the labels grow", _note(text) + pictures.evolution(snapshots, log, names)))
+        found.append(("How the labels grow", _note(text) + pictures.evolution(snapshots, names)))
     labels = ("walk_label", "par_label", "prediction", "truth")
     if result.best:
         key = pictures.class_key([*result.best, *result.worst], labels, names)

@@ -58,7 +58,7 @@ def _active(row: Mapping[str, Any], key: str) -> bool:
     return key == "loss_cls" or row.get("phase") != "classify"
 
 
-def phases(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+def _phases(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
     """(phase, first iteration, last iteration) in order; each reaches to the start of the next."""
     spans: list[tuple[str, int, int]] = []
     for row in log:
@@ -97,7 +97,7 @@ def _panel(
         return _TOP + (1 - min(max(value / top, 0.0), 1.0)) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)} by iteration">']
-    for number, (phase, start, end) in enumerate(phases(log)):
+    for number, (phase, start, end) in enumerate(_phases(log)):
         width = x(end) - x(start)
         parts.append(
             f'<rect class="phase-{number % 3}" x="{x(start):.1f}" y="{_TOP}" width="{width:.1f}" '

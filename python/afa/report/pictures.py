@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from afa.metrics import IGNORE
-from afa.report.curves import PHASES, phases
+from afa.report.curves import PHASES
 from afa.report.tables import number, swatch
 from afa.visualize import data_uri, heat, overlay
 
@@ -55,18 +55,13 @@ def _example(sample: Sample, names: Sequence[str], with_truth: bool) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def evolution(snapshots: Mapping[int, Sequence[Sample]], log: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+def evolution(snapshots: Mapping[int, Sequence[Sample]], names: Sequence[str]) -> str:
     """A card an image: its labels (downwards) at the end of each phase (to the right)."""
-    spans = phases(log)
-    ends = [(iteration, _phase(spans, iteration)) for iteration in sorted(snapshots)]
     everything = [item for items in snapshots.values() for item in items]
     cards = []
     for place, item in enumerate(next(iter(snapshots.values()))):
-        images = [(end, phase, snapshots[end][place]) for end, phase in ends if place < len(snapshots[end])]
-        head = "".join(
-            f'<div class="when"><b>{html.escape(PHASES.get(phase, phase)) or "–"}</b>{end:,}</div>'
-            for end, phase, _ in images
-        )
+        images = [(end, snapshots[end][place]) for end in sorted(snapshots) if place < len(snapshots[end])]
+        head = "".join(f'<div class="when"><b>{PHASES[shown["phase"]]}</b>{end:,}</div>' for end, shown in images)
         rows = "".join(
             f'<div class="what">{title}</div>' + "".join(_grown(key, title, *image) for image in images)
             for key, title in (
@@ -86,13 +81,8 @@ def evolution(snapshots: Mapping[int, Sequence[Sample]], log: Sequence[Mapping[s
     return f'{key}<div class="growth">{"".join(cards)}</div>'
 
 
-def _phase(spans: Sequence[tuple[str, int, int]], iteration: int) -> str:
-    """The phase that an iteration is in or ends."""
-    return next((phase for phase, _, last in spans if iteration <= last), spans[-1][0] if spans else "")
-
-
-def _grown(key: str, title: str, end: int, phase: str, item: Sample) -> str:
-    if phase == "classify" and key in ("walk", "prediction"):
+def _grown(key: str, title: str, end: int, item: Sample) -> str:
+    if item["phase"] == "classify" and key in ("walk", "prediction"):
         return '<div class="none">not trained yet</div>'
     image = item["image"]
     picture = heat(image, item[key]) if key == "cam" else overlay(image, item[key])
