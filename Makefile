@@ -5,7 +5,7 @@
 # make sanitize  the operators' tests on CPU kernels built for AddressSanitizer and UndefinedBehaviorSanitizer
 # make abi-check show that the built library loads and computes under an older torch (OLD_TORCH=2.13.0)
 # make pretrain  train the small backbone that ships in the package anew (about an hour on 2 cores)
-# make bench     time the operators against PyTorch on this machine
+# make bench     time the operators and a whole training step against PyTorch on this machine
 # make kernels   compile the CUDA kernels and write docs/kernels.md's tables: registers, occupancy, limits
 # make gpu-check on a machine with a GPU: build, test, sanitize and time the CUDA kernels, within eight minutes
 # make clean     remove what the build and the runs wrote, but not the virtual environment
@@ -47,7 +47,7 @@ pretrain: install
 	$(BIN)/python -m afa.pretrain --out python/afa/weights/pvt_v2_mini.safetensors
 
 bench: install
-	for name in par_kernel random_walk affinity pseudo_labels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in par_kernel random_walk affinity pseudo_labels train_step; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python tools/update_readme.py
 
 kernels: install

@@ -80,6 +80,7 @@ OPERATIONS = {
     "random_walk": "{row} walk",
     "affinity": "affinity from attention and its loss, forward and backward",
     "pseudo_labels": "PAR pseudo labels, {present} classes an image",
+    "train_step": "a whole training step of `{config}`, {phase} phase",
 }
 """What a benchmark's rows measure, by the benchmark's name and the row's own entries."""
 
