@@ -6,7 +6,7 @@ executed everywhere; there, streams and graphs prove nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import afa_ext
-from afa_ext import reference
+from afa_ext import _native, reference
+from benchmarks import tune
 from tests.test_ops_meta import CASES, Make
 
 OPS = torch.ops.afa_ext
@@ -398,10 +399,29 @@ def test_random_sizes_match_float64(seed, machine, assert_relative):
             assert_relative(a, e, LIMITS[dtype])
 
 
+class Untimed:
+    """In place of a GPU's clock: what the tuner does before it times."""
+
+    device, architecture = Gpu.device, 0
+
+    def time(self, candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+        return dict.fromkeys(candidates, 0.0)
+
+
+@pytest.mark.cuda  # on the CPU: tests/test_tune.py and tests/cuda_on_host
+@pytest.mark.parametrize("dtype", sorted(tune.LIMITS))
+@pytest.mark.parametrize("kernel", sorted(tune.CASES))
+def test_every_variant_of_every_kernel_is_right(kernel, dtype):
+    with torch.no_grad():
+        for number in range(3):
+            row = tune.measure(kernel, dtype, number, tune.CASES[kernel], Untimed(), _native._C, 0)
+            assert not row.wrong
+            assert row.milliseconds
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["par_refine", "many steps", "affinity_loss"])
-def test_compiled_code_runs_on_a_side_stream(name):
-    call, inputs = PUBLIC[name]
+def test_compiled_code_runs_on_a_side_stream():
+    call, inputs = PUBLIC["par_refine"]
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: call(afa_ext, *t), fullgraph=True)
     given = tuple(inputs(maker(Gpu.device)))

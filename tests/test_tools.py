@@ -223,7 +223,7 @@ def test_gpu_check_lists_its_stages(capsys):
     listed = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == [s.name for s in gpu_check.STAGES if s.name not in ("build", "memcheck")]
     assert gpu_check.main(["--list", "--only", "tests"]) == 0
-    assert capsys.readouterr().out == "tests: at most 90 s\n"
+    assert capsys.readouterr().out == "tests: at most 130 s\n"
 
 
 def test_gpu_check_rejects_an_unknown_stage(capsys):
