@@ -58,8 +58,9 @@ def pseudo_labels(
             :func:`par_affinity` of the shrunken images with the same ``dilations`` and ``w2``; float32 (float64 for
             float64 ``cams``). ``images`` is then not read.
         class_index: int64 or int32 [B, C], the class number of each map where that isn't its position.
-        max_classes: the most classes an image of the batch has, where it is known. On CUDA memory and time otherwise
-            go with C. An image with more raises on the CPU and is ignored as a whole on CUDA.
+        max_classes: the most classes an image of the batch has, where it is known. On CUDA memory otherwise
+            goes with C, for as many images at a time as fit in 1 GiB (at least one). An image with more raises on the
+            CPU and is ignored as a whole on CUDA.
         downscale: PAR works at 1/downscale of the size (at least one pixel).
         dilations, num_iter, w1, w2: as in :func:`par_affinity` and :func:`par_propagate`.
         ignore_index: the label of ignored pixels.

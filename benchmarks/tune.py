@@ -74,7 +74,31 @@ def step_scores(scores: Tensor) -> Tensor:
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
+MAPS = [(1, 3, 8, 8), (1, 16, 16, 16), (1, 16, 32, 32), (8, 16, 32, 32), (4, 12, 48, 48)]
+"""The same for the affinity of maps: of all pairs of nodes of a grid, M maps an image."""
+
+
+def attention_maps(size: Size, device: torch.device) -> list[Tensor]:
+    """Attention, [B, M, N, N]."""
+    batch, maps, height, width = size
+    return [torch.randn(batch, maps, height * width, height * width, device=device)]
+
+
+def mixture(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the maps, [M], and a bias, [1]."""
+    weight = torch.linspace(-0.25, 0.25, attention.shape[1], device=attention.device, dtype=attention.dtype)
+    return weight, attention.new_zeros(1)
+
+
 CASES = {
+    "affinity": Case(
+        MAPS,
+        attention_maps,
+        lambda attention: torch.ops.afa_ext.affinity_from_attention(
+            attention, *mixture(attention), 1, attention.shape[2], None, False
+        ),
+        lambda attention: reference.affinity_from_attention(attention, *mixture(attention)),
+    ),
     "walk_step": Case(
         STEPS,
         scores_and_affinity,

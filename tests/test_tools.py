@@ -133,6 +133,19 @@ def test_faults_are_found():
     assert "2 local loads and stores" in line
 
 
+def test_broken_claims_are_found():
+    usage, counts = kernel_report.parse_usage(PTXAS), kernel_report.parse_instructions(SASS)
+    kernels = [kernel(usage["_Z5cleanv"], counts["_Z5cleanv"]), kernel(usage["_Z5cleanv"])]
+    wide = kernel_report.Claim(r"some_kernel<\w+>", loads_128=1)
+    assert kernel_report.broken_claims(kernels, [wide]) == []
+    (line,) = kernel_report.broken_claims(kernels, [kernel_report.Claim(wide.kernels, loads_128=2)])
+    assert line.startswith("some_kernel<float> on sm_90 (par/par_cuda.cu): 1 loads and 0 stores of 128 bits")
+    (line,) = kernel_report.broken_claims(kernels, [kernel_report.Claim(wide.kernels, stores_128=1)])
+    assert "expected at least 0 and 1" in line
+    (line,) = kernel_report.broken_claims(kernels, [kernel_report.Claim("other_kernel", loads_128=1)])
+    assert "no kernel is named other_kernel" in line
+
+
 @pytest.mark.parametrize(
     ("architecture", "threads", "registers", "shared", "expected"),
     [
@@ -164,7 +177,7 @@ def test_every_kernel_has_its_formulas():
     names = set()
     for source in (ROOT / "csrc").rglob("*.cu"):
         text = source.read_text(encoding="utf-8")
-        names |= set(re.findall(r"__global__ void\s+__launch_bounds__\([^()]*(?:\([^()]*\))?\)\s+(\w+)\(", text))
+        names |= set(re.findall(r"__global__ void\s+__launch_bounds__\(.*?\)\s+(\w+)\(", text, re.DOTALL))
         assert text.count("__global__") == len(re.findall(r"__global__ void\s+__launch_bounds__", text))
     # Those that add up a launch's few partial sums are not worth a formula.
     assert names - {"add_partials_kernel", "add_losses_kernel"} == {w.partition(",")[0] for w in kernel_report.WORK}

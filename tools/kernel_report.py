@@ -98,6 +98,7 @@ class Instructions:
     local: int
     loop_total: int
     loop_accesses: int
+    stores_128: int = 0
 
     def for_an_access(self) -> float:
         """Instructions issued for each load from or store to global memory, where the time goes."""
@@ -140,6 +141,7 @@ def _count(code: Sequence[tuple[int, list[str], str]]) -> Instructions:
         local=number("LDL", "STL"),
         loop_total=sum(loop[2] for loop in inner),
         loop_accesses=sum(loop[3] for loop in inner),
+        stores_128=number("STG", modifier="128"),
     )
 
 
@@ -218,6 +220,49 @@ def compile_kernels(nvcc: str, cuobjdump: str | None) -> list[Kernel]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = [kernel for kernels in pool.map(one, jobs) for kernel in kernels]
     return sorted(found, key=lambda k: (k.file, k.name, int(k.architecture)))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the machine code of the kernels whose whole name matches must hold at the least, on every architecture."""
+
+    kernels: str  # a regular expression
+    loads_128: int = 0
+    stores_128: int = 0
+
+
+CLAIMS = [
+    # Maps and pairs move 16 bytes at a time; with any layout of pairs (true), the maps alone.
+    Claim(r"affinity_kernel<(__half|__nv_bfloat16), 8, \d, false>", loads_128=4, stores_128=2),
+    Claim(r"affinity_kernel<(__half|__nv_bfloat16), 8, \d, true>", loads_128=4),
+    Claim(r"affinity_kernel<(float|double), [42], \d, false>", loads_128=4, stores_128=2),
+    Claim(r"affinity_kernel<(float|double), [42], \d, true>", loads_128=4),
+    Claim(r"backward_attention_kernel<\w+, [842], (true|false)>", stores_128=2),
+    Claim(r"backward_weight_kernel<\w+, [842], false>", loads_128=35),
+    Claim(r"backward_weight_kernel<\w+, [842], true>", loads_128=32),
+    Claim(r"labels_kernel<\w+, (true|false), 16>", stores_128=1),
+    Claim(r"loss_kernel<\w+, [842]>", loads_128=1),
+    Claim(r"loss_backward_kernel<\w+, [42]>", stores_128=1),
+    Claim(r"shrink_kernel<\w+, unsigned char, true>", stores_128=1),
+    Claim(r"shrink_kernel<(float, float|double, double), true>", loads_128=4, stores_128=1),
+]
+
+
+def broken_claims(kernels: Sequence[Kernel], claims: Sequence[Claim]) -> list[str]:
+    """Kernels without the wide accesses claimed, and claims that no kernel matches."""
+    lines = []
+    for claim in claims:
+        named = [k for k in kernels if re.fullmatch(claim.kernels, k.name)]
+        if not named:
+            lines.append(f"no kernel is named {claim.kernels}, of which wide accesses are claimed")
+        for k in named:
+            i = k.instructions
+            if i and (i.wide_128 < claim.loads_128 or i.stores_128 < claim.stores_128):
+                lines.append(
+                    f"{k.name} on sm_{k.architecture} ({k.file}): {i.wide_128} loads and {i.stores_128} stores of 128 "
+                    f"bits, expected at least {claim.loads_128} and {claim.stores_128}"
+                )
+    return lines
 
 
 def faults(kernels: Sequence[Kernel]) -> list[str]:
@@ -341,15 +386,21 @@ WORK = {
             "window_feature_backward_kernel",
             *("2*B*N*(D+K)*s", "6*B*N*K*D", "B*N*K*(D+3*ceil(D/8))", "B*ceil(N/128)*ceil(D/8)"),
         ),
-        Work("affinity_kernel", "(B*M*N*N+P)*s", "2*B*M*N*N", "B*M*N*N+P", "B*ceil(N/32)*(ceil(N/32)+1)/2"),
-        Work("backward_attention_kernel", "(B*M*N*N+2*P)*s", "B*M*N*N+5*P", "B*M*N*N+3*P", "B*ceil(N/32)**2"),
-        Work("backward_weight_kernel", "(B*M*N*N+2*P)*s", "2*B*M*N*N+5*P", "B*M*N*N+3*P", "B*ceil(N/32)**2"),
-        Work("labels_kernel", "8*B*N+P", "0", "3*P", "ceil(P/128)"),
-        Work("loss_kernel", "P*(s+1)", "2*P", "2*P", "ceil(P/16384)"),
-        Work("loss_backward_kernel", "P*(s+1)", "0", "2*P", "ceil(P/128)"),
-        Work("pack_kernel", "B*C*(1+2*s)", "0", "3*B*C", "ceil(B/128)"),
-        Work("shrink_kernel", "B*D*(G+N*s)", "10*B*D*N", "5*B*D*N", "B*D*ceil(N/128)"),
-        Work("score_kernel", "B*C*(G+Q*N)*s", "B*C*N*(18+3*Q)", "B*C*N*(8+Q)", "B*ceil(N/128)"),
+        Work("affinity_kernel", "(B*M*N*N+P)*s", "2*B*M*N*N", "(3*B*M*N*N+2*P)*s/32", "B*ceil(N/32)*(ceil(N/32)+1)/2"),
+        Work(
+            "backward_attention_kernel",
+            *("(B*M*N*N+2*P)*s", "B*M*N*N+5*P", "3*(B*M*N*N+2*P)*s/32", "B*ceil(N/32)*(ceil(N/32)+1)/2"),
+        ),
+        Work(
+            "backward_weight_kernel",
+            *("(B*M*N*N+2*P)*s", "2*B*M*N*N+5*P", "(B*M*N*N+3*P)*s/16", "B*ceil(N/32)*(ceil(N/32)+1)/8"),
+        ),
+        Work("labels_kernel", "8*B*N+P", "0", "35*P/16", "ceil(P/2048)"),
+        Work("loss_kernel", "P*(s+1)", "2*P", "P*s/8", "ceil(P/16384)"),
+        Work("loss_backward_kernel", "P*(s+1)", "0", "P*s/8", "ceil(P/512)"),
+        Work("pack_kernel", "B*C*(1+2*s)", "0", "3*B*C", "B"),
+        Work("shrink_kernel", "B*D*(G+N*s)", "10*B*D*N", "3*B*D*N/4", "B*D*ceil(N/512)"),
+        Work("score_kernel", "B*C*(G+Q*N)*s", "B*C*N*(18+3*Q)", "B*C*N*(5+Q)", "B*ceil(N/128)"),
         Work("place_kernel", "B*(C+1)*Q*N*s", "40*B*(C+1)*Q*N", "17*B*(C+1)*Q*N", "B*ceil(N/128)"),
         Work("choice_kernel", "B*(C*Q*N*s+8*G)", "11*B*C*Q*G", "B*G*(4*C*Q+1)", "B*ceil(G/128)"),
     ]
@@ -427,18 +478,35 @@ TARGETS = [
     Target(
         "affinity_from_attention 8×16 maps, 32×32 tokens, dense",
         {"B": 8, "M": 16, "N": 1024, "P": 8 * 1024 * 1024, "s": 4},
-        [Stage("affinity_kernel", "affinity_kernel<float>")],
+        [Stage("affinity_kernel", "affinity_kernel<float, 4, 2, false>")],
+    ),
+    Target(
+        "the same, backward in maps, weight and bias",
+        {"B": 8, "M": 16, "N": 1024, "P": 8 * 1024 * 1024, "s": 4},
+        [
+            Stage("backward_attention_kernel", "backward_attention_kernel<float, 4, false>"),
+            Stage("backward_weight_kernel", "backward_weight_kernel<float, 4, false>"),
+        ],
+    ),
+    Target(
+        "affinity_labels and affinity_loss of these pairs, forward and backward",
+        {"B": 8, "N": 1024, "P": 8 * 1024 * 1024, "s": 4},
+        [
+            Stage("labels_kernel", "labels_kernel<int, false, 16>"),
+            Stage("loss_kernel", "loss_kernel<float, 4>"),
+            Stage("loss_backward_kernel", "loss_backward_kernel<float, 4>"),
+        ],
     ),
     Target(
         "pseudo_labels 8×512×512, 2 classes an image, 2 scores",
         {"B": 8, "C": 2, "D": 3, "G": 512 * 512, "N": 256 * 256, "K": 48, "Q": 2, "s": 4},
         [
             Stage("pack_kernel", "pack_kernel"),
-            Stage("shrink_kernel", "shrink_kernel<float, unsigned char>"),
+            Stage("shrink_kernel", "shrink_kernel<float, unsigned char, true>"),
             Stage("par_rings_kernel", "par_rings_kernel<float, false>"),
-            Stage("score_kernel", "score_kernel<float>"),
+            Stage("score_kernel", "score_kernel<float, int>"),
             Stage("stencil_kernel", "stencil_kernel<float, false>", 10, {"C": 2 * 2}),
-            Stage("choice_kernel", "choice_kernel<float>"),
+            Stage("choice_kernel", "choice_kernel<float, int>"),
         ],
     ),
 ]
@@ -604,7 +672,7 @@ def main() -> None:
     elif nvcc is not None:
         cuobjdump = find_cuobjdump()
         kernels = compile_kernels(nvcc, cuobjdump)
-        wrong = faults(kernels)
+        wrong = faults(kernels) + broken_claims(kernels, CLAIMS)
         version = nvcc_version(nvcc)
         blocks["resources"] = resources_table(kernels, version)
         if cuobjdump:

@@ -7,6 +7,10 @@
 namespace afa {
 namespace {
 
+constexpr const char* kVariants[] = {AFA_AFFINITY_VARIANTS(AFA_VARIANT_NAME)};
+const TunedKernel kForward("affinity", kVariants,
+                           [](Kind, int64_t) { return static_cast<int>(AffinityVariant::maps2); });
+
 PairLayout make_layout(int64_t batch, int64_t height, int64_t width, std::optional<int64_t> radius,
                        bool windowed) {
   AFA_CHECK(height >= 0 && width >= 0, "grid must not be negative, got ", height, " x ", width);
@@ -133,6 +137,7 @@ Tensor affinity_from_attention(const Tensor& attention, const Tensor& weight, co
   p.bias = shift.const_data_ptr();
   p.affinity = affinity.mutable_data_ptr();
   if (cuda) {
+    p.variant = choose(kForward, p.kind, p.pairs.batch * nodes * size);
     AFA_CUDA_LAUNCH("affinity_from_attention", affinity_cuda(p, scope->stream()));
     return affinity;
   }
@@ -199,7 +204,7 @@ Tensor affinity_from_attention_backward_weight(const Tensor& grad, const Tensor&
   if (affinity.numel() == 0) return out;
   const Tensor a = torch::stable::contiguous(affinity), g = torch::stable::contiguous(grad);
   const Tensor source = torch::stable::contiguous(attention);
-  const int64_t parts = p.pairs.batch * (cuda ? tiles_of(p.pairs) * tiles_of(p.pairs) : blocks_of(p.pairs));
+  const int64_t parts = cuda ? weight_parts_of(p.pairs) : p.pairs.batch * blocks_of(p.pairs);
   const Tensor partial = empty(affinity, {parts, p.maps + 1}, sum_type(affinity));
   p.affinity = a.mutable_data_ptr();
   p.grad = g.const_data_ptr();

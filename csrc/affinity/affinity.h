@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/geometry.h"
+#include "common/plan.h"
 #include "common/simd.h"
 
 namespace afa {
@@ -17,6 +18,10 @@ struct PairLayout {
   int64_t radius = -1;    // Chebyshev, in nodes; below 0: all pairs
   bool windowed = false;  // storage; a dense one may have a radius too, and is empty outside the window then
 };
+
+// The variants of affinity_cuda: X(name, maps read ahead).
+#define AFA_AFFINITY_VARIANTS(X) X(maps2, 2) X(maps1, 1) X(maps4, 4)
+enum class AffinityVariant { AFA_AFFINITY_VARIANTS(AFA_VARIANT_NUMBER) };
 
 struct AffinityParams {
   PairLayout pairs;
@@ -33,6 +38,7 @@ struct AffinityParams {
   void* partial =
       nullptr;  // [parts, K + 1] sums towards the gradients of weight and bias, in the type of sums
   void* grad_weight = nullptr;  // CUDA: [K + 1], the sums of `partial`
+  int variant = 0;              // CUDA, forward: an AffinityVariant
 };
 
 struct AffinityLabelParams {
@@ -57,8 +63,10 @@ struct AffinityLossParams {
 
 namespace {  // one copy for each file: see geometry.h
 
-constexpr int64_t kAffinityRows = 16;  // of attention that a CPU task takes at a time
-constexpr int64_t kAffinityTile = 32;  // nodes a side of a tile of pairs
+constexpr int64_t kAffinityRows = 16;   // of attention that a CPU task takes at a time
+constexpr int64_t kAffinityTile = 32;   // nodes a side of a tile of pairs
+constexpr int64_t kAffinityGroup = 16;  // maps whose gradients a CUDA block sums up together
+constexpr int64_t kTilesOfPart = 4;     // pairs of tiles, likewise
 constexpr int64_t kLossBlock = int64_t{1}
                                << 14;  // pairs whose sums are formed together, whatever the threads
 
@@ -77,6 +85,22 @@ AFA_HOST_DEVICE inline int64_t tiles_of(const PairLayout& p) {
 }
 AFA_HOST_DEVICE inline int64_t blocks_of(const PairLayout& p) {
   return (nodes_of(p) + kAffinityRows - 1) / kAffinityRows;
+}
+
+// CUDA: an image's pairs of tiles (row <= column), and those of them that are so near that they may meet the
+// window, as far as tile_reach_of beyond the diagonal.
+AFA_HOST_DEVICE inline int64_t tile_pairs_of(const PairLayout& p) {
+  return tiles_of(p) * (tiles_of(p) + 1) / 2;
+}
+AFA_HOST_DEVICE inline int64_t tile_reach_of(const PairLayout& p) {
+  const int64_t reach = (p.radius * (p.width + 1) + kAffinityTile - 1) / kAffinityTile;
+  return reach < tiles_of(p) ? reach : tiles_of(p) - 1;
+}
+AFA_HOST_DEVICE inline int64_t near_tile_pairs_of(const PairLayout& p) {
+  return p.radius < 0 ? tile_pairs_of(p) : tiles_of(p) * (tile_reach_of(p) + 1);
+}
+AFA_HOST_DEVICE inline int64_t weight_parts_of(const PairLayout& p) {
+  return (p.batch * near_tile_pairs_of(p) + kTilesOfPart - 1) / kTilesOfPart;
 }
 
 // Where pair (i, j) lies in its image's pairs; -1 outside the window.
@@ -112,7 +136,7 @@ AFA_SIMD_DECLARE(void affinity_loss_backward_blocks(const AffinityLossParams& p,
 // `affinity` zeroed beforehand where there is a radius.
 const char* affinity_cuda(const AffinityParams& p, void* stream);
 const char* affinity_backward_attention_cuda(const AffinityParams& p, void* stream);
-// One part a tile of pairs, B * tiles^2 of them.
+// weight_parts_of(pairs) parts.
 const char* affinity_backward_weight_cuda(const AffinityParams& p, void* stream);
 const char* affinity_labels_cuda(const AffinityLabelParams& p, void* stream);
 const char* affinity_loss_cuda(const AffinityLossParams& p, void* stream);

@@ -132,6 +132,39 @@ void choose_cpu(const ChoiceParams& p) {
   });
 }
 
+// What a batch's maps, PAR's copies of them and its weights may take on CUDA, where nobody on the host knows
+// how many of all classes are present: with more, images are taken a few at a time, at least one.
+#ifdef AFA_CUDA_ON_HOST
+constexpr int64_t kScratchBytes = int64_t{1} << 16;
+#else
+constexpr int64_t kScratchBytes = int64_t{1} << 30;
+#endif
+
+// How many images that is. The maps are there three times while PAR passes from one copy to the other.
+int64_t images_at_once(int64_t batch, int64_t maps, int64_t planes, const Region& whole, const Tensor& like) {
+  const int64_t bytes = (3 * maps + planes) * whole.small_height * whole.small_width *
+                        (sum_type(like) == ScalarType::Double ? 8 : 4);
+  return std::clamp<int64_t>(kScratchBytes / std::max<int64_t>(bytes, 1), 1, batch);
+}
+
+// Some images of a tensor of images.
+Tensor part_of(const Tensor& t, int64_t first, int64_t count) {
+  if (count == t.size(0)) return t;
+  Tensor whole = t;
+  return torch::stable::narrow(whole, 0, first, count);
+}
+std::optional<Tensor> part_of(const std::optional<Tensor>& t, int64_t first, int64_t count) {
+  if (!t) return std::nullopt;
+  return part_of(*t, first, count);
+}
+Classes part_of(const Classes& all, int64_t first) {
+  return {all.most, all.plane + first * all.most, all.number + first * all.most, all.count + first};
+}
+
+const void* advance(const void* from, int64_t elements, const Tensor& of) {
+  return static_cast<const char*>(from) + elements * static_cast<int64_t>(of.element_size());
+}
+
 // The present classes of a batch, packed: on the host for the CPU kernels, on the device for CUDA.
 class PackedClasses {
  public:
@@ -366,7 +399,6 @@ Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& pre
   const Kind kind = kind_of_sums(cams);
   AxisTables tables[4];
   ScoreParams score;
-  score.batch = batch;
   score.thresholds = high > low ? 2 : 1;
   score.background[0] = high;
   score.background[1] = low;
@@ -384,73 +416,76 @@ Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& pre
     packed->make_mask(cams, score.thresholds);
     source = packed->readable_cams(cams);
   }
-  score.classes = packed->classes;
 
-  // Scores at reduced size, refined. PAR is linear and takes a constant 1 to (1 + w2)^num_iter, so the
-  // refined background is that less the refined classes, and its map need not travel along.
-  Tensor maps = empty(
-      cams, {batch, score.classes.most * score.thresholds, whole.small_height, whole.small_width}, type);
-  if (score.classes.most > 0) {
-    score.kind = kind_of(source, "cams");
-    score.cams = source.const_data_ptr();
-    score.cam_stride_b = source.stride(0);
-    score.cam_stride_c = source.stride(1);
-    score.cam_stride_y = source.stride(2);
-    score.cam_stride_x = source.stride(3);
-    score.maps = maps.mutable_data_ptr();
-    if (cuda) {
-      AFA_CUDA_LAUNCH("pseudo_labels", label_scores_cuda(score, scope->stream()));
-    } else {
-      parallel_rows(batch * score.rows.to, 40 * score.classes.most * score.columns.to,
-                    [&](int64_t begin, int64_t end) {
-                      std::vector<double> scratch(score_scratch(score));
-                      AFA_SIMD_CALL(label_score_rows, score, begin, end, scratch.data());
-                    });
-    }
-    if (num_iter > 0) {
-      Tensor affinity;
-      if (weights) {
-        affinity = *weights;
-      } else {
-        const Tensor colours = readable_images(images, type);
-        const Tensor small =
-            empty(images, {batch, images.size(1), whole.small_height, whole.small_width}, type);
-        ShrinkParams shrink = shrink_params(colours, small);
-        shrink.rows = score.rows;
-        shrink.columns = score.columns;
-        shrink.downscale = downscale;
-        if (cuda) {
-          AFA_CUDA_LAUNCH("pseudo_labels", shrink_cuda(shrink, scope->stream()));
-        } else {
-          shrink_cpu(shrink);
-        }
-        affinity = par_affinity(small, dilations, w1, w2);
-      }
-      maps = par_propagate(affinity, maps, dilations, num_iter, packed->mask);
-    }
-  }
-
+  score.kind = kind_of(source, "cams");
+  score.cam_stride_b = source.stride(0);
+  score.cam_stride_c = source.stride(1);
+  score.cam_stride_y = source.stride(2);
+  score.cam_stride_x = source.stride(3);
   const std::optional<Tensor> boxes = dense(box);
   ChoiceParams choice;
   choice.kind = kind;
-  choice.batch = batch;
   choice.thresholds = score.thresholds;
   choice.height = height;
   choice.width = width;
   choice.total = std::pow(1 + w2, static_cast<double>(num_iter));
-  choice.maps = maps.const_data_ptr();
   choice.map_height = whole.small_height;
   choice.map_width = whole.small_width;
-  choice.classes = score.classes;
-  choice.box = pointer(boxes);
-  choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr());
   choice.ignore = static_cast<int32_t>(ignore_index);
   choice.rows = tables[2].fill(whole.small_height, height, kind);
   choice.columns = tables[3].fill(whole.small_width, width, kind);
-  if (cuda) {
-    AFA_CUDA_LAUNCH("pseudo_labels", label_choices_cuda(choice, scope->stream()));
-  } else {
-    choose_cpu(choice);
+
+  const int64_t most = packed->classes.most, maps_of_image = most * score.thresholds;
+  const int64_t weight_planes = 8 * static_cast<int64_t>(dilations.size()) + images.size(1);
+  const int64_t together = cuda ? images_at_once(batch, maps_of_image, weight_planes, whole, cams) : batch;
+  for (int64_t first = 0; first < batch; first += together) {
+    const int64_t count = std::min(together, batch - first);
+    score.batch = choice.batch = count;
+    score.classes = choice.classes = part_of(packed->classes, first);
+    // Scores at reduced size, refined. PAR is linear and takes a constant 1 to (1 + w2)^num_iter, so that the
+    // refined background is that less the refined classes, and its map need not travel along.
+    Tensor maps = empty(cams, {count, maps_of_image, whole.small_height, whole.small_width}, type);
+    if (most > 0) {
+      score.cams = advance(source.const_data_ptr(), first * score.cam_stride_b, source);
+      score.maps = maps.mutable_data_ptr();
+      if (cuda) {
+        AFA_CUDA_LAUNCH("pseudo_labels", label_scores_cuda(score, scope->stream()));
+      } else {
+        parallel_rows(batch * score.rows.to, 40 * most * score.columns.to, [&](int64_t begin, int64_t end) {
+          std::vector<double> scratch(score_scratch(score));
+          AFA_SIMD_CALL(label_score_rows, score, begin, end, scratch.data());
+        });
+      }
+      if (num_iter > 0) {
+        Tensor affinity;
+        if (weights) {
+          affinity = part_of(*weights, first, count);
+        } else {
+          const Tensor colours = readable_images(part_of(images, first, count), type);
+          const Tensor small =
+              empty(images, {count, images.size(1), whole.small_height, whole.small_width}, type);
+          ShrinkParams shrink = shrink_params(colours, small);
+          shrink.rows = score.rows;
+          shrink.columns = score.columns;
+          shrink.downscale = downscale;
+          if (cuda) {
+            AFA_CUDA_LAUNCH("pseudo_labels", shrink_cuda(shrink, scope->stream()));
+          } else {
+            shrink_cpu(shrink);
+          }
+          affinity = par_affinity(small, dilations, w1, w2);
+        }
+        maps = par_propagate(affinity, maps, dilations, num_iter, part_of(packed->mask, first, count));
+      }
+    }
+    choice.maps = maps.const_data_ptr();
+    choice.box = boxes ? pointer(boxes) + 4 * first : nullptr;
+    choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr()) + first * height * width;
+    if (cuda) {
+      AFA_CUDA_LAUNCH("pseudo_labels", label_choices_cuda(choice, scope->stream()));
+    } else {
+      choose_cpu(choice);
+    }
   }
   return labels;
 }
@@ -516,52 +551,63 @@ Tensor refine_labels(const Tensor& images, const Tensor& scores, const std::opti
                                   torch::stable::contiguous(low_scores ? *low_scores : scores)};
   PlaceParams place;
   place.kind = kind_of(scores, "scores");
-  place.batch = batch;
   place.thresholds = choice.thresholds;
   place.planes = scores.size(1);
   place.height = height;
   place.width = width;
   place.downscale = downscale;
-  for (int t = 0; t < kMaxThresholds; ++t) place.scores[t] = dense_scores[t].const_data_ptr();
   place.grid_height = scores.size(2);
   place.grid_width = scores.size(3);
-  place.classes = choice.classes = packed.classes;
   place.map_height = choice.map_height = whole.small_height;
   place.map_width = choice.map_width = whole.small_width;
-  place.box = choice.box;
-  Tensor maps =
-      empty(scores, {batch, (packed.classes.most + 1) * choice.thresholds, place.map_height, place.map_width},
-            type);
-  place.maps = maps.mutable_data_ptr();
-  AFA_CUDA_LAUNCH("refine_labels", label_place_cuda(place, scope->stream()));
-  if (num_iter > 0) {
-    Tensor affinity;
-    if (weights) {
-      affinity = *weights;
-    } else {
-      const Tensor colours = readable_images(images, type);
-      const Tensor small = empty(images, {batch, images.size(1), place.map_height, place.map_width}, type);
-      [[maybe_unused]] ShrinkParams shrink = shrink_params(colours, small);
-      shrink.rows.from = height;
-      shrink.rows.to = place.map_height;
-      shrink.columns.from = width;
-      shrink.columns.to = place.map_width;
-      shrink.box = choice.box;
-      shrink.downscale = downscale;
-      AFA_CUDA_LAUNCH("refine_labels", shrink_cuda(shrink, scope->stream()));
-      affinity = par_affinity_within(small, dilations, w1, w2, packed.extent);
-    }
-    maps = stencil_propagate("refine_labels", ring_stencil(dilations), affinity, maps, num_iter, packed.mask,
-                             packed.extent);
-  }
-  choice.maps = maps.const_data_ptr();
   choice.rows.from = place.map_height;
   choice.rows.to = height;
   choice.columns.from = place.map_width;
   choice.columns.to = width;
   choice.regional = box.has_value();
   choice.downscale = downscale;
-  AFA_CUDA_LAUNCH("refine_labels", label_choices_cuda(choice, scope->stream()));
+
+  const int64_t maps_of_image = (packed.classes.most + 1) * choice.thresholds;
+  const int64_t weight_planes = 8 * static_cast<int64_t>(dilations.size()) + images.size(1);
+  const int64_t together = images_at_once(batch, maps_of_image, weight_planes, whole, scores);
+  for (int64_t first = 0; first < batch; first += together) {
+    const int64_t count = std::min(together, batch - first);
+    const std::optional<Tensor> mask = part_of(packed.mask, first, count);
+    const std::optional<Tensor> extent = part_of(packed.extent, first, count);
+    place.batch = choice.batch = count;
+    place.classes = choice.classes = part_of(packed.classes, first);
+    place.box = choice.box = boxes ? pointer(boxes) + 4 * first : nullptr;
+    for (int t = 0; t < kMaxThresholds; ++t) {
+      const int64_t skipped = first * place.planes * place.grid_height * place.grid_width;
+      place.scores[t] = advance(dense_scores[t].const_data_ptr(), skipped, scores);
+    }
+    Tensor maps = empty(scores, {count, maps_of_image, place.map_height, place.map_width}, type);
+    place.maps = maps.mutable_data_ptr();
+    AFA_CUDA_LAUNCH("refine_labels", label_place_cuda(place, scope->stream()));
+    if (num_iter > 0) {
+      Tensor affinity;
+      if (weights) {
+        affinity = part_of(*weights, first, count);
+      } else {
+        const Tensor colours = readable_images(part_of(images, first, count), type);
+        const Tensor small = empty(images, {count, images.size(1), place.map_height, place.map_width}, type);
+        [[maybe_unused]] ShrinkParams shrink = shrink_params(colours, small);
+        shrink.rows.from = height;
+        shrink.rows.to = place.map_height;
+        shrink.columns.from = width;
+        shrink.columns.to = place.map_width;
+        shrink.box = place.box;
+        shrink.downscale = downscale;
+        AFA_CUDA_LAUNCH("refine_labels", shrink_cuda(shrink, scope->stream()));
+        affinity = par_affinity_within(small, dilations, w1, w2, extent);
+      }
+      maps =
+          stencil_propagate("refine_labels", ring_stencil(dilations), affinity, maps, num_iter, mask, extent);
+    }
+    choice.maps = maps.const_data_ptr();
+    choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr()) + first * height * width;
+    AFA_CUDA_LAUNCH("refine_labels", label_choices_cuda(choice, scope->stream()));
+  }
   return labels;
 }
 

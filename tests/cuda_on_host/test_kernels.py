@@ -274,6 +274,16 @@ def test_refine_labels_golden(kernels, golden):
     assert int((kernels.refine_labels(*arguments) != NATIVE.refine_labels(*arguments)).sum()) <= 1
 
 
+def test_pseudo_labels_of_many_classes_and_of_a_misaligned_image(kernels):
+    cams = torch.rand(3, 290, 8, 16, dtype=torch.float64)
+    images, _, present, *rest = label_arguments(cams)
+    present[1] = False
+    present[1, [0, 127, 128, 289]] = True
+    expected = NATIVE.pseudo_labels(images, cams, present, *rest)
+    assert torch.equal(kernels.pseudo_labels(images, cams, present, *rest), expected)
+    assert torch.equal(kernels.pseudo_labels(misaligned(images), cams, present, *rest), expected)
+
+
 def test_pseudo_labels_ignores_an_image_with_too_many_classes(kernels):
     arguments = label_arguments(torch.rand(4, 5, 12, 14))  # the last image has three classes
     every = kernels.pseudo_labels(*arguments)
@@ -308,6 +318,49 @@ def test_affinity(grid, radius, dtype, kernels, assert_relative):
         compare(kernels, "affinity_loss_backward", (grad, sums, labels), 1e-6, assert_relative)
         arguments = (tokens, radius, 2, layout[1])
         compare(kernels, "affinity_labels", arguments, 0, assert_relative)
+
+
+def misaligned(t):
+    """The same values, one element past where vectors could begin."""
+    view = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+    return view.copy_(t)
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", [(None, False), (2, True)], ids=str)
+def test_affinity_of_misaligned_tensors(layout, dtype, kernels, assert_relative):
+    grid, maps, limit = (6, 8), 3, LIMITS[dtype]
+    attention = misaligned(torch.randn(2, maps, 48, 48).to(dtype))
+    weight, bias = (torch.randn(maps) / 2).to(dtype), torch.randn(1).to(dtype)
+    settings = (*grid, *layout)
+    arguments = (attention, weight, bias, *settings)
+    affinity = compare(kernels, "affinity_from_attention", arguments, limit, assert_relative)
+    grad = torch.rand_like(affinity)
+    for pair in ((misaligned(grad), affinity), (grad, misaligned(affinity))):
+        name = "affinity_from_attention_backward_attention"
+        compare(kernels, name, (*pair, weight, *settings), limit, assert_relative)
+        for read in (attention, attention.clone()):
+            name = "affinity_from_attention_backward_weight"
+            compare(kernels, name, (*pair, read, *settings), limit, assert_relative)
+    labels = torch.randint(0, 3, affinity.shape, dtype=torch.uint8)
+    sums = compare(kernels, "affinity_loss", (misaligned(affinity), labels), 1e-6, assert_relative)
+    compare(kernels, "affinity_loss", (affinity, misaligned(labels)), 1e-6, assert_relative)
+    compare(kernels, "affinity_loss_backward", (torch.rand_like(sums), sums, misaligned(labels)), 1e-6, assert_relative)
+
+
+def test_affinity_ignores_what_lies_outside_the_window(kernels, assert_relative):
+    grid, radius = (5, 8), 1  # vectors of four reach past the window
+    attention = torch.randn(1, 3, 40, 40)
+    settings, weight, bias = (*grid, radius, True), torch.randn(3), torch.randn(1)
+    affinity = kernels.affinity_from_attention(attention, weight, bias, *settings)
+    grad = torch.rand_like(affinity)
+    expected = kernels.affinity_from_attention_backward_weight(grad, affinity, attention, *settings)
+    y, x = torch.arange(40) // grid[1], torch.arange(40) % grid[1]
+    outside = ((y[:, None] - y).abs() > radius) | ((x[:, None] - x).abs() > radius)
+    attention[:, :, outside] = torch.nan
+    assert torch.equal(kernels.affinity_from_attention(attention, weight, bias, *settings), affinity)
+    actual = kernels.affinity_from_attention_backward_weight(grad, affinity, attention, *settings)
+    assert_relative(actual, expected, 1e-6)
 
 
 def test_affinity_loss_of_many_blocks_and_of_nothing(kernels, assert_relative):

@@ -68,10 +68,23 @@ def walk_step_calls(dtype: torch.dtype) -> Calls:
     return calls
 
 
+def affinity_calls(dtype: torch.dtype) -> Calls:
+    """affinity_from_attention of rows that vectors divide, and rows that they don't."""
+    calls: Calls = []
+    for grid, maps in (((1, 1), 3), ((5, 7), 5), ((6, 8), 16), ((3, 24), 7)):
+        nodes = grid[0] * grid[1]
+        attention = torch.randn(2, maps, nodes, nodes).to(dtype)
+        weight, bias = (torch.randn(maps) / 4).to(dtype), torch.randn(1).to(dtype)
+        for layout in ((None, False), (2, True), (2, False)):
+            calls.append(("affinity_from_attention", (attention, weight, bias, *grid, *layout)))
+    return calls
+
+
 # By kernel, the calls that launch it: operator and arguments.
 CALLS: dict[str, Callable[[torch.dtype], Calls]] = {
     "stencil_step": stencil_calls,
     "walk_step": walk_step_calls,
+    "affinity": affinity_calls,
 }
 
 
