@@ -1,7 +1,8 @@
 """Runs the operators' own tests on the CUDA kernels, compiled for the CPU (tests/cuda_on_host/README.md).
 
     python tools/kernels_on_host.py                              # all of them, with each memory access checked
-    python tools/kernels_on_host.py --sanitize                   # part of them, under AddressSanitizer
+    python tools/kernels_on_host.py --sanitize                   # part of them, and tests/cuda_on_host's, under
+                                                                 # AddressSanitizer
     python tools/kernels_on_host.py tests/test_par.py -k golden  # these alone
 
 A copy of the package is made under build/, whose operators on CPU tensors are the CUDA kernels, and imported from
@@ -22,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-NOT_OPERATORS = ("build", "docs", "tools", "tune", "tuning")
+NOT_OPERATORS = ("build", "cuda", "docs", "tools", "tune", "tuning")
 FILES = [
     path
     for path in sorted((ROOT / "tests").glob("test_*.py"))
@@ -33,9 +34,10 @@ CHECK = "import afa_ext; print(afa_ext.__file__, 'cuda_on_host' in afa_ext.build
 SANITIZED = "not compile and not subprocess and (golden or empty or strided or contiguous or dtype or half or opcheck)"
 
 
-def environment(package: Path, sanitize: bool) -> dict[str, str]:
-    settings = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+def environment(sanitize: bool) -> dict[str, str]:
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     if sanitize:
+        settings["AFA_CUDA_ON_HOST_SANITIZE"] = "1"  # for tests/cuda_on_host, which builds a library of its own
         import sanitize as sanitizers
 
         runtimes = sanitizers.environment()
@@ -66,8 +68,15 @@ def main() -> int:
 
     from cuda_on_host import build
 
+    if build.cuda_headers() is None:
+        print("not run: the CUDA toolkit's headers (cuda_fp16.h) are not installed")
+        return 0
     start = time.monotonic()
-    env = environment(build.build_package(options.sanitize), options.sanitize)
+    package = build.build_package(options.sanitize)
+    outside = environment(options.sanitize)
+    env = {**outside, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)])}
+    if options.sanitize:
+        build.build_library(sanitize=True)
     print(f"built in {time.monotonic() - start:.0f} s", flush=True)
     result = subprocess.run(
         [sys.executable, "-P", "-c", CHECK], cwd=ROOT, env=env, capture_output=True, text=True, check=True
@@ -79,13 +88,15 @@ def main() -> int:
         return code
 
     select = ["-k", SANITIZED if options.sanitize else "not compile"]
-    # The longest first.
-    files = sorted(FILES, key=lambda path: -path.stat().st_size)
+    # The longest first. The comparisons of tests/cuda_on_host need the CPU kernels too: the package as it is installed.
+    runs = [(path, [str(path), *select], env) for path in sorted(FILES, key=lambda path: -path.stat().st_size)]
+    if options.sanitize:
+        runs += [(path, [str(path)], outside) for path in (ROOT / "tests/cuda_on_host").glob("test_[!h]*.py")]
     start = time.monotonic()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        runs = list(pool.map(lambda path: run([str(path), *select], env), files))
+        results = list(pool.map(lambda planned: run(*planned[1:]), runs))
     passed, failed = 0, False
-    for path, (code, text, seconds) in zip(files, runs, strict=True):
+    for (path, *_), (code, text, seconds) in zip(runs, results, strict=True):
         bad = code not in (0, 5)  # 5: none of its tests was chosen
         failed |= bad
         passed += sum(int(count) for count in re.findall(r"(\d+) passed", text))

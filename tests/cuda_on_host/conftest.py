@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,6 @@ class Kernels:
 def kernels() -> Kernels:
     if build.cuda_headers() is None:
         pytest.skip("the CUDA toolkit's headers (cuda_fp16.h) are not installed")
-    library = build.build_library()
+    library = build.build_library(sanitize=bool(os.environ.get("AFA_CUDA_ON_HOST_SANITIZE")))
     torch.ops.load_library(str(library))
     return Kernels(ctypes.CDLL(str(library)), torch.ops.afa_ext_cuda_on_host)
