@@ -13,7 +13,14 @@ import pytest
 import afa_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("README.md", "docs/operators.md", "docs/kernels.md", "docs/backbones.md", "docs/own_data.md")
+NAMES = (
+    "README.md",
+    "docs/operators.md",
+    "docs/kernels.md",
+    "docs/backbones.md",
+    "docs/own_data.md",
+    "docs/evaluation.md",
+)
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 OPERATORS = PAGES["docs/operators.md"]
 EXAMPLES = {name: re.findall(r"```python\n(.*?)```", page, re.DOTALL) for name, page in PAGES.items()}

@@ -86,6 +86,7 @@ Segment pictures: files, folders (searched to the bottom) and quoted glob patter
 examples:
   afa predict runs/demo photo.jpg
   afa predict runs/voc holiday/ 'more/*.png' --out results
+  afa predict runs/voc photo.jpg --scales 1,0.5,1.5 --flip --crf     slower, and borders closer to the colours
 """
 
 PSEUDO = """\
@@ -205,6 +206,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         metavar="PIXELS",
         help="compute longer pictures at this size (default: 1024)",
     )
+    predict.add_argument("--scales", metavar="S,S", help="sizes to compute at, such as 1,0.5,1.5 (default: the run's)")
+    predict.add_argument("--flip", action="store_true", help="also the mirrored picture")
+    predict.add_argument("--crf", action="store_true", help="draw borders along colours by a dense CRF")
     common(predict, "")
 
     pseudo = add("pseudo-labels", "write a training set's pseudo labels", PSEUDO, _pseudo_labels)
@@ -375,6 +379,8 @@ def _first_alone(first: bool) -> Iterator[None]:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from afa.config import apply_override, validate
+    from afa.crf import check_installed
     from afa.model import load_model
     from afa.predict import find_images, predict
 
@@ -383,6 +389,13 @@ def _predict(options: argparse.Namespace) -> None:
         raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
     images = find_images(options.paths)
     model, classes, config = load_model(options.run / "model.safetensors", _device(options.device))
+    if options.scales is not None:
+        apply_override(config, f"eval.scales={options.scales}")
+    config.eval.flip |= options.flip
+    config.eval.crf |= options.crf
+    validate(config)
+    if config.eval.crf:
+        check_installed()
     names = ["background", *classes]
     results = predict(
         model, classes, config, images, options.out, largest_side=options.largest_side, progress=not options.quiet

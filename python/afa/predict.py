@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from afa.cam import multi_scale_cam
 from afa.config import Config
+from afa.crf import dense_crf
 from afa.data.lists import IMAGE_SUFFIXES
 from afa.data.transforms import image_size, read_image
 from afa.errors import UserError
-from afa.evaluate import segment
+from afa.evaluate import crf_settings, segment
 from afa.model import AFANet, normalize
 from afa.visualize import heat, overlay, save_mask, save_picture
 
@@ -78,8 +79,9 @@ def predict(
 ) -> Iterator[Prediction]:
     """Write out/masks/<name>.png (VOC palette), out/overlays/<name>.png and out/cams/<name>.png; yields as it goes.
 
-    The CAM shown is the largest over the classes that the classifier or the mask finds. Pictures longer than
-    `largest_side` pixels are computed at that size and the mask is brought back to the picture's.
+    The segmentation is that of the configuration's eval section (scales, flip, fusion, crf). The CAM shown is the
+    largest over the classes that the classifier or the mask finds. Pictures longer than `largest_side` pixels are
+    computed at that size and the mask is brought back to the picture's.
     """
     out = Path(out)
     device = next(model.parameters()).device
@@ -90,11 +92,15 @@ def predict(
         small = image.copy()
         small.thumbnail((largest_side, largest_side), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(small).transpose(2, 0, 1)[None].copy()).to(device)
-        mask = segment(model, pixels, config).argmax(1)[0]
+        logits = segment(model, pixels, config)[0]
+        if config.eval.crf:
+            probabilities = logits.softmax(0).cpu().numpy()
+            found = dense_crf(np.array(small), probabilities, crf_settings(config.eval)).argmax(0)
+        else:
+            found = logits.argmax(0).cpu().numpy()
+        mask = found.astype(np.uint8)
         cam = _cam(model, pixels, mask, config)
-        labels = np.asarray(
-            Image.fromarray(mask.cpu().numpy().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
-        )
+        labels = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
         picture = np.asarray(image)
         save_mask(out / "masks" / f"{name}.png", labels)
         save_picture(out / "overlays" / f"{name}.png", overlay(picture, labels))
@@ -106,13 +112,13 @@ def predict(
 
 
 @torch.inference_mode()
-def _cam(model: AFANet, pixels: torch.Tensor, mask: torch.Tensor, config: Config) -> np.ndarray:
+def _cam(model: AFANet, pixels: torch.Tensor, mask: np.ndarray, config: Config) -> np.ndarray:
     """float32 [H,W] in [0,1]: the largest CAM over the classes found in uint8 pixels [1,3,H,W]."""
     inputs = normalize(pixels)
     logits = model(inputs, want=("class",)).class_logits
     assert logits is not None
     present = (logits > 0).float()
-    drawn = torch.bincount(mask.reshape(-1), minlength=present.shape[1] + 1)[1:] > 0
-    present[0, drawn] = 1
+    drawn = np.bincount(mask.reshape(-1), minlength=present.shape[1] + 1)[1:] > 0
+    present[0, torch.from_numpy(drawn).to(present.device)] = 1
     cams = multi_scale_cam(model, inputs, present, config.labels.cam_scales).cams
     return cams[0].amax(0).float().cpu().numpy()

@@ -74,8 +74,8 @@ def snapshot(
 
 
 def load_snapshots(run: str | Path) -> dict[int, list[Snapshot]]:
-    """Iteration -> its images in order: name, tags, phase (that the iteration ends), image uint8 [H,W,3], cam float [H,W], par, walk and prediction
-    uint8 [H,W]. Empty when the run has none; a damaged file is passed over."""
+    """Iteration -> its images in order: name, tags, phase (that the iteration ends), image uint8 [H,W,3], cam float
+    [H,W], par, walk and prediction uint8 [H,W]. Empty when the run has none; a damaged file is passed over."""
     found: dict[int, list[Snapshot]] = {}
     for path in sorted((Path(run) / FOLDER).glob("[0-9]*.npz")):
         try:

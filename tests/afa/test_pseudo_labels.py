@@ -20,7 +20,7 @@ from afa.model import AFANet, build_model
 from afa.model.network import save_checkpoint_weights
 from afa.pseudo_labels import SOURCES, make_labels
 from afa.snapshots import load_snapshots, snapshot
-from afa.train import Trainer
+from afa.train import Trainer, train
 from afa.visualize import PALETTE
 
 
@@ -217,3 +217,51 @@ def test_cam_label_of_one_threshold_is_that_of_evaluation(run: Path) -> None:
         labels = make_labels(model, item["image"][None], item["tags"][None], config, ("cam", "par")).maps
         assert (labels["cam"][0].numpy() != sample["cam_label"]).sum() <= 1
         assert (labels["par"][0].numpy() != sample["par_label"]).sum() <= 1
+
+
+def test_training_goes_on_as_without_snapshots(
+    tiny_config: Any, voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    config.data.root = str(voc_root)
+    train(config, tmp_path / "with", progress=False)
+    monkeypatch.setattr("afa.train.snapshot", lambda *_: None)
+    train(config, tmp_path / "without", progress=False)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without"))
+    assert one == other
+
+
+def test_predict_upright_at_several_scales(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that its EXIF data turns is predicted as it is seen, and options change the mask."""
+    monkeypatch.chdir(tmp_path)
+    _, config, dataset = _loaded(run)
+    upright = Image.open(dataset.paths[0]).convert("RGB")
+    upright.save("upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise when shown
+    upright.transpose(Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
+
+    def mask(*more: str) -> np.ndarray:
+        options = ["upright.png", "turned.png", "--out=out", "--device=cpu", "--quiet", *more]
+        assert main(["predict", str(run), *options]) == 0
+        found = [np.array(Image.open(f"out/masks/{name}.png")) for name in ("upright", "turned")]
+        for folder in ("overlays", "cams"):
+            assert Image.open(f"out/{folder}/turned.png").size == upright.size
+        assert found[0].shape == (48, 64) and np.array_equal(*found)
+        return found[0]
+
+    plain, several = mask(), mask("--scales", "1,0.5", "--flip")
+    assert (plain != several).any()
+    model, config, _ = _loaded(run)
+    config.eval.scales, config.eval.flip = (1.0, 0.5), True
+    expected = segment(model, torch.from_numpy(np.array(upright).transpose(2, 0, 1).copy())[None], config)
+    assert np.array_equal(several, expected[0].argmax(0))
+    pytest.importorskip("pydensecrf")
+    assert (mask("--crf") != plain).any()
+
+
+def test_predict_names_bad_scales(run: Path, voc_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for scales in ("0", "big"):
+        photo = str(voc_root / "JPEGImages/t0.jpg")
+        assert main(["predict", str(run), photo, "--scales", scales, "--device=cpu", "--quiet"]) == 2
+        assert "eval.scales" in capsys.readouterr().err
