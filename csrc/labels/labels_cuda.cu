@@ -266,6 +266,7 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__
 template <typename T, typename Index>
 __global__ void __launch_bounds__(kThreads, min_blocks<T>(5))
     choice_kernel(const __grid_constant__ ChoiceParams p) {
+  constexpr int kAtOnce = sizeof(Index) == 8 ? 1 : 4;  // classes: more need registers that aren't there
   const int64_t pixels = p.height * p.width, map_pixels = p.map_height * p.map_width;
   const int64_t most = p.classes.most, extra = p.background_map ? 1 : 0;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
@@ -295,6 +296,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(5))
         for (int t = 0; t < kMaxThresholds; ++t) {
           if (t >= p.thresholds) break;
           T best = 0, background = p.background_map ? value(t) : static_cast<T>(p.total);
+#pragma unroll kAtOnce
           for (int64_t j = 0; j < count; ++j) {
             const T score = value((j + extra) * p.thresholds + t);
             if (j == 0 || score > best) {
