@@ -304,3 +304,20 @@ exit(cli.main({arguments}) or cli.main({labels}))"""
     assert "report.html" in said[0] and "6 labels of 'train'" in said[0] and not said[1], "one process speaks"
     assert measured() == one
     assert "on 6 images" in said[0] and len(list((tmp_path / "labels").glob("*.png"))) == 6
+
+
+def test_everything_stored_computes_nothing(
+    setting: tuple[AFANet, VOCDataset, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a measurement is stopped between its last image and its report; names may have folders in them."""
+    model, dataset, config = setting
+    dataset.names = [f"deep/{name}" for name in dataset.names]
+    monkeypatch.setattr(dataset, "mask_path", lambda index: dataset.root / f"SegmentationClass/v{index}.png")
+    dataset.__dict__["has_masks"] = True
+    store = EvalStore(tmp_path / "store", "one")
+    monkeypatch.setattr(store, "clear", lambda: None)
+    first = evaluate(model, dataset, config, progress=False, store=store)
+    assert store.done() == set(dataset.names)
+    monkeypatch.setattr("afa.evaluate.measure_batch", None)
+    again = evaluate(model, dataset, config, progress=False, store=store)
+    assert scores(again) == scores(first) and again.image_iou == first.image_iou

@@ -142,10 +142,12 @@ def test_curves(tmp_path: Path, result: EvalResult) -> None:
 
 def test_page_without_log_and_samples(tmp_path: Path, result: EvalResult) -> None:
     result.samples = []
+    del result.seg["confusion"]  # as of a run that an earlier version measured
     page = _Page(write_report(tmp_path, result, CLASSES).read_text(encoding="utf-8"))
     assert page.open == []
     assert "no log of its training" in page.text
     assert "eval.report_images" in page.text
+    assert "taken for" not in page.text
 
 
 def test_read_log_merges_and_passes_over_a_cut_line(tmp_path: Path) -> None:
@@ -325,7 +327,6 @@ def test_large_confusion_is_listed_and_not_drawn() -> None:
         ("20.0%", "class7", "class9")
     ]
     assert 'class="matrix"' in confusion(counts[:20, :20].tolist(), names[:20])
-    assert "not kept" in confusion(None, names)
 
 
 def test_page_without_masks(tmp_path: Path, result: EvalResult) -> None:

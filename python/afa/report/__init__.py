@@ -78,7 +78,8 @@ def _sections(
         found.append(("IoU by class", tables.class_bars(metrics, names)))
         counts = metrics[tables.final_row(metrics)].get("confusion")
         text = "Percent of the pixels of a true class (row) that the final segmentation takes for another (column)."
-        found.append(("What is taken for what", _note(text) + tables.confusion(counts, names)))
+        if counts:  # an earlier version did not keep them
+            found.append(("What is taken for what", _note(text) + tables.confusion(counts, names)))
     if snapshots := load_snapshots(run):
         text = (
             "The same training images at the end of each phase: what the network is taught (PAR label, then walk "

@@ -107,10 +107,8 @@ def class_bars(metrics: Metrics, names: Sequence[str]) -> str:
     return f'{key}<div class="card classes">{"".join(bars)}</div>'
 
 
-def confusion(counts: Sequence[Sequence[int]] | None, names: Sequence[str]) -> str:
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """Which class is taken for which: the matrix when it is small, and its largest entries off the diagonal."""
-    if not counts or not any(map(sum, counts)):
-        return '<p class="note">The counts were not kept.</p>'
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
     pairs = sorted(((shares[t][p], t, p) for t in range(len(names)) for p in range(len(names)) if t != p), reverse=True)
     rows = "".join(
