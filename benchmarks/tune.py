@@ -35,6 +35,8 @@ DTYPES = ["float32", "float16", "bfloat16"]
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 """The largest difference from float64, relative to the largest value: what tests/cuda_on_host allows."""
 RINGS = [1, 2, 4, 8, 12, 24]
+OTHER_RINGS = [1, 2, 3, 5, 8, 13]
+"""For the kernel that takes any neighbours."""
 Size = tuple[int, ...]
 
 
@@ -110,6 +112,12 @@ CASES = {
         ),
     ),
     "stencil_step": Case(
+        PLANES,
+        rings_and_planes,
+        lambda weights, planes: torch.ops.afa_ext.par_propagate(weights, planes, OTHER_RINGS, 10, None),
+        lambda weights, planes: reference.par_propagate(weights, planes, dilations=OTHER_RINGS, num_iter=10),
+    ),
+    "stencil_ring": Case(
         PLANES,
         rings_and_planes,
         lambda weights, planes: torch.ops.afa_ext.par_propagate(weights, planes, RINGS, 10, None),

@@ -139,9 +139,11 @@ def test_broken_claims_are_found():
     wide = kernel_report.Claim(r"some_kernel<\w+>", loads_128=1)
     assert kernel_report.broken_claims(kernels, [wide]) == []
     (line,) = kernel_report.broken_claims(kernels, [kernel_report.Claim(wide.kernels, loads_128=2)])
-    assert line.startswith("some_kernel<float> on sm_90 (par/par_cuda.cu): 1 loads and 0 stores of 128 bits")
+    assert line.startswith("some_kernel<float> on sm_90 (par/par_cuda.cu): 1 loads, 0 stores and 0 copies of 128 bits")
     (line,) = kernel_report.broken_claims(kernels, [kernel_report.Claim(wide.kernels, stores_128=1)])
-    assert "expected at least 0 and 1" in line
+    assert "expected at least 0, 1 and 0" in line
+    (line,) = kernel_report.broken_claims(kernels, [kernel_report.Claim(wide.kernels, copies_128=1)])
+    assert "expected at least 0, 0 and 1" in line
     (line,) = kernel_report.broken_claims(kernels, [kernel_report.Claim("other_kernel", loads_128=1)])
     assert "no kernel is named other_kernel" in line
 
@@ -198,18 +200,35 @@ def test_estimate():
     gpu = kernel_report.Gpu("one", bandwidth=1e12, operations=1e13, multiprocessors=100, clock=1e9)
     sizes = {"B": 1, "C": 4, "N": 12800, "K": 10, "s": 4}
     stage = kernel_report.Stage("stencil_kernel", "f", 2)
-    # 100 blocks, so that every SM has one. A launch: 921,600 bytes, 1,024,000 operations, 640,000 accesses.
+    # 100 blocks, so that every SM has one. A launch: 921,600 bytes, 1,024,000 operations, 256,000 accesses.
     e = kernel_report.estimate(kernel_report.Target("", sizes, [stage]), gpu, {"f": 10})
     assert e.by_bytes == pytest.approx(2 * 0.9216e-6)
     assert e.by_operations == pytest.approx(2 * 0.1024e-6)
     assert e.predicted == pytest.approx(2 * (3e-6 + 0.9216e-6))
     assert e.why == "launches"
     e = kernel_report.estimate(kernel_report.Target("", sizes, [stage]), gpu, {"f": 200})
-    assert e.predicted == pytest.approx(2 * (3e-6 + 6.4e5 * 200 / (100 * 128 * 1e9)))
+    assert e.predicted == pytest.approx(2 * (3e-6 + 2.56e5 * 200 / (100 * 128 * 1e9)))
     assert e.why == "instructions"
     # Half the blocks leave half the SMs idle: half the accesses take as long.
     half = kernel_report.Target("", {**sizes, "N": 6400}, [stage])
     assert kernel_report.estimate(half, gpu, {"f": 200}).predicted == pytest.approx(e.predicted)
+    # One cooperative launch, whose blocks meet once.
+    stage = kernel_report.Stage("stencil_kernel", "f", 2, resident=True)
+    meeting = kernel_report.estimate(kernel_report.Target("", sizes, [stage]), gpu, {"f": 200})
+    assert meeting.predicted == pytest.approx(e.predicted - 1.5e-6)
+
+
+def test_estimate_of_blocks_that_fill_an_sm():
+    gpu = kernel_report.Gpu("one", bandwidth=1e15, operations=1e16, multiprocessors=100, clock=1e9)
+    stages = [kernel_report.Stage("ring_kernel", "f")]
+    # A thousand pixels a block: 150 blocks take two rounds of the 100 SMs, as 200 do, and the weights come first.
+    times = []
+    for count in (150, 200):
+        sizes = {"B": 1, "C": 4, "N": 1024 * count, "K": 48, "s": 4}
+        predicted = kernel_report.estimate(kernel_report.Target("", sizes, stages), gpu, {"f": 5}).predicted
+        times.append(predicted - 3e-6 - sizes["N"] * 48 * 4 / 1e15)
+    assert times[0] == pytest.approx(times[1])
+    assert times[0] == pytest.approx(1024 * 200 * (160 * 4 + 270) / (100 * 128 * 1e9))
 
 
 def test_blocks(tmp_path):

@@ -40,6 +40,10 @@ Planes whole_planes(const Tensor& t) {
   return {t.mutable_data_ptr(), t.size(2) * t.size(3), t.size(3), 0};
 }
 
+void check_steps(const char* op, int64_t steps) {
+  AFA_CHECK(steps >= 1 && steps <= INT32_MAX, op, ": the number of steps must be at least 1, got ", steps);
+}
+
 // ---- CPU ----
 
 void attach(const ActivePlanes& active, StencilParams& p) {
@@ -75,11 +79,128 @@ void weight_grad_cpu(const StencilParams& p) {
 // ---- CUDA ----
 
 constexpr const char* kStepVariants[] = {AFA_STENCIL_STEP_VARIANTS(AFA_VARIANT_NAME)};
-const TunedKernel kStep("stencil_step", kStepVariants,
-                        [](Kind, int64_t) { return static_cast<int>(StencilStepVariant::classes4); });
+const TunedKernel kStep("stencil_step", kStepVariants, [](Kind, int64_t items) {
+  // Small calls are launch-bound, large ones read fewer weights with more classes a thread.
+  return static_cast<int>(items <= 1 << 17 ? StencilStepVariant::classes4_resident
+                                           : StencilStepVariant::classes8);
+});
+constexpr const char* kRingVariants[] = {AFA_STENCIL_RING_VARIANTS(AFA_VARIANT_NAME)};
+const TunedKernel kRing("stencil_ring", kRingVariants, [](Kind, int64_t items) {
+  return static_cast<int>(items <= 1 << 14   ? StencilRingVariant::stack1_resident
+                          : items <= 1 << 17 ? StencilRingVariant::stack2_resident
+                          : items <= 1 << 20 ? StencilRingVariant::stack4_resident
+                                             : StencilRingVariant::stack4);
+});
 
-int choose_step(const StencilParams& p) {
-  return choose(kStep, p.kind, p.batch * p.classes * p.height * p.width);
+int choose_variant(const TunedKernel& kernel, const StencilParams& p) {
+  return choose(kernel, p.kind, p.batch * p.classes * p.height * p.width);
+}
+
+// Whether the neighbours are PAR's default ones.
+bool is_ring(const Stencil& stencil) {
+  static const Stencil ring = ring_stencil({1, 2, 4, 8, 12, 24});
+  bool same = stencil.runs == ring.runs;
+  for (int r = 0; same && r < ring.runs; ++r) {
+    const Run &a = stencil.run[r], &b = ring.run[r];
+    same = a.dy == b.dy && a.dx == b.dx && a.step == b.step && a.count == b.count;
+  }
+  return same;
+}
+
+// Whether stencil_ring_cuda computes it: not in float64, and what it counts by 32 bits, pixels of an image
+// and tiles of at least 8 by 32 among them.
+bool fits_ring(const StencilParams& p) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const int64_t tiles = p.batch * ((p.height + 7) / 8) * ((p.width + 31) / 32);
+  return p.kind != Kind::f64 && p.height * p.width < kMost && p.classes < kMost && tiles < kMost;
+}
+
+ScalarType type_of(const StencilParams& p) {
+  return p.kind == Kind::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// Room for grouped planes; see stencil_group_cuda, whose limits are checked here.
+Tensor empty_grouped(const StencilParams& p, const Tensor& like) {
+  AFA_CHECK(p.height <= INT32_MAX && p.width <= INT32_MAX && p.height * p.width <= UINT32_MAX,
+            "maps on CUDA must be smaller than 2^31 in height and width and 2^32 in pixels, got ", p.height,
+            " x ", p.width);
+  const int64_t groups = (p.classes + kGroup - 1) / kGroup;
+  return empty(like, {p.batch, groups, p.height * p.width, kGroup}, type_of(p));
+}
+
+Planes grouped_planes(const Tensor& t) {
+  Planes planes;
+  planes.data = t.mutable_data_ptr();
+  planes.wide = planes.grouped = true;
+  return planes;
+}
+
+// [B, C, H, W] of the weights' type, contiguous, as grouped planes.
+Tensor grouped(const char* op, StencilParams p, const Tensor& source,
+               [[maybe_unused]] const CudaScope& scope) {
+  const Tensor out = empty_grouped(p, source);
+  p.in.data = source.mutable_data_ptr();
+  p.out = grouped_planes(out);
+  AFA_CUDA_LAUNCH(op, stencil_group_cuda(p, scope.stream()));
+  return out;
+}
+
+// Steps or adjoint steps from `source` to `out`, both contiguous and of the weights' type.
+void propagate_cuda(const char* op, StencilParams& p, bool adjoint, const Tensor& source, const Tensor& out,
+                    [[maybe_unused]] const CudaScope& scope) {
+  p.out.data = out.mutable_data_ptr();
+  Tensor spare[2] = {out, out};
+  const bool ring = !adjoint && is_ring(p.stencil);
+  if (ring) p.variant = choose_variant(kRing, p);
+  if (ring && fits_ring(p)) {
+    const bool wide = p.kind == Kind::f32;
+    p.in.data = source.mutable_data_ptr();
+    p.in.wide = p.out.wide = wide;
+    for (int32_t i = 0; i < 2; ++i) {  // `out` itself is the one of them that the last step may pass by
+      const bool needed = p.steps > i + 1 && !(wide && i == (p.steps - 1) % 2);
+      if (needed) {
+        spare[i] = empty(source, {p.batch, p.classes, p.height, p.width}, ScalarType::Float);
+      }
+      p.spare[i] = spare[i].mutable_data_ptr();
+    }
+    AFA_CUDA_LAUNCH(op, stencil_ring_cuda(p, scope.stream()));
+    return;
+  }
+  spare[1] = grouped(op, p, source, scope);
+  if (p.steps > 1) spare[0] = empty_grouped(p, source);
+  p.variant = choose_variant(kStep, p);
+  p.in = grouped_planes(spare[1]);
+  for (int i = 0; i < 2; ++i) p.spare[i] = spare[i].mutable_data_ptr();
+  if (adjoint) {
+    AFA_CUDA_LAUNCH(op, stencil_adjoint_cuda(p, scope.stream()));
+  } else {
+    AFA_CUDA_LAUNCH(op, stencil_step_cuda(p, scope.stream()));
+  }
+}
+
+// The gradient of the weights is added to p.grad_weights.
+void weights_backward_cuda(const char* op, StencilParams& p, int64_t steps, const Tensor& source,
+                           const Tensor& grad, [[maybe_unused]] const CudaScope& scope) {
+  p.variant = choose_variant(kStep, p);
+  p.out.grouped = true;
+  std::vector<Tensor> before{grouped(op, p, source, scope)};  // each step
+  for (int64_t t = 0; t + 1 < steps; ++t) {
+    before.push_back(empty_grouped(p, source));
+    p.in = grouped_planes(before[t]);
+    p.out = grouped_planes(before[t + 1]);
+    AFA_CUDA_LAUNCH(op, stencil_step_cuda(p, scope.stream()));
+  }
+  Tensor after = grouped(op, p, grad, scope);  // the gradient after each step, last first
+  for (int64_t t = steps - 1; t >= 0; --t) {
+    p.in = grouped_planes(before[t]);
+    p.out = grouped_planes(after);
+    AFA_CUDA_LAUNCH(op, stencil_weight_grad_cuda(p, scope.stream()));
+    if (t == 0) break;
+    p.in = p.out;
+    p.out = grouped_planes(before[t]);  // read for the last time
+    AFA_CUDA_LAUNCH(op, stencil_adjoint_cuda(p, scope.stream()));
+    after = before[t];
+  }
 }
 
 const bool* device_mask(const std::optional<Tensor>& class_mask) {
@@ -189,7 +310,7 @@ Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& w
                          const std::optional<Tensor>& extent) {
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
-  AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
+  check_steps(op, steps);
   if (on_cuda(planes)) {
     const CudaScope scope(planes);
     Tensor out = empty(planes, {s.batch, s.classes, s.height, s.width}, planes.scalar_type());
@@ -197,17 +318,10 @@ Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& w
     const Tensor w = torch::stable::contiguous(weights);
     const std::optional<Tensor> mask = dense_mask(class_mask);
     StencilParams p = make_params(stencil, s, w);
+    p.steps = static_cast<int32_t>(steps);
     p.class_mask = device_mask(mask);
-    p.variant = choose_step(p);
     p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
-    const Tensor source = torch::stable::contiguous(planes);
-    Tensor other = steps > 1 ? torch::stable::empty_like(out) : out;
-    p.in = whole_planes(source);
-    for (int64_t t = 0; t < steps; ++t) {
-      p.out = whole_planes((steps - t) % 2 == 1 ? out : other);  // so that the last one writes out
-      AFA_CUDA_LAUNCH(op, stencil_step_cuda(p, scope.stream()));
-      p.in = p.out;
-    }
+    propagate_cuda(op, p, false, torch::stable::contiguous(planes), out, scope);
     return out;
   }
   const ScalarType type = sum_type(planes);
@@ -237,34 +351,33 @@ Tensor stencil_propagate_backward(const char* op, const Stencil& stencil, const 
                                   const std::optional<Tensor>& class_mask) {
   const Sizes s = sizes_of(grad);
   check_class_mask(class_mask, grad);
-  AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
-  const bool cuda = on_cuda(grad);
-  const ScalarType type = cuda ? grad.scalar_type() : sum_type(grad);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(grad);
+  check_steps(op, steps);
+  if (on_cuda(grad)) {
+    const CudaScope scope(grad);
+    const Tensor out = empty(grad, {s.batch, s.classes, s.height, s.width}, grad.scalar_type());
+    if (out.numel() == 0) return out;
+    const Tensor w = torch::stable::contiguous(weights);
+    const std::optional<Tensor> mask = dense_mask(class_mask);
+    StencilParams p = make_params(stencil, s, w);
+    p.steps = static_cast<int32_t>(steps);
+    p.class_mask = device_mask(mask);
+    propagate_cuda(op, p, true, torch::stable::contiguous(grad), out, scope);
+    return out;
+  }
+  const ScalarType type = sum_type(grad);
   Tensor out = class_mask ? zeros(grad, {s.batch, s.classes, s.height, s.width}, type)
                           : empty(grad, {s.batch, s.classes, s.height, s.width}, type);
   if (out.numel() > 0) {
     const Tensor w = contiguous_as(weights, type);
     const Tensor source = contiguous_as(grad, type);
-    const std::optional<Tensor> mask = dense_mask(class_mask);
     const Tensor other = steps > 1 ? torch::stable::empty_like(out) : out;
+    const ActivePlanes active(s.batch, s.classes, class_mask);
     StencilParams p = make_params(stencil, s, w);
-    std::optional<ActivePlanes> active;
-    if (cuda) {
-      p.class_mask = device_mask(mask);
-    } else {
-      active.emplace(s.batch, s.classes, mask);
-      attach(*active, p);
-    }
+    attach(active, p);
     p.in = whole_planes(source);
     for (int64_t t = 0; t < steps; ++t) {
       p.out = whole_planes((steps - t) % 2 == 1 ? out : other);
-      if (cuda) {
-        AFA_CUDA_LAUNCH(op, stencil_adjoint_cuda(p, scope->stream()));
-      } else {
-        adjoint_cpu(p);
-      }
+      adjoint_cpu(p);
       p.in = p.out;
     }
   }
@@ -276,7 +389,7 @@ Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Te
                                 const std::optional<Tensor>& class_mask) {
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
-  AFA_CHECK(steps >= 1, op, ": the number of steps must be at least 1, got ", steps);
+  check_steps(op, steps);
   const bool cuda = on_cuda(planes);
   const ScalarType type = cuda ? planes.scalar_type() : sum_type(planes);
   std::optional<CudaScope> scope;
@@ -286,55 +399,36 @@ Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Te
     const Tensor w = contiguous_as(weights, type);
     const Tensor source = contiguous_as(planes, type);
     const Tensor outgoing = contiguous_as(grad, type);
-    const std::optional<Tensor> mask = dense_mask(class_mask);
     StencilParams p = make_params(stencil, s, w);
     p.grad_weights = out.mutable_data_ptr();
-
-    // The planes before each step, then the gradient after each step, last first.
-    std::vector<Tensor> dense;
-    std::vector<PaddedPlanes> padded;
-    std::optional<ActivePlanes> active;
     if (cuda) {
+      const std::optional<Tensor> mask = dense_mask(class_mask);
       p.class_mask = device_mask(mask);
-      p.variant = choose_step(p);
-      dense.push_back(source);
-    } else {
-      active.emplace(s.batch, s.classes, mask);
-      attach(*active, p);
-      padded.emplace_back(planes, *active, stencil.reach_x);
-      padded[0].fill(source, *active);
+      weights_backward_cuda(op, p, steps, source, outgoing, *scope);
+      return contiguous_as(out, weights.scalar_type());
     }
+    // The planes before each step, then the gradient after each step, last first.
+    const ActivePlanes active(s.batch, s.classes, class_mask);
+    attach(active, p);
+    std::vector<PaddedPlanes> padded;
+    padded.emplace_back(planes, active, stencil.reach_x);
+    padded[0].fill(source, active);
     for (int64_t t = 0; t + 1 < steps; ++t) {
-      if (cuda) {
-        dense.push_back(torch::stable::empty_like(source));
-        p.in = whole_planes(dense[t]);
-        p.out = whole_planes(dense[t + 1]);
-        AFA_CUDA_LAUNCH(op, stencil_step_cuda(p, scope->stream()));
-      } else {
-        padded.emplace_back(planes, *active, stencil.reach_x);
-        p.in = padded[t].planes;
-        p.out = padded[t + 1].planes;
-        step_cpu(p);
-      }
+      padded.emplace_back(planes, active, stencil.reach_x);
+      p.in = padded[t].planes;
+      p.out = padded[t + 1].planes;
+      step_cpu(p);
     }
     const Tensor buffers[2] = {torch::stable::empty_like(source), torch::stable::empty_like(source)};
     Planes current = whole_planes(outgoing);
     for (int64_t t = steps - 1; t >= 0; --t) {
-      p.in = cuda ? whole_planes(dense[t]) : padded[t].planes;
+      p.in = padded[t].planes;
       p.out = current;
-      if (cuda) {
-        AFA_CUDA_LAUNCH(op, stencil_weight_grad_cuda(p, scope->stream()));
-      } else {
-        weight_grad_cpu(p);
-      }
+      weight_grad_cpu(p);
       if (t == 0) break;
       p.in = current;
       p.out = whole_planes(buffers[t % 2]);
-      if (cuda) {
-        AFA_CUDA_LAUNCH(op, stencil_adjoint_cuda(p, scope->stream()));
-      } else {
-        adjoint_cpu(p);
-      }
+      adjoint_cpu(p);
       current = p.out;
     }
   }

@@ -20,7 +20,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 # For the .cu files where nothing is sanitized: calls before each access, to the functions of memory_check.cpp.
 CHECKED = ["-fsanitize=thread,alignment,bounds"]
 LIBRARY = "-DAFA_CUDA_ON_HOST_LIBRARY"
-RUNTIME = [HERE / "cuda_on_host.cpp", HERE / "memory_check.cpp"]
+RUNTIME = [HERE / "cuda_on_host.cpp", HERE / "memory_check.cpp", HERE / "async_copy.cpp"]
 
 
 @cache

@@ -87,6 +87,17 @@ int lane();
 void* dynamic_shared();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// Asynchronous copies (common/async_copy.cuh). next_copy gives those of the running thread's committed
+// groups, but for the last `left`, one after the other; they don't outlive a launch or a meeting of its grid.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+void copy_later(void* to, const void* from, int bytes);
+void commit_copies();
+bool next_copy(int left, Copy& copy);
+
 template <typename T>
 const T& aligned(const T* pointer) {
   if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T) != 0) {

@@ -16,30 +16,36 @@ PLANS = _native._C.launch_plans()
 Calls = list[tuple[str, tuple[Any, ...]]]
 
 
-def stencil_calls(dtype: torch.dtype, backward: str = "") -> Calls:
-    """par_propagate and walk_propagate, or a backward pass: small and odd sizes, few and many classes.
-
-    `backward` is "", "planes" or "weights".
-    """
+def stencil_calls(dtype: torch.dtype) -> Calls:
+    """Steps and both backward passes of walks, and of PAR with dilations of its own: small and odd sizes, few and
+    many classes, some of them left out."""
     calls: Calls = []
     for shape in ((1, 1, 1, 1), (2, 5, 9, 37), (1, 23, 35, 5), (3, 9, 17, 13)):
         batch, classes, height, width = shape
         keep = torch.rand(batch, classes) > 0.4
         planes, grad = (t.to(dtype) for t in torch.rand(2, *shape))
-        settings: list[tuple[int, tuple[Any, ...]]] = [(48, (D6, 1, None)), (48, (D6, 3, keep))]
-        settings += [(9, (2, "disc", 2, keep)), (49, (3, "square", 2, None))]
-        for size, rest in settings:
+        for size, *rest in ((9, 2, "disc", 2, keep), (49, 3, "square", 1, None), (16, [3, 40], 3, keep)):
             weights = torch.softmax(torch.rand(batch, size, height, width), 1).to(dtype)
-            par = size == 48
-            name = "par_propagate" if par else "walk_propagate"
-            if backward == "planes":
-                name += "_backward_masks" if par else "_backward_scores"
-                calls.append((name, (grad, weights, *rest)))
-            elif backward == "weights":
-                name += "_backward_weights" if par else "_backward_transition"
-                calls.append((name, (grad, weights, planes, *rest) if par else (grad, planes, weights, *rest)))
+            if size == 16:
+                calls.append(("par_propagate", (weights, planes, *rest)))
+                calls.append(("par_propagate_backward_masks", (grad, weights, *rest)))
+                calls.append(("par_propagate_backward_weights", (grad, weights, planes, *rest)))
             else:
-                calls.append((name, (weights, planes, *rest) if par else (planes, weights, *rest)))
+                calls.append(("walk_propagate", (planes, weights, *rest)))
+                calls.append(("walk_propagate_backward_scores", (grad, weights, *rest)))
+                calls.append(("walk_propagate_backward_transition", (grad, planes, weights, *rest)))
+    return calls
+
+
+def ring_calls(dtype: torch.dtype) -> Calls:
+    """Steps of PAR with its default dilations: widths with and without aligned rows, several tiles an image."""
+    calls: Calls = []
+    for shape, steps, some in (((1, 1, 1, 1), 1, False), ((2, 3, 9, 37), 3, True), ((1, 2, 35, 36), 2, False)):
+        batch, classes, height, width = shape
+        keep = torch.arange(batch * classes).view(batch, classes) % 3 != 1 if some else None
+        masks = torch.rand(*shape).to(dtype)
+        weights = torch.softmax(torch.rand(batch, 48, height, width), 1).to(dtype)
+        calls.append(("par_propagate", (weights, masks, D6, steps, keep)))
     return calls
 
 
@@ -82,6 +88,7 @@ def affinity_calls(dtype: torch.dtype) -> Calls:
 
 # By kernel, the calls that launch it: operator and arguments.
 CALLS: dict[str, Callable[[torch.dtype], Calls]] = {
+    "stencil_ring": ring_calls,
     "stencil_step": stencil_calls,
     "walk_step": walk_step_calls,
     "affinity": affinity_calls,
