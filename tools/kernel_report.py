@@ -235,6 +235,8 @@ class Claim:
 
 
 CLAIMS = [
+    # A walk's scores, four at a time; entries of the affinity likewise, but where the compiler reads pairs (sm_121).
+    Claim(r"walk_step_tiled_kernel<.+>", loads_128=4, stores_128=1),
     # Maps and pairs move 16 bytes at a time; with any layout of pairs (true), the maps alone.
     Claim(r"affinity_kernel<(__half|__nv_bfloat16), 8, \d, false>", loads_128=4, stores_128=2),
     Claim(r"affinity_kernel<(__half|__nv_bfloat16), 8, \d, true>", loads_128=4),
