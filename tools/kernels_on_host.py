@@ -93,16 +93,16 @@ def main() -> int:
     if options.sanitize:
         runs += [(path, [str(path)], outside) for path in (ROOT / "tests/cuda_on_host").glob("test_[!h]*.py")]
     start = time.monotonic()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = list(pool.map(lambda planned: run(*planned[1:]), runs))
     passed, failed = 0, False
-    for (path, *_), (code, text, seconds) in zip(runs, results, strict=True):
-        bad = code not in (0, 5)  # 5: none of its tests was chosen
-        failed |= bad
-        passed += sum(int(count) for count in re.findall(r"(\d+) passed", text))
-        if bad:
-            print(text)
-        print(f"{path.relative_to(ROOT)}: {text.strip().splitlines()[-1]} ({seconds:.0f} s)")
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        results = pool.map(lambda planned: run(*planned[1:]), runs)
+        for (path, *_), (code, text, seconds) in zip(runs, results, strict=True):
+            bad = code not in (0, 5)  # 5: none of its tests was chosen
+            failed |= bad
+            passed += sum(int(count) for count in re.findall(r"(\d+) passed", text))
+            if bad:
+                print(text)
+            print(f"{path.relative_to(ROOT)}: {text.strip().splitlines()[-1]} ({seconds:.0f} s)", flush=True)
     print(f"{passed} tests passed on the CUDA kernels in {time.monotonic() - start:.0f} s")
     return 1 if failed or passed == 0 else 0
 
