@@ -24,6 +24,7 @@ from afa.training.schedule import phase_of
 FOLDER = "snapshots"
 _LONGEST = 320
 """Pixels of a kept picture's longer side: what the report shows."""
+_ABOUT = ("name", "tags", "phase")
 _ARRAYS = ("image", "cam", "par", "walk", "prediction")
 
 Snapshot = dict[str, Any]
@@ -81,7 +82,7 @@ def load_snapshots(run: str | Path) -> dict[int, list[Snapshot]]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 items = [
-                    {**about, **{key: file[f"{i}_{key}"] for key in _ARRAYS}}
+                    {key: about[key] for key in _ABOUT} | {key: file[f"{i}_{key}"] for key in _ARRAYS}
                     for i, about in enumerate(json.loads(str(file["about"])))
                 ]
         except (OSError, ValueError, KeyError):
