@@ -596,10 +596,11 @@ def estimate(target: Target, gpu: Gpu, for_an_access: Mapping[str, float]) -> Es
             value(work.issued, sizes) if work.issued else value(work.accesses, sizes) * for_an_access[stage.code]
         )
         issued = stage.launches * instructions / gpu.issued()
-        limits = {"bytes": moved, "operations": computed / busy, "instructions": issued / busy}
+        before = stage.launches * value(work.before, sizes) / gpu.bandwidth
+        limits = {"bytes": moved - before, "operations": computed / busy, "instructions": issued / busy}
         largest = max(limits, key=lambda name: limits[name])
         parts[largest] += limits[largest]
-        parts["bytes"] += stage.launches * value(work.before, sizes) / gpu.bandwidth
+        parts["bytes"] += before
         parts["launches"] += LAUNCH + (stage.launches - 1) * (MEETING if stage.resident else LAUNCH)
     return Estimate(by_bytes, by_operations, sum(parts.values()), max(parts, key=lambda name: parts[name]))
 

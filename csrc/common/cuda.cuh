@@ -123,12 +123,15 @@ inline size_t most_shared_bytes() {
   return static_cast<size_t>(bytes);
 }
 
-// How many blocks of a kernel the current device can run at once; 0 if not one fits.
+// How many blocks of a kernel the current device can run at once in a cooperative launch; 0 if not one fits,
+// or if it has no such launches.
 template <typename... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
   allow_shared(kernel, shared_bytes);
-  int device = 0, processors = 0, blocks = 0;
+  int device = 0, cooperative = 0, processors = 0, blocks = 0;
   cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  if (cooperative == 0) return 0;
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads,
                                                 shared_bytes);

@@ -266,7 +266,8 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__
 template <typename T, typename Index>
 __global__ void __launch_bounds__(kThreads, min_blocks<T>(5))
     choice_kernel(const __grid_constant__ ChoiceParams p) {
-  constexpr int kAtOnce = sizeof(Index) == 8 ? 1 : 4;  // classes: more need registers that aren't there
+  [[maybe_unused]] constexpr int kAtOnce =
+      sizeof(Index) == 8 ? 1 : 4;  // classes: more need registers that aren't there
   const int64_t pixels = p.height * p.width, map_pixels = p.map_height * p.map_width;
   const int64_t most = p.classes.most, extra = p.background_map ? 1 : 0;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
