@@ -130,10 +130,11 @@ def train(
             bar.update()
             if done % settings.log_every == 0 or done == settings.iterations:
                 bar.set_postfix_str(summary(log.write()))
-            if done in phase_ends and main:
+            if done in phase_ends:
                 log.check()
-                with log.paused():
-                    snapshot(trainer.measured, dataset, config, run, done)
+                if main:
+                    with log.paused():
+                        snapshot(trainer.measured, dataset, config, run, done)
             saving = done % settings.checkpoint_every == 0 and done < settings.iterations
             measuring = validation is not None and done % settings.eval_every == 0 and done < settings.iterations
             if not (saving or measuring):
