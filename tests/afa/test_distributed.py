@@ -113,7 +113,7 @@ def test_batch_norm_alone_is_batch_norm() -> None:
 
 
 def test_devices_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="cuda:0 is one GPU for 2 processes; say cuda"):
         distributed.setup("cuda:0")
