@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
 TESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
-NOT_OPERATORS = {f"tests/test_{name}.py" for name in ("build", "docs", "ops_meta", "tools")}
+NOT_OPERATORS = {f"tests/test_{name}.py" for name in ("build", "cuda", "docs", "ops_meta", "tools", "tune", "tuning")}
 PLAIN_ONLY = "not compile and not subprocess"
 # The file imported, then the levels below the one in use.
 CHECK = """
