@@ -347,8 +347,6 @@ def _evaluate(options: argparse.Namespace) -> None:
                 _say_skipped(val_set)
                 check_dataset(val_set, progress)
         store = EvalStore(options.run / "evaluation", evaluation_key(options.run / "model.safetensors", config))
-        if first and (done := len(store.done())):
-            _say("resumed", f"{done:,} of {len(val_set):,} images were measured before the stop")
         _measure(config, options.run, val_set, device, progress, kept, None, store)
 
 
@@ -577,7 +575,15 @@ def _measure(
 
     model, classes, _ = load_model(run / "model.safetensors", device)
     _need_classes(run, classes, config, val_set)
-    result = evaluate(model, val_set, config, progress=progress, keep=config.eval.report_images, store=store)
+    result = evaluate(
+        model,
+        val_set,
+        config,
+        progress=progress,
+        keep=config.eval.report_images,
+        store=store,
+        on_resume=lambda done: _say("resumed", f"{done:,} of {len(val_set):,} images were measured before the stop"),
+    )
     if not is_main():
         return
     now = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from afa.config import Config, to_dict
-from afa.files import atomic_path
+from afa.files import atomic_path, sha256
 
 _FORMAT = 1
 _IRRELEVANT = ("batch_size", "report_images", "crf_workers")
@@ -82,8 +82,4 @@ def evaluation_key(model: str | Path, config: Config) -> str:
 
 def weights_id(model: str | Path) -> str:
     """Tells one model file from another by its content."""
-    digest = hashlib.sha256()
-    with open(model, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    return sha256(model)[:16]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,6 +97,7 @@ def evaluate(
     progress: bool = True,
     keep: int = 0,
     store: EvalStore | None = None,
+    on_resume: Callable[[int], None] | None = None,
 ) -> EvalResult:
     """Measure `model` on `dataset` (made with train=False) and keep samples of `keep` images, and of a third as many of
     the best and of the worst.
@@ -105,9 +106,9 @@ def evaluate(
     scored; the walk uses the affinity of scale 1. The segmentation is the maximum or mean of the logits over
     eval.scales, each with its flip when eval.flip; eval.crf adds a row with the dense CRF over it.
 
-    store: where each image's label maps are put once done; images found there are not computed again. With
-    torch.distributed up, every process must call this; each measures its share and all get the sums, the samples only
-    the first.
+    store: where each image's label maps are put once done; images found there are not computed again, and on_resume is
+    told how many they are. With torch.distributed up, every process must call this; each measures its share and all
+    get the sums, the samples only the first.
     """
     started = time.perf_counter()
     was_training = model.training
@@ -115,7 +116,7 @@ def evaluate(
     try:
         with torch.inference_mode():
             measurement = _Measurement(model, dataset, config, store)
-            measurement.run(progress)
+            measurement.run(progress, on_resume)
             measurement.gather()
             image_iou = {name: measurement.image_iou[name] for name in dataset.names if name in measurement.image_iou}
             samples, best, worst = _samples(model, dataset, config, keep, image_iou) if is_main() else ([], [], [])
@@ -151,13 +152,15 @@ class _Measurement:
         """Name -> the class numbers, from 0, that the classifier finds."""
         self.image_iou: dict[str, float] = {}
 
-    def run(self, progress: bool) -> None:
+    def run(self, progress: bool, on_resume: Callable[[int], None] | None) -> None:
         settings = self.config.eval
         # The first process's list counts: another might look when the first has added to it already.
         done = broadcast(self.store.done() if self.store is not None and is_main() else set())
         names = self.dataset.names
         stored = [i for i, name in enumerate(names) if name in done]
         left = [i for i, name in enumerate(names) if name not in done]
+        if stored and on_resume is not None and is_main():
+            on_resume(len(stored))
         for position in share(len(stored), rank(), world_size()):
             self._count_stored(stored[position])
         loader = eval_loader(
@@ -362,7 +365,7 @@ def segment(model: AFANet, images: Tensor, config: Config) -> Tensor:
 
 
 def precision(device: torch.device, config: Config) -> torch.autocast:
-    """Autocast as the model was trained with."""
+    """bfloat16 where the model was trained in it; float32 for all others, those trained in float16 included."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import afa.train
 from afa.config import Config, load_config, to_yaml
 from afa.errors import UserError
+from afa.files import sha256
 from afa.train import Stopped, Trainer, train
 from afa.training import checkpoint
 
@@ -113,7 +114,7 @@ def test_no_pickle_is_executed(config: Config, cut: Path, tmp_path: Path) -> Non
     folder = cut / "checkpoints/00000006"
     torch.save({"iteration": 6, "optimizer": Evil(), "scaler": {}}, folder / "state.pt")
     sums = json.loads((folder / "sha256.json").read_text())
-    sums["state.pt"] = checkpoint._sum(folder / "state.pt")
+    sums["state.pt"] = sha256(folder / "state.pt")
     (folder / "sha256.json").write_text(json.dumps(sums))
     with pytest.raises(UserError, match=r"the checkpoint .*00000006 can't be read"):
         run_train(config, cut, resume=True)

@@ -210,7 +210,9 @@ def test_stopped_evaluation_goes_on(
         return measure_batch(*arguments)
 
     monkeypatch.setattr("afa.evaluate.measure_batch", counted)
-    again = evaluate(model, dataset, config, progress=False, store=EvalStore(tmp_path / "store", "one"))
+    store, found = EvalStore(tmp_path / "store", "one"), []
+    again = evaluate(model, dataset, config, progress=False, store=store, on_resume=found.append)
+    assert found == [1]
     assert len(computed) == 3, "all but the image that was whole"
     assert scores(again) == scores(whole)
     assert again.image_iou == whole.image_iou
@@ -239,13 +241,16 @@ def test_the_store_knows_model_and_settings(tmp_path: Path) -> None:
     assert evaluation_key(model, config) == keys[-1]
 
 
-def test_without_masks_only_the_classifier_is_measured(setting: tuple[AFANet, VOCDataset, Config]) -> None:
+@pytest.mark.parametrize("crf", [False, True])
+def test_without_masks_only_the_classifier_is_measured(setting: tuple[AFANet, VOCDataset, Config], crf: bool) -> None:
+    if crf:  # which the samples are then drawn with
+        pytest.importorskip("pydensecrf")
     model, dataset, config = setting
     with_masks = evaluate(model, dataset, config, progress=False)
     for path in (dataset.root / "SegmentationClass").glob("v*.png"):
         path.unlink()
     dataset = VOCDataset(dataset.root, "val", train=False, with_mask=True)
-    config.eval.crf = True
+    config.eval.crf = crf
     result = evaluate(model, dataset, config, progress=False, keep=3)
     assert not result.has_masks
     assert result.f1 == with_masks.f1

@@ -10,7 +10,6 @@ Schedule, order of the data and random numbers are functions of the seed and the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ import torch
 from afa import distributed
 from afa.config import Config, load_config, to_dict
 from afa.errors import UserError
-from afa.files import atomic_path, write_json
+from afa.files import atomic_path, flush, sha256, write_json
 from afa.model.backbone import one_line
 from afa.model.network import save_checkpoint_weights
 from afa.training.trainer import Trainer
@@ -48,12 +47,12 @@ def save_checkpoint(run: Path, trainer: Trainer, classes: Collection[str], itera
     with atomic_path(temporary / "state.pt") as path:
         state = {"iteration": iteration, "optimizer": trainer.optimizer.state_dict()}
         torch.save({**state, "scaler": trainer.scaler.state_dict()}, path)
-    write_json(temporary / SUMS, {path.name: _sum(path) for path in sorted(temporary.iterdir())})
+    write_json(temporary / SUMS, {path.name: sha256(path) for path in sorted(temporary.iterdir())})
     final = folder / f"{iteration:08d}"
     # There is one already where a damaged one was passed over.
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    _flush(folder)
+    flush(folder)  # so that a power cut keeps the new name
     kept = sorted(_checkpoints(run))[-trainer.config.train.keep_checkpoints :]
     for other in folder.iterdir():
         if other not in kept:
@@ -91,7 +90,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> int:
         state = torch.load(folder / "state.pt", map_location=trainer.device, weights_only=True)
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scaler.load_state_dict(state["scaler"])
-    except Exception as error:
+    except Exception as error:  # whatever safetensors, torch.load or the model say of tensors that don't fit
         raise UserError(
             f"the checkpoint {folder} can't be read ({one_line(error)}); delete it, or train without --resume"
         ) from error
@@ -129,7 +128,7 @@ def _damage(folder: Path) -> str | None:
     for name in names:
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sum(folder / name) != sums[name]:
+        if sha256(folder / name) != sums[name]:
             return f"{name} is not what was written"
     return None
 
@@ -145,20 +144,3 @@ def _check_same(run: Path, config: Config) -> None:
                     f"{key} is {value!r}, but the run in {run} was begun with {old!r}; set it back, or train without "
                     "--resume"
                 )
-
-
-def _sum(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    """So that a power cut keeps the new name."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
