@@ -50,6 +50,8 @@ void check_type(const Tensor& t, const char* name, ScalarType type) {
 void check_images(const Tensor& images, int64_t batch, int64_t height, int64_t width, const Tensor& like,
                   const char* like_name) {
   check_shape(images, "images", "[B, 3, H, W]", {batch, -1, height, width});
+  AFA_CHECK(images.size(1) >= 1, "images must have at least one color channel, got shape ",
+            shape_string(images));
   if (images.scalar_type() != ScalarType::Byte) kind_of(images, "images");
   check_device(images, "images", like, like_name);
 }

@@ -48,7 +48,7 @@ void check_propagate(const Stencil& stencil, const Tensor& weights, const Tensor
 Tensor affinity(const char* op, const Tensor& images, const std::vector<int64_t>& dilations,
                 const std::optional<Tensor>& extent, ParAffinityParams& p) {
   check_shape(images, "images", "[B, 3, H, W]", {-1, -1, -1, -1});
-  AFA_CHECK(images.size(1) >= 1, "images must have at least one colour channel, got shape ",
+  AFA_CHECK(images.size(1) >= 1, "images must have at least one color channel, got shape ",
             shape_string(images));
   kind_of(images, "images");
   p.stencil = ring_stencil(dilations);

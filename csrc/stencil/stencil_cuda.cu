@@ -481,9 +481,10 @@ void launch_ring(const StencilParams& p, bool resident, void* stream) {
       resident && p.steps > 1 ? resident_blocks(kernel, Shape::kThreads, size_t{Shape::kBytes}) : 0;
   if (blocks > 0) {
     const dim3 grid(static_cast<unsigned>(tiles < blocks ? tiles : blocks));
-    AFA_LAUNCH_COOPERATIVE(kernel, grid, dim3(Shape::kThreads), size_t{Shape::kBytes}, stream, p, 0,
-                           static_cast<int>(p.steps));
-    return;
+    if (AFA_LAUNCH_COOPERATIVE(kernel, grid, dim3(Shape::kThreads), size_t{Shape::kBytes}, stream, p, 0,
+                               static_cast<int>(p.steps))) {
+      return;
+    }
   }
   const dim3 grid(static_cast<unsigned>(tiles < kMaxGridX ? tiles : kMaxGridX));
   for (int t = 0; t < p.steps; ++t) {
@@ -494,14 +495,16 @@ void launch_ring(const StencilParams& p, bool resident, void* stream) {
 template <typename T, bool ADJOINT, int GROUPS>
 void launch_steps(const StencilParams& p, bool resident, void* stream) {
   const int64_t sets = p.batch * ceil_div(ceil_div(p.classes, kGroup), GROUPS);
-  dim3 grid = grid_for(p.height * p.width, sets);
+  const dim3 grid = grid_for(p.height * p.width, sets);
   const auto kernel = stencil_kernel<T, ADJOINT, GROUPS>;
   const int64_t blocks = resident && p.steps > 1 ? resident_blocks(kernel, kThreads, 0) : 0;
   if (blocks > 0) {
     const int64_t y = grid.y < blocks ? grid.y : blocks, x = blocks / y;
-    grid = dim3(static_cast<unsigned>(grid.x < x ? grid.x : x), static_cast<unsigned>(y));
-    AFA_LAUNCH_COOPERATIVE(kernel, grid, dim3(kThreads), size_t{0}, stream, p, 0, static_cast<int>(p.steps));
-    return;
+    const dim3 resident_grid(static_cast<unsigned>(grid.x < x ? grid.x : x), static_cast<unsigned>(y));
+    if (AFA_LAUNCH_COOPERATIVE(kernel, resident_grid, dim3(kThreads), size_t{0}, stream, p, 0,
+                               static_cast<int>(p.steps))) {
+      return;
+    }
   }
   for (int t = 0; t < p.steps; ++t) AFA_LAUNCH((kernel), grid, kThreads, stream, p, t, t + 1);
 }
