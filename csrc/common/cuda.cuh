@@ -10,9 +10,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 // Every kernel is launched through one of these; a template's name goes in parentheses: AFA_LAUNCH((f<float,
-// 4>), ...). SHARED: with so many bytes of dynamic shared memory. COOPERATIVE: the same, with all blocks running
-// at once, so that they can meet at grid_sync(); no more blocks than resident_blocks says. It is true if the
-// kernel was launched, and false if the driver does not grant the launch (see launch_cooperative).
+// 4>), ...). SHARED: with so many bytes of dynamic shared memory. COOPERATIVE: the same, with all blocks
+// running at once, so that they can meet at grid_sync(); no more blocks than resident_blocks says. It is true
+// if the kernel was launched, and false if the driver does not grant the launch (see launch_cooperative).
 #define AFA_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define AFA_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
@@ -155,8 +155,8 @@ void launch_shared(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 }
 
 // A device may offer cooperative launches and still refuse one, under MPS or in a green context that leaves a
-// process part of its SMs. Such a refusal is cleared, and the caller launches once per step instead. Any other
-// error stays for launch_error.
+// process part of its SMs. Such a refusal is cleared, and the caller launches once per step instead. Any
+// other error stays for launch_error.
 template <typename... Parameters, typename... Arguments>
 bool launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                         void* stream, const Arguments&... arguments) {
