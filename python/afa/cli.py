@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -13,14 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.errors import UserError, did_you_mean
+from afa.errors import UserError, did_you_mean, printable
 
 # torch and all that needs it are imported by the commands, so that --help answers at once.
 if TYPE_CHECKING:
     import torch
 
     from afa.config import Config
-    from afa.data import VOCDataset
+    from afa.data import TaggedDataset
     from afa.eval_store import EvalStore
     from afa.evaluate import EvalResult
 
@@ -114,14 +115,20 @@ example:
   afa report runs/demo
 """
 
+EXTRAS = frozenset({"PIL", "safetensors", "scipy", "skimage", "sklearn", "timm", "tqdm", "yaml"})
+"""Packages that `pip install afa-ext` leaves out."""
 NAMES = {"cam": "CAM", "walk": "walk", "par": "PAR label", "seg": "segmentation", "crf": "+ dense CRF"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser, commands = _parsers()
+    for stream in (sys.stdout, sys.stderr):
+        # A file name may hold what the terminal's encoding does not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        parser, commands = _parsers()
         if not arguments or arguments[0] not in commands:
             if arguments and not arguments[0].startswith("-"):
                 hint = did_you_mean(arguments[0], commands)
@@ -136,8 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command(options)
         return 0
     except UserError as error:
-        print("afa: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _error(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        return _error(f"the package {package} is not installed: pip install 'afa-ext[train]'")
     except KeyboardInterrupt:
         print("afa: stopped", file=sys.stderr)
         return 130
@@ -145,6 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) went away; without this Python complains once more while closing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # What reads or writes a file of the user's says more; this is for whatever is left.
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return _error(f"{name}{error.strerror or error}")
+
+
+def _error(sentence: str) -> int:
+    print(f"afa: error: {printable(sentence)}", file=sys.stderr)
+    return 2
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -493,7 +513,7 @@ def _need_run(run: Path) -> None:
         )
 
 
-def _need_classes(run: Path, classes: list[str], config: Config, dataset: VOCDataset) -> None:
+def _need_classes(run: Path, classes: list[str], config: Config, dataset: TaggedDataset) -> None:
     if classes != dataset.classes:
         raise UserError(
             f"the run {run} knows the classes {', '.join(classes)}, but {config.data.root} has "
@@ -543,7 +563,7 @@ def _make_data(config: Config, progress: bool) -> None:
         make_dataset(root, progress=progress)
 
 
-def _datasets(config: Config, progress: bool) -> tuple[VOCDataset, VOCDataset]:
+def _datasets(config: Config, progress: bool) -> tuple[TaggedDataset, TaggedDataset]:
     from afa.data import open_dataset
 
     data = config.data
@@ -551,7 +571,7 @@ def _datasets(config: Config, progress: bool) -> tuple[VOCDataset, VOCDataset]:
     return train_set, open_dataset(data, data.val_split, train=False, with_mask=True, progress=progress)
 
 
-def _say_skipped(dataset: VOCDataset) -> None:
+def _say_skipped(dataset: TaggedDataset) -> None:
     for reason in dataset.skipped[:10]:
         _say("skipped", reason.partition(";")[0])  # without the advice, which has been taken
     if len(dataset.skipped) > 10:
@@ -561,7 +581,7 @@ def _say_skipped(dataset: VOCDataset) -> None:
 def _measure(
     config: Config,
     run: Path,
-    val_set: VOCDataset,
+    val_set: TaggedDataset,
     device: torch.device,
     progress: bool,
     facts: dict[str, Any],
@@ -598,7 +618,7 @@ def _measure(
     _say("report", str(page))
 
 
-def _no_masks(config: Config, val_set: VOCDataset) -> str:
+def _no_masks(config: Config, val_set: TaggedDataset) -> str:
     return (
         f"the split '{config.data.val_split}' has no masks in {val_set.mask_folder}, so neither the "
         "segmentation nor the labels can be measured against the truth"
@@ -641,7 +661,7 @@ def _hush(what: str, text: str) -> None:
 
 
 def _say(what: str, text: str) -> None:
-    print(f"{what:<8} {text}", flush=True)
+    print(f"{what:<8} {printable(text)}", flush=True)
 
 
 def _version() -> str:

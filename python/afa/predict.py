@@ -15,7 +15,7 @@ from tqdm import tqdm
 from afa.cam import multi_scale_cam
 from afa.config import Config
 from afa.crf import dense_crf
-from afa.data.lists import IMAGE_SUFFIXES
+from afa.data.listing import IMAGE_SUFFIXES
 from afa.data.transforms import image_size, read_image
 from afa.errors import UserError
 from afa.evaluate import crf_settings, segment

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from afa import distributed
 from afa.config import Config, to_yaml
 from afa.data import open_dataset, train_loader
-from afa.data.voc import Sample
+from afa.data.dataset import Sample
 from afa.errors import UserError
 from afa.evaluate import evaluate
 from afa.files import write_text

@@ -19,7 +19,7 @@ from scipy.io import savemat
 
 from afa.cli import main
 from afa.config import load_config
-from afa.data import COCO_CLASSES, VOC_CLASSES, VOCDataset, check_dataset, open_dataset
+from afa.data import COCO_CLASSES, VOC_CLASSES, TaggedDataset, check_dataset, open_dataset
 from afa.data.prepare import coco as coco_module
 from afa.data.prepare import prepare_coco, prepare_voc
 from afa.errors import UserError
@@ -129,7 +129,7 @@ def test_voc_again_changes_nothing(devkit: Path, sbd: Path, said: Lines, say: An
     said.clear()
     prepare_voc(devkit / "VOC2012", train_masks=True, progress=False, say=say)
     assert _files(devkit) == before
-    assert {what for what, _ in said} == {"found", "kept"}
+    assert {what for what, _ in said} == {"found", "kept", "classes"}
 
 
 def test_voc_train_masks(devkit: Path, sbd: Path, say: Any) -> None:
@@ -140,7 +140,7 @@ def test_voc_train_masks(devkit: Path, sbd: Path, say: Any) -> None:
     image = Image.open(folder / "s2.png")
     assert image.mode == "P"
     assert np.unique(np.asarray(image)).tolist() == [0, 2]
-    train = VOCDataset(root, "train_aug", train=False, with_mask=True)
+    train = TaggedDataset(root, "train_aug", train=False, with_mask=True)
     check_dataset(train, progress=False)
     assert [train[i]["mask"].max().item() for i in range(5)] == [255, 255, 1, 2, 3]
     (folder / "s2.png").unlink()
@@ -207,7 +207,7 @@ def test_voc_without_sbd_is_ready_for_its_own_training_list(devkit: Path, say: A
         prepare_voc(devkit, progress=False, say=say)
     for word in ("2 training images", "data.train_split=train", "benchmark.tgz", "berkeley.edu", "--sbd"):
         assert word in str(caught.value)
-    assert len(VOCDataset(devkit / "VOC2012", "train", train=True, crop_size=16, with_mask=False)) == 2
+    assert len(TaggedDataset(devkit / "VOC2012", "train", train=True, crop_size=16, with_mask=False)) == 2
     assert not (devkit / "VOC2012/ImageSets/Segmentation/train_aug.txt").exists()
 
 
@@ -323,7 +323,7 @@ def test_coco_again_changes_nothing(coco: Path, said: Lines, say: Any) -> None:
     said.clear()
     prepare_coco(coco, progress=False, say=say)
     assert _files(coco) == before
-    assert {what for what, _ in said} == {"found", "reading", "kept"}
+    assert {what for what, _ in said} == {"found", "reading", "kept", "classes"}
     prepare_coco(coco, train_masks=True, progress=False, say=say)
     assert sorted({*_files(coco)} - {*before}) == [
         f"SegmentationClass/COCO_train2014_{number:012}.png" for number in (1, 2)
@@ -462,9 +462,9 @@ def test_command_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     for words in (
         "30 pictures, tagged by tags.csv, 2 classes",
-        "left out for want of a line in tags.csv: 1 of 31 pictures",
+        "left out because tags.csv has no line for them: 1 of 31 pictures",
         f"no masks in {root / 'masks'}: the classifier's F1 will be measured",
-        "left out, as no kind of picture that can be read: 1 .mov",
+        "left out because they are not pictures that can be read: 1 .mov",
         "1  zebar",
         "is this 'zebra'?",
         f"next     afa train own data.root={root}",
