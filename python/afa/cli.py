@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _error(sentence: str) -> int:
-    print(f"afa: error: {printable(sentence)}", file=sys.stderr)
+    line = " ".join(sentence.split())
+    print(f"afa: error: {printable(line)}", file=sys.stderr)
     return 2
 
 
@@ -188,9 +189,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     prepare = add("prepare", "make a data set ready to train on", PREPARE, _prepare)
     prepare.add_argument("kind", metavar="KIND", help="voc, coco or own")
-    prepare.add_argument("folder", type=Path, metavar="FOLDER", help="where it was unpacked, or your pictures")
+    prepare.add_argument("folder", type=_path, metavar="FOLDER", help="where it was unpacked, or your pictures")
     prepare.add_argument(
-        "--sbd", type=Path, metavar="DIR", help="voc: where SBD is (default: looked for beside FOLDER)"
+        "--sbd", type=_path, metavar="DIR", help="voc: where SBD is (default: looked for beside FOLDER)"
     )
     prepare.add_argument(
         "--train-masks", action="store_true", help="also write masks of training images, which training never opens"
@@ -202,7 +203,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument(
         "--run",
         "--run-dir",  # torchrun takes --run for one of its own options, shortened
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="folder to write to (default: runs/NAME, or the run given); say --run-dir under torchrun",
     )
@@ -210,14 +211,18 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     common(train, "settings that differ from CONFIG")
 
     evaluate = add("evaluate", "measure a trained run again", EVALUATE, _evaluate)
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    evaluate.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     common(evaluate, "settings that differ from the run's, such as eval.flip=true")
 
     predict = add("predict", "segment pictures with a trained run", PREDICT, _predict)
-    predict.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    predict.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     predict.add_argument("paths", nargs="+", metavar="PATH", help="picture, folder or 'pattern*'")
     predict.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("predictions"), help="folder to write to (default: predictions)"
+        "--out",
+        type=_path,
+        metavar="DIR",
+        default=Path("predictions"),
+        help="folder to write to (default: predictions)",
     )
     predict.add_argument(
         "--largest-side",
@@ -232,8 +237,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     common(predict, "")
 
     pseudo = add("pseudo-labels", "write a training set's pseudo labels", PSEUDO, _pseudo_labels)
-    pseudo.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
-    pseudo.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write to")
+    pseudo.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
+    pseudo.add_argument("--out", type=_path, metavar="DIR", required=True, help="folder to write to")
     pseudo.add_argument("--split", metavar="NAME", help="split list to label (default: the run's data.train_split)")
     pseudo.add_argument("--source", metavar="SOURCE", default="seg", help="seg (default), walk, par or cam")
     pseudo.add_argument("--no-ignore", action="store_true", help="one background score, labels.cam_threshold, not two")
@@ -242,7 +247,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     common(pseudo, "settings that differ from the run's, such as eval.crf=true")
 
     report = add("report", "write a run's report.html anew", REPORT, _report)
-    report.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    report.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     return parser, {
         "prepare": prepare,
         "train": train,
@@ -258,6 +263,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 def _prepare(options: argparse.Namespace) -> None:
     from afa.data import prepare
+    from afa.files import check_writable
 
     folder, masks, progress = options.folder, options.train_masks, not options.quiet
     kinds = ("voc", "coco", "own")
@@ -268,6 +274,8 @@ def _prepare(options: argparse.Namespace) -> None:
     if options.sbd is not None and options.kind != "voc":
         raise UserError(f"--sbd belongs to `afa prepare voc`, not to {options.kind}")
     try:
+        if options.kind != "own" and folder.is_dir():
+            check_writable(folder, "the data folder")
         if options.kind == "voc":
             root = prepare.prepare_voc(folder, sbd=options.sbd, train_masks=masks, progress=progress, say=_say)
         elif options.kind == "coco":
@@ -283,6 +291,7 @@ def _prepare(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     from afa.config import load_config, resolve
+    from afa.run_folder import check_run, lock_run
 
     config = load_config(options.config, options.overrides)
     path = resolve(options.config)
@@ -297,6 +306,8 @@ def _train(options: argparse.Namespace) -> None:
     with _processes(options.device) as (device, main):
         say = _say if main else _hush
         progress = not options.quiet and main
+        if main:
+            check_run(run)
         # What costs least is checked first: lists and tags, then the model, then, when they are made here, the images.
         if not _to_be_made(config):
             _datasets(config, progress)
@@ -310,6 +321,7 @@ def _train(options: argparse.Namespace) -> None:
             f"{config.data.root}: {len(train_set):,} images to train on, {len(val_set):,} to measure, "
             f"{len(train_set.classes)} classes",
         )
+        say("classes", train_set.class_counts())
         from afa.data import check_dataset
         from afa.train import Stopped, train
 
@@ -320,6 +332,8 @@ def _train(options: argparse.Namespace) -> None:
                 say("note", _no_masks(config, val_set) + ": only the classifier's F1 will be")
             check_dataset(train_set, progress)
             check_dataset(val_set, progress)
+            for note in [*val_set.notes, *val_set.mask_notes()]:
+                say("note", note)
         distributed.barrier()
         where = f"{distributed.world_size()} processes on {device.type}" if distributed.world_size() > 1 else device
         say("run", f"{run}: {config.train.iterations:,} iterations of {config.train.batch_size} crops on {where}")
@@ -332,13 +346,14 @@ def _train(options: argparse.Namespace) -> None:
         except Stopped as stopped:
             say(
                 "stopped",
-                f"by SIGTERM; the checkpoint of iteration {stopped.iteration:,} is written, go on with: "
-                f"afa train {run} --resume",
+                f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else 'SIGTERM'}; the checkpoint of iteration "
+                f"{stopped.iteration:,} is written, resume with: afa train {run} --resume",
             )
             # As the shell reports a process that the signal itself ended.
-            raise SystemExit(128 + signal.SIGTERM) from None
+            raise SystemExit(128 + stopped.signal) from None
         trained = time.perf_counter() - started
-        _measure(config, run, val_set, device, progress, {"config": name, "train_seconds": trained}, started)
+        with lock_run(run) if main else nullcontext():
+            _measure(config, run, val_set, device, progress, {"config": name, "train_seconds": trained}, started)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -346,6 +361,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from afa.crf import check_installed
     from afa.data import check_dataset, open_dataset
     from afa.eval_store import EvalStore, evaluation_key
+    from afa.run_folder import check_run, lock_run
 
     _need_run(options.run)
     config = load_config(options.run / "config.yaml", options.overrides)
@@ -361,13 +377,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     with _processes(options.device) as (device, first):
         progress = first and not options.quiet
         with _first_alone(first):
+            if first:
+                check_run(options.run)
             _make_data(config, progress)
             val_set = open_dataset(config.data, config.data.val_split, train=False, with_mask=True, progress=progress)
             if first:
                 _say_skipped(val_set)
                 check_dataset(val_set, progress)
-        store = EvalStore(options.run / "evaluation", evaluation_key(options.run / "model.safetensors", config))
-        _measure(config, options.run, val_set, device, progress, kept, None, store)
+        with lock_run(options.run) if first else nullcontext():
+            store = EvalStore(options.run / "evaluation", evaluation_key(options.run / "model.safetensors", config))
+            _measure(config, options.run, val_set, device, progress, kept, None, store)
 
 
 @contextmanager
@@ -399,6 +418,7 @@ def _first_alone(first: bool) -> Iterator[None]:
 def _predict(options: argparse.Namespace) -> None:
     from afa.config import apply_override, validate
     from afa.crf import check_installed
+    from afa.files import check_writable
     from afa.model import load_model
     from afa.predict import find_images, predict
 
@@ -406,6 +426,7 @@ def _predict(options: argparse.Namespace) -> None:
     if options.largest_side < 32:
         raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
     images = find_images(options.paths)
+    check_writable(options.out, "--out")
     model, classes, config = load_model(options.run / "model.safetensors", _device(options.device))
     if options.scales is not None:
         apply_override(config, f"eval.scales={options.scales}")
@@ -415,18 +436,33 @@ def _predict(options: argparse.Namespace) -> None:
     if config.eval.crf:
         check_installed()
     names = ["background", *classes]
-    results = predict(
-        model, classes, config, images, options.out, largest_side=options.largest_side, progress=not options.quiet
-    )
     from tqdm import tqdm
 
+    bad: list[str] = []
+    results = predict(
+        model,
+        classes,
+        config,
+        images,
+        options.out,
+        largest_side=options.largest_side,
+        progress=not options.quiet,
+        bad=bad.append,
+    )
+
     width = min(max(map(len, images)), 40)
+    done = 0
     for result in results:
+        done += 1
         found = ", ".join(f"{_square(i)}{names[i]} {_share(share)}" for i, share in result.shares.items())
         # Above the bar and not through it.
-        tqdm.write(f"{result.name:<{width}}  {found or 'background alone'}")
-    plural = "s" if len(images) > 1 else ""
-    _say("written", f"{len(images)} picture{plural} to {options.out}/masks, overlays and cams")
+        tqdm.write(f"{printable(result.name):<{width}}  {found or 'only background'}")
+    plural = "" if done == 1 else "s"
+    _say("written", f"{done} picture{plural} to {options.out}/masks, overlays and cams")
+    for reason in bad:
+        _say("skipped", reason.partition(";")[0])
+    if bad:
+        raise UserError(f"{len(bad):,} of {len(images):,} pictures can't be read, as listed above; fix or remove them")
 
 
 def _pseudo_labels(options: argparse.Namespace) -> None:
@@ -441,12 +477,14 @@ def _pseudo_labels(options: argparse.Namespace) -> None:
     from afa.crf import check_installed
     from afa.data import open_dataset
     from afa.eval_store import weights_id
+    from afa.files import check_writable
     from afa.model import load_model
     from afa.pseudo_labels import export_labels
 
     config = load_config(options.run / "config.yaml", options.overrides)
     if config.eval.crf and options.source == "seg":
         check_installed()
+    check_writable(options.out, "--out")
     split = options.split or config.data.train_split
     with _processes(options.device) as (device, first):
         progress = first and not options.quiet
@@ -635,6 +673,7 @@ def _table(result: EvalResult, images: int) -> str:
         bar = full * filled + empty * (24 - filled)
         line = f"{name:<16}{scores['miou']:>7.3f}  {bar}{scores['pixel_acc']:>8.3f}{scores['mean_acc']:>9.3f}"
         lines.append(f"\033[1m{line}\033[0m" if row == list(result.rows)[-1] and _coloured() else line)
+    lines += [f"note: {note}" for note in result.notes]
     return "\n".join([*lines, f"F1 of the tags {result.f1:.3f}", ""])
 
 
@@ -654,6 +693,11 @@ def _square(index: int) -> str:
 
     red, green, blue = SCREEN_COLOURS[index].tolist()
     return f"\033[38;2;{red};{green};{blue}m■\033[0m "
+
+
+def _path(text: str) -> Path:
+    """A path given on the command line; the shell leaves the ~ of --run=~/x as it is."""
+    return Path(text).expanduser()
 
 
 def _hush(what: str, text: str) -> None:

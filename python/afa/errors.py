@@ -25,6 +25,6 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """One line for a terminal: control characters, such as a file name may hold, and undecodable bytes are escaped."""
-    line = " ".join(_ESCAPE_SEQUENCE.sub("", text).split())
-    return "".join(c if c.isprintable() or c == "\u200d" else c.encode("unicode_escape").decode() for c in line)
+    """The text for a terminal: control characters, such as a file name may hold, and undecodable bytes are escaped."""
+    text = _ESCAPE_SEQUENCE.sub("", text)
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode() for c in text)

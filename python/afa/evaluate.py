@@ -67,6 +67,8 @@ class EvalResult:
     best: list[Sample] = field(default_factory=list)
     worst: list[Sample] = field(default_factory=list)
     """Samples of the images with the largest and the smallest `image_iou`, the most extreme first."""
+    notes: list[str] = field(default_factory=list)
+    """What makes the scores say less than they seem to, such as masks without any class."""
 
     @property
     def rows(self) -> dict[str, Scores]:
@@ -134,6 +136,7 @@ def evaluate(
         image_iou=image_iou,
         best=best,
         worst=worst,
+        notes=dataset.mask_notes() if dataset.with_mask else [],
     )
 
 

@@ -34,7 +34,7 @@ from afa.data.transforms import image_size, read_mask
 from afa.distributed import all_reduce_sum_, barrier, is_main, rank, world_size
 from afa.errors import UserError
 from afa.evaluate import crf_settings, fuse_segmentation, precision
-from afa.files import atomic_path, write_json
+from afa.files import atomic_path, mark_output, write_json
 from afa.labels import par_labels, threshold_labels, walk_labels
 from afa.metrics import IGNORE, SegmentationMetrics
 from afa.model.network import AFANet, normalize
@@ -314,6 +314,7 @@ def _claim(out: Path, description: dict[str, Any]) -> None:
         if out.is_dir() and next(out.glob("*.png"), None) is not None:
             raise UserError(f"{out} holds pictures that `afa pseudo-labels` did not write; give another --out")
         write_json(path, description)
+        mark_output(out)
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))

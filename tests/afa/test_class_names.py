@@ -124,7 +124,7 @@ def test_unicode_forms_of_names_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", ["cat,dog", "cat\u200b", "[cat]", "nan"])
 def test_every_source_is_checked(tmp_path: Path, voc_root: Path, bad: str) -> None:
     _picture(tmp_path / "own" / bad / "1.jpg")
-    with pytest.raises(UserError, match="the folder .*own"):
+    with pytest.raises(UserError, match=r"the folder .*own"):
         read_own_folder(tmp_path / "own")
     (voc_root / "Annotations/x.xml").write_text(
         f"<annotation><object><name>{bad}</name></object></annotation>", encoding="utf-8"

@@ -378,7 +378,7 @@ def test_tensorboard(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     config.train.tensorboard = False
     train(config, tmp_path / "run", device="cpu", progress=False)
-    assert not (tmp_path / "run/tensorboard").exists() and (tmp_path / "run/previous/tensorboard").is_dir()
+    assert not (tmp_path / "run/tensorboard").exists() and (tmp_path / "run/previous/1/tensorboard").is_dir()
 
 
 def test_tensorboard_wanted_but_absent(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
