@@ -291,9 +291,10 @@ def _prepare(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     from afa.config import load_config, resolve
+    from afa.paths import with_absolute_paths
     from afa.run_folder import check_run, lock_run
 
-    config = load_config(options.config, options.overrides)
+    config = with_absolute_paths(load_config(options.config, options.overrides))
     path = resolve(options.config)
     # The settings of an earlier run are all called config.yaml: its folder is their name, and where it goes on.
     of_run = path.name == "config.yaml"
@@ -338,7 +339,7 @@ def _train(options: argparse.Namespace) -> None:
         where = f"{distributed.world_size()} processes on {device.type}" if distributed.world_size() > 1 else device
         say("run", f"{run}: {config.train.iterations:,} iterations of {config.train.batch_size} crops on {where}")
         try:
-            train(config, run, resume=options.resume, device=device, progress=progress)
+            new = train(config, run, resume=options.resume, device=device, progress=progress)
         except KeyboardInterrupt:
             if (run / "checkpoints").is_dir():
                 say("stopped", f"go on with: afa train {run} --resume")
@@ -351,9 +352,11 @@ def _train(options: argparse.Namespace) -> None:
             )
             # As the shell reports a process that the signal itself ended.
             raise SystemExit(128 + stopped.signal) from None
-        trained = time.perf_counter() - started
+        facts = {"config": name, "train_seconds": time.perf_counter() - started} if new else _training_facts(run)
+        if not new:
+            say("finished", f"{run} was trained before; extend it by a larger train.iterations")
         with lock_run(run) if main else nullcontext():
-            _measure(config, run, val_set, device, progress, {"config": name, "train_seconds": trained}, started)
+            _measure(config, run, val_set, device, progress, facts, started if new else None)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -361,19 +364,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     from afa.crf import check_installed
     from afa.data import check_dataset, open_dataset
     from afa.eval_store import EvalStore, evaluation_key
+    from afa.paths import with_absolute_paths
     from afa.run_folder import check_run, lock_run
 
     _need_run(options.run)
-    config = load_config(options.run / "config.yaml", options.overrides)
+    config = with_absolute_paths(load_config(options.run / "config.yaml", options.overrides))
     if config.eval.crf:
         check_installed()
-    kept: dict[str, Any] = {}
-    if (options.run / "metrics.json").is_file():
-        from afa.results import load_result
-
-        # What training took stays true however often the run is measured.
-        before = load_result(options.run)[2]
-        kept = {key: before[key] for key in ("config", "seconds", "train_seconds") if key in before}
+    kept = _training_facts(options.run)
     with _processes(options.device) as (device, first):
         progress = first and not options.quiet
         with _first_alone(first):
@@ -387,6 +385,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         with lock_run(options.run) if first else nullcontext():
             store = EvalStore(options.run / "evaluation", evaluation_key(options.run / "model.safetensors", config))
             _measure(config, options.run, val_set, device, progress, kept, None, store)
+
+
+def _training_facts(run: Path) -> dict[str, Any]:
+    """What training took, which stays true however often the run is measured."""
+    if not (run / "metrics.json").is_file():
+        return {}
+    from afa.results import load_result
+
+    before = load_result(run)[2]
+    return {key: before[key] for key in ("config", "seconds", "train_seconds") if key in before}
 
 
 @contextmanager
@@ -479,9 +487,10 @@ def _pseudo_labels(options: argparse.Namespace) -> None:
     from afa.eval_store import weights_id
     from afa.files import check_writable
     from afa.model import load_model
+    from afa.paths import with_absolute_paths
     from afa.pseudo_labels import export_labels
 
-    config = load_config(options.run / "config.yaml", options.overrides)
+    config = with_absolute_paths(load_config(options.run / "config.yaml", options.overrides))
     if config.eval.crf and options.source == "seg":
         check_installed()
     check_writable(options.out, "--out")

@@ -7,7 +7,6 @@ comment says otherwise. Ready files are in `configs/`.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -218,10 +217,6 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     for override in overrides:
         apply_override(config, override)
     validate(config)
-    # A run is measured and resumed from anywhere, so its configuration can't hold a path relative to where it started.
-    config.data.root = os.path.abspath(os.path.expanduser(config.data.root))
-    if config.model.weights is not None and os.path.isfile(os.path.expanduser(config.model.weights)):
-        config.model.weights = os.path.abspath(os.path.expanduser(config.model.weights))
     return config
 
 
@@ -385,11 +380,6 @@ def validate(config: Config) -> None:
         need(getattr(train, key) >= 0, f"train.{key}", "0 or more")
     need(train.seed < 2**63, "train.seed", "at most 2^63 - 1 (9223372036854775807)")
     need(train.lr > 0, "train.lr", "above 0")
-    need(
-        train.iterations > train.classify_until,
-        "train.iterations",
-        f"above train.classify_until ({train.classify_until}), since the decoder learns only after that",
-    )
     need(
         train.par_until >= train.classify_until,
         "train.par_until",

@@ -21,10 +21,10 @@ _MOVING = ".moving"
 def lock_run(run: str | Path) -> Iterator[None]:
     """Hold the run's folder, made if need be; UserError when it can't be written or another process holds it.
 
-    The operating system lets go of the lock however the process ends. A folder that was made here and is still empty at
-    the end goes again.
+    The operating system lets go of the lock however the process ends. Folders that were made here and are still empty
+    at the end go again.
     """
-    made = not Path(run).exists()
+    made = [folder for folder in (Path(run), *Path(run).parents) if not folder.exists()]
     run = check_writable(run, "the run's folder")
     lock = FileLock(run / LOCK, timeout=0)
     try:
@@ -42,7 +42,8 @@ def lock_run(run: str | Path) -> Iterator[None]:
         if made and {LOCK, OUTPUT_MARK}.issuperset(path.name for path in run.iterdir()):
             for name in (LOCK, OUTPUT_MARK):
                 (run / name).unlink(missing_ok=True)
-            run.rmdir()
+            for folder in made:
+                folder.rmdir()
         lock.release()
 
 

@@ -26,6 +26,7 @@ from afa.errors import UserError
 from afa.evaluate import evaluate
 from afa.files import check_space, write_text
 from afa.model.network import build_model
+from afa.paths import with_absolute_paths
 from afa.results import RESULTS
 from afa.run_folder import bring_back, lock_run, put_aside
 from afa.snapshots import FOLDER as SNAPSHOTS
@@ -52,7 +53,7 @@ def train(
     on_log: Callable[[Record], None] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> None:
+) -> bool:
     """Train into the folder `run`: config.yaml, log.jsonl, checkpoints/, and model.safetensors once done.
 
     resume: go on from the newest whole checkpoint in `run`; on one machine the weights come out as if never stopped. A
@@ -65,11 +66,11 @@ def train(
 
     UserError for anything the configuration or the data has wrong, before the first iteration, for a folder that
     another process is working in, and for a loss that is not finite. Stopped after SIGTERM or Ctrl-C, once a checkpoint
-    is written.
+    is written. Returns False when the run was finished already and nothing was to be done.
     """
     device = distributed.setup(device)
     with lock_run(run) if distributed.is_main() else nullcontext():
-        _train(config, Path(run), resume, on_log, device, progress)
+        return _train(with_absolute_paths(config), Path(run), resume, on_log, device, progress)
 
 
 def _train(
@@ -79,7 +80,7 @@ def _train(
     on_log: Callable[[Record], None] | None,
     device: torch.device,
     progress: bool,
-) -> None:
+) -> bool:
     processes, main = distributed.world_size(), distributed.is_main()
     progress = progress and main
     settings = config.train
@@ -94,7 +95,7 @@ def _train(
         bring_back(run)
     checkpoint = find_checkpoint(run, config, dataset.classes) if resume else None
     if resume and checkpoint is None:
-        return  # finished, and nothing is to be added
+        return False
     # A resumed run's weights come from its checkpoint.
     model = build_model(config.model, len(dataset.classes))
     trainer = Trainer(model, config, device)
@@ -182,6 +183,7 @@ def _train(
     if main:
         finish(run, trainer, dataset.classes)
     distributed.barrier()
+    return True
 
 
 def _check_division(config: Config) -> None:
