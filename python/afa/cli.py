@@ -468,7 +468,7 @@ def _predict(options: argparse.Namespace) -> None:
     plural = "" if done == 1 else "s"
     _say("written", f"{done} picture{plural} to {options.out}/masks, overlays and cams")
     for reason in bad:
-        _say("skipped", reason.partition(";")[0])
+        _say("skipped", reason.rpartition(";")[0])
     if bad:
         raise UserError(f"{len(bad):,} of {len(images):,} pictures can't be read, as listed above; fix or remove them")
 
@@ -620,7 +620,7 @@ def _datasets(config: Config, progress: bool) -> tuple[TaggedDataset, TaggedData
 
 def _say_skipped(dataset: TaggedDataset) -> None:
     for reason in dataset.skipped[:10]:
-        _say("skipped", reason.partition(";")[0])  # without the advice, which has been taken
+        _say("skipped", reason.rpartition(";")[0])  # without the advice, which has been taken
     if len(dataset.skipped) > 10:
         _say("skipped", f"and {len(dataset.skipped) - 10:,} more of '{dataset.split}'")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,7 @@ def read_image(path: str | Path, largest_side: int | None = None) -> Image.Image
     range in the file (see `_eight_bits`). Raises UserError naming the file when it can't be decoded to its last row.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             height, width = shrunk(_upright_size(image), largest_side)
             if largest_side is not None and max(image.size) > largest_side:
                 # A JPEG can be decoded at a half, a quarter or an eighth of its size, in a fraction of the time.
@@ -67,6 +69,14 @@ def read_image(path: str | Path, largest_side: int | None = None) -> Image.Image
             "or set data.bad_images=skip"
         ) from error
     return upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BILINEAR)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    # Through a file object: given a path, Pillow maps an uncompressed file into memory by the upright size, which mixes
+    # up the rows of a TIFF that lies on its side.
+    with open(path, "rb") as file, Image.open(file) as image:
+        yield image
 
 
 def check_image(path: str | Path) -> tuple[int, int]:
@@ -103,7 +113,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the upright picture, read from the file's header alone."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return _upright_size(image)
     except _DECODE_ERRORS as error:
         raise UserError(f"the image {path} can't be decoded ({_reason(error)}); replace it") from error
@@ -143,7 +153,7 @@ def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None =
     is no class.
     """
     try:
-        with Image.open(path) as file:
+        with _opened(path) as file:
             file.load()
             image = ImageOps.exif_transpose(file)
     except _DECODE_ERRORS as error:

@@ -416,10 +416,10 @@ def _weights_path(weights: str) -> Path:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file by name, on the CPU; UserError when it is neither."""
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -59,7 +59,7 @@ def prepare_own(folder: Path, *, progress: bool = True, say: Say) -> Path:
         )
     if bad:
         for reason in bad[:20]:
-            say("bad", reason.partition(";")[0])
+            say("bad", reason.rpartition(";")[0])
         raise UserError(
             f"{len(bad):,} of the {len(own.pictures):,} pictures of {folder} can't be used, as listed above; fix or "
             "remove them, or train with data.bad_images=skip"
