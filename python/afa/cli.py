@@ -115,7 +115,7 @@ example:
   afa report runs/demo
 """
 
-EXTRAS = frozenset({"PIL", "safetensors", "scipy", "skimage", "sklearn", "timm", "tqdm", "yaml"})
+EXTRAS = frozenset({"PIL", "filelock", "safetensors", "scipy", "skimage", "sklearn", "timm", "tqdm", "yaml"})
 """Packages that `pip install afa-ext` leaves out."""
 NAMES = {"cam": "CAM", "walk": "walk", "par": "PAR label", "seg": "segmentation", "crf": "+ dense CRF"}
 
@@ -207,7 +207,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         metavar="DIR",
         help="folder to write to (default: runs/NAME, or the run given); say --run-dir under torchrun",
     )
-    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.add_argument(
+        "--resume", action="store_true", help="resume from the last checkpoint, or extend a finished run"
+    )
     common(train, "settings that differ from CONFIG")
 
     evaluate = add("evaluate", "measure a trained run again", EVALUATE, _evaluate)

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import afa.train
+from afa.cli import main
 from afa.config import Config, load_config, to_yaml
 from afa.errors import UserError
 from afa.files import sha256
+from afa.run_folder import lock_run
 from afa.train import Stopped, Trainer, train
 from afa.training import checkpoint
 
@@ -423,3 +425,12 @@ def test_old_runs_without_a_last_checkpoint_are_finished(config: Config, tmp_pat
     whole = run_train(config, run)
     (run / "checkpoints").rename(tmp_path / "away")
     assert_equal(whole, run_train(config, run, resume=True))
+
+
+def test_evaluating_a_running_run_is_refused(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_train(config, tmp_path / "run")
+    with lock_run(tmp_path / "run"):
+        assert main(["evaluate", str(tmp_path / "run"), "--quiet", "--device", "cpu"]) == 2
+    assert "another process is working in the run's folder" in capsys.readouterr().err
