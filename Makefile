@@ -54,7 +54,7 @@ abi-check: install
 	$(BIN)/python tools/abi_check.py --torch $(OLD_TORCH)
 
 pretrain: install
-	$(BIN)/python -m afa.pretrain --out python/afa/weights/pvt_v2_mini.safetensors
+	$(BIN)/python -m afa.commands.pretrain --out python/afa/weights/pvt_v2_mini.safetensors
 
 bench: install
 	for name in par_kernel random_walk affinity pseudo_labels train_step; do $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -31,10 +31,10 @@ from tqdm import trange
 from afa.config import Config, load_config
 from afa.data import TaggedDataset, open_dataset, train_loader
 from afa.data.synthetic import make_dataset
-from afa.evaluate import evaluate
+from afa.evaluation.evaluate import evaluate
 from afa.files import write_text
 from afa.model import build_model
-from afa.train import Trainer
+from afa.training.loop import Trainer
 from benchmarks.timing import RESULTS, print_table, write_results
 
 SETTINGS = ["model.refine_iterations=0", "train.iterations=450", "train.classify_until=260", "train.par_until=370"]

@@ -4,8 +4,8 @@
     python benchmarks/train_step.py --quick                          # a small step, some seconds
     python benchmarks/train_step.py --config vit_b --classes 20 train.batch_size=2 --phase par --device cuda
 
-The step is that of `afa.training.Trainer`, in the last phase unless told otherwise, on made-up images of which every
-second has a padded border. Plain PyTorch is the published way through the same network and the same loss functions:
+The step is that of `afa.training.step.Trainer`, in the last phase unless told otherwise, on made-up images of which
+every second has a padded border. Plain PyTorch is the published way through the same network and losses:
 labels image by image and once for each background score, class activation maps of all classes with a forward of their
 own at every scale, dense matrices for the walk, attention multiplied out by hand, the affinity as a 1x1 convolution
 over all attention maps, and the twins of `afa_ext.reference` wherever the step calls an operator. The demo's network
@@ -35,12 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afa.cam import ClassSet, MultiScaleCam, multi_scale_cam, pack_classes
 from afa.config import Config, LabelConfig, load_config, validate
+from afa.labeling.cam import ClassSet, MultiScaleCam, multi_scale_cam, pack_classes
 from afa.model import build_model, heads
 from afa.model.heads import AffinityHead
-from afa.training import trainer as step_module
-from afa.training.trainer import Step, Trainer
+from afa.training import step as step_module
+from afa.training.step import Step, Trainer
 from afa_ext import reference
 from benchmarks.affinity import resident
 from benchmarks.timing import RESULTS, print_table, time_candidates, write_results

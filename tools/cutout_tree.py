@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import trange
 
-from afa.visualize import save_mask
+from afa.data.visualize import save_mask
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SOLID = 128  # alpha from which a pixel is the object's

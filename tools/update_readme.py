@@ -39,8 +39,8 @@ def take_over(run: Path) -> None:
     import numpy as np
     from PIL import Image, ImageDraw
 
-    from afa.results import load_result
-    from afa.visualize import heat, overlay
+    from afa.data.visualize import heat, overlay
+    from afa.report.results import load_result
 
     result, _, _ = load_result(run)
     DEMO.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,6 @@
 
 import sys
 
-from afa.cli import main
+from afa.commands.cli import main
 
 sys.exit(main())

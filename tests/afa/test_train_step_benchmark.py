@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from afa.training import trainer as step_module
+from afa.training import step as step_module
 from benchmarks import train_step
 from tools import update_readme
 

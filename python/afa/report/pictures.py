@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from afa.metrics import IGNORE
+from afa.data.visualize import data_uri, heat, overlay
+from afa.evaluation.metrics import IGNORE
 from afa.report.curves import PHASES
 from afa.report.tables import number, swatch
-from afa.visualize import data_uri, heat, overlay
 
 Sample = Mapping[str, Any]
 _LABELS = {"walk_label": "walk label", "par_label": "PAR label", "prediction": "prediction", "truth": "truth"}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from afa.visualize import class_colour
+from afa.data.visualize import class_colour
 
 ROWS = {
     "cam": ("CAM", "where the classifier looked, cut at one threshold; knows the image's tags"),

@@ -1,1 +1,1 @@
-"""The parts of training: schedule, one step, checkpoints, the log. `afa.train` puts them together."""
+"""The parts of training: schedule, one step, checkpoints, the log. `afa.training.loop` puts them together."""

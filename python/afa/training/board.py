@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from afa.data.visualize import heat, overlay
 from afa.errors import UserError
-from afa.visualize import heat, overlay
 
 PICTURES = 6
 """Images shown at a measurement."""

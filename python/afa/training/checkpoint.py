@@ -25,7 +25,7 @@ from afa.errors import UserError
 from afa.files import atomic_path, flush, remove_tree, sha256, write_json, writing
 from afa.model.backbone import one_line
 from afa.model.network import load_classes, save_checkpoint_weights
-from afa.training.trainer import Trainer
+from afa.training.step import Trainer
 
 FREE = (
     *("data.root", "data.workers", "train.log_every", "train.eval_every", "train.checkpoint_every"),

@@ -16,10 +16,10 @@ from torch import Tensor
 from afa import distributed
 from afa.config import Config
 from afa.errors import UserError
+from afa.evaluation.metrics import IGNORE
 from afa.files import to_json, write_text, writing
-from afa.metrics import IGNORE
 from afa.training.schedule import phase_of
-from afa.training.trainer import Step, Trainer
+from afa.training.step import Step, Trainer
 
 LOSSES = ("loss_cls", "loss_seg", "loss_aff")
 SKIPS = 30

@@ -22,8 +22,8 @@ from afa.data.classes import COCO_CLASSES
 from afa.data.listing import files_by_name
 from afa.data.prepare.common import Say, run_all, say_classes, some, write_if_new
 from afa.data.readers.voc import split_list
+from afa.data.visualize import save_mask
 from afa.errors import UserError
-from afa.visualize import save_mask
 
 URL = "http://images.cocodataset.org"
 ARCHIVES = {

@@ -18,8 +18,8 @@ from afa.data.prepare.common import Say, run_all, say_classes, some, write_if_ne
 from afa.data.readers.tags import read_lines, xml_labels
 from afa.data.readers.voc import listed_name, split_list
 from afa.data.transforms import IGNORE
+from afa.data.visualize import save_mask
 from afa.errors import UserError
-from afa.visualize import save_mask
 
 VOC_URL = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
 SBD_URL = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"

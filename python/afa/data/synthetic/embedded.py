@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from afa.visualize import voc_palette
+from afa.data.visualize import voc_palette
 
 from .backgrounds import DEMO_GENERATORS, TRAIN_PHOTOGRAPHS, VAL_PHOTOGRAPHS, photograph
 from .scene import draw_scene

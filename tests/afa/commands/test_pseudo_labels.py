@@ -1,0 +1,267 @@
+"""Export of pseudo labels and the pictures kept while training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from afa.commands.cli import main
+from afa.commands.pseudo_labels import SOURCES, make_labels
+from afa.config import Config, to_yaml
+from afa.data import TaggedDataset
+from afa.data.visualize import PALETTE
+from afa.evaluation.evaluate import evaluate, segment
+from afa.evaluation.metrics import SegmentationMetrics
+from afa.model import AFANet, build_model
+from afa.model.network import save_checkpoint_weights
+from afa.training.loop import Trainer, train
+from afa.training.snapshots import load_snapshots, snapshot
+
+
+@pytest.fixture
+def run(tiny_config: Any, voc_root: Path, tmp_path: Path) -> Path:
+    """A run folder with a model of random weights for the tiny tree."""
+    torch.manual_seed(0)
+    config = tiny_config()
+    config.data.root = str(voc_root)
+    model = build_model(config.model, 3).eval()
+    model.classifier.weight.data.normal_()
+    model.decoder.predict.weight.data.normal_()
+    save_checkpoint_weights(tmp_path / "run/model.safetensors", model, config, ["square", "disc", "stripes"])
+    (tmp_path / "run/config.yaml").write_text(to_yaml(config))
+    return tmp_path / "run"
+
+
+def _loaded(run: Path) -> tuple[AFANet, Config, TaggedDataset]:
+    from afa.model import load_model
+
+    model, _, config = load_model(run / "model.safetensors")
+    return model, config, TaggedDataset(config.data.root, "train", train=False, with_mask=False)
+
+
+def _export(run: Path, out: Path, *more: str) -> dict[str, np.ndarray]:
+    assert main(["pseudo-labels", str(run), "--out", str(out), "--device=cpu", "--quiet", *more]) == 0
+    return {path.stem: np.array(Image.open(path)) for path in out.glob("*.png")}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_files_are_the_labels(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
+    model, config, dataset = _loaded(run)
+    config.labels.low, config.labels.high = 0.3, 0.6
+    settings = ["labels.low=0.3", "labels.high=0.6"]
+    found = _export(run, tmp_path / "out", "--source", source, *settings)
+    assert found.keys() == set(dataset.names)
+    shown = capsys.readouterr().out
+    assert "6 labels of 'train'" in shown and "images a second" in shown
+    metrics = SegmentationMetrics(4)
+    ignored = 0
+    for number, name in enumerate(dataset.names):
+        item = dataset[number]
+        label = make_labels(model, item["image"][None], item["tags"][None], config, (source,)).maps[source][0].numpy()
+        assert np.array_equal(found[name], label)
+        assert set(np.unique(label)) <= {0, 255, *(1 + np.flatnonzero(item["tags"]))}, "only the image's tags"
+        ignored += (label == 255).sum()
+        truth = dataset.mask(number, label.shape).astype(np.int64)
+        truth[label == 255] = 255
+        metrics.update(torch.from_numpy(label)[None], torch.from_numpy(truth)[None])
+    assert (ignored > 0) == (source != "seg")
+    assert f"mIoU {metrics.compute()['miou']:.3f} on 6 images" in shown
+    picture = Image.open(tmp_path / "out/t0.png")
+    assert picture.mode == "P" and np.array_equal(np.asarray(picture.convert("RGB")), PALETTE[found["t0"]])
+    if source != "seg":
+        known = _export(run, tmp_path / "known", "--source", source, "--no-ignore", *settings)
+        assert all((label != 255).all() for label in known.values())
+
+
+def test_labels_are_those_of_training(run: Path) -> None:
+    """The walk and PAR labels of a whole image are the targets that a training step makes of it."""
+    model, config, dataset = _loaded(run)
+    item = dataset[0]
+    image, tags = item["image"][None, :, :48, :48].contiguous(), item["tags"][None]
+    trainer = Trainer(model, config)
+    model.eval()
+    ours = make_labels(model, image, tags, config, ("par", "walk")).maps
+    batch = {"image": image, "tags": tags, "box": torch.tensor([[0, 48, 0, 48]])}
+    from afa.model import normalize
+
+    with torch.no_grad():
+        cam = model(normalize(image), want=("cam",)).cam
+        for phase in ("par", "walk"):
+            target, _ = trainer.targets(batch, image, normalize(image), tags, cam, phase)
+            assert torch.equal(target, ours[phase])
+
+
+def test_seg_is_the_best_of_the_tagged(run: Path) -> None:
+    model, config, dataset = _loaded(run)
+    item = dataset[0]
+    logits = segment(model, item["image"][None], config)[0].clone()
+    logits[1:][item["tags"] == 0] = -torch.inf
+    ours = make_labels(model, item["image"][None], item["tags"][None], config, ("seg",)).maps["seg"][0]
+    assert (ours != logits.argmax(0)).sum() <= 1
+    assert (ours > 0).any()
+
+
+def test_crf_of_the_tagged_classes(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pydensecrf")
+    _, _, dataset = _loaded(run)
+    plain = _export(run, tmp_path / "plain")
+    smooth = _export(run, tmp_path / "smooth", "eval.crf=true", "eval.crf_workers=0", "eval.crf_iterations=3")
+    assert smooth.keys() == plain.keys()
+    for number, name in enumerate(dataset.names):
+        assert set(np.unique(smooth[name])) <= {0, *(1 + np.flatnonzero(dataset.tags[number]))}
+    assert any((smooth[name] != plain[name]).any() for name in plain)
+
+
+def test_shards_and_restarts_give_the_same_files(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _export(run, tmp_path / "whole", "--source=par", "--cams")
+    out = tmp_path / "parts"
+    assert len(_export(run, out, "--source=par", "--cams", "--shard=1/4")) == 1
+    part = _export(run, out, "--source=par", "--cams", "--shard=4/4")
+    assert len(part) == 3
+    stamp = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    lost = out / f"{min(part)}.png"
+    lost.write_bytes(lost.read_bytes()[:60])  # cut short by another program
+    (out / f"cams/{max(part)}.npz").unlink()
+    capsys.readouterr()
+    again = _export(run, out, "--source=par", "--cams")
+    assert "written  5 labels of 'train'" in (shown := capsys.readouterr().out) and "(1 were there)" in shown
+    assert "on 6 images" in shown, "what was there is measured too"
+    kept = [name for name, when in stamp.items() if (out / name).stat().st_mtime_ns == when]
+    assert len(kept) == 1
+    assert again.keys() == whole.keys()
+    for name, label in whole.items():
+        assert np.array_equal(again[name], label)
+        first, second = (np.load(folder / f"cams/{name}.npz") for folder in (tmp_path / "whole", out))
+        assert np.array_equal(first["classes"], second["classes"]) and np.array_equal(first["cams"], second["cams"])
+        assert first["cams"].dtype == np.float16 and first["cams"].shape == (len(first["classes"]), *label.shape)
+        assert 0.9 < first["cams"].max() <= 1
+
+
+def test_labels_have_the_size_of_the_picture(run: Path, tmp_path: Path) -> None:
+    found = _export(run, tmp_path / "out", "data.largest_side=32")
+    assert all(label.shape == (48, 64) for label in found.values())
+
+
+def test_images_without_masks_are_said_to_be_unmeasured(
+    run: Path, voc_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (voc_root / "SegmentationClass").glob("t*.png"):
+        path.unlink()
+    _export(run, tmp_path / "out")
+    assert "no masks, so the labels can't be measured" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*more: str) -> str:
+        assert main(["pseudo-labels", str(run), "--device=cpu", "--quiet", *more]) == 2
+        return capsys.readouterr().err
+
+    assert "did you mean 'walk'" in error("--out", "x", "--source=wlak")
+    for shard in ("0/2", "3/2", "2", "a/b"):
+        assert "--shard must be I/N" in error("--out", "x", f"--shard={shard}")
+    out = tmp_path / "out"
+    _export(run, out, "--source=cam", "--shard=1/6")
+    assert "another source" in error("--out", str(out), "--source=par")
+    assert "another labels" in error("--out", str(out), "--source=cam", "labels.low=0.2")
+    assert json.loads((out / "labels.json").read_text())["source"] == "cam"
+    (out / "labels.json").unlink()
+    assert "did not write" in error("--out", str(out), "--source=cam")
+    assert "Segmentation/all.txt" in error("--out", "x", "--split=all")
+
+
+def test_snapshot(run: Path, tmp_path: Path) -> None:
+    model, config, _ = _loaded(run)
+    dataset = TaggedDataset(config.data.root, "train", train=True, crop_size=64, with_mask=False)
+    model.train()
+    state = torch.get_rng_state()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    path = snapshot(model, dataset, config, tmp_path / "kept", 30, count=3)
+    assert path == tmp_path / "kept/snapshots/00000030.npz"
+    assert model.training and torch.equal(torch.get_rng_state(), state), "training goes on as without it"
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    (tmp_path / "kept/snapshots/00000040.npz").write_bytes(b"cut")
+    found = load_snapshots(tmp_path / "kept")
+    assert list(found) == [30]
+    assert [item["name"] for item in found[30]] == ["t0", "t2", "t4"]
+    assert {item["phase"] for item in found[30]} == {"walk"}
+    snapshot(model, dataset, config, tmp_path / "kept", config.train.classify_until, count=1)
+    assert load_snapshots(tmp_path / "kept")[3][0]["phase"] == "classify"
+    model.eval()
+    for item in found[30]:
+        number = dataset.names.index(item["name"])
+        assert item["tags"] == [dataset.classes[i] for i in np.flatnonzero(dataset.tags[number])]
+        image = torch.from_numpy(item["image"].transpose(2, 0, 1).copy())[None]
+        labels = make_labels(model, image, dataset.tags[number][None], config)
+        assert np.array_equal(item["walk"], labels.maps["walk"][0])
+        assert np.array_equal(item["par"], labels.maps["par"][0])
+        assert np.array_equal(item["prediction"], segment(model, image, config)[0].argmax(0))
+        assert np.abs(item["cam"] - labels.cams[0].amax(0).numpy()).max() < 1 / 200
+    assert load_snapshots(tmp_path / "none") == {}
+
+
+def test_cam_label_of_one_threshold_is_that_of_evaluation(run: Path) -> None:
+    model, config, _ = _loaded(run)
+    config.labels.low = config.labels.high = config.labels.cam_threshold
+    dataset = TaggedDataset(config.data.root, "val", train=False, with_mask=True)
+    for sample in evaluate(model, dataset, config, progress=False, keep=4).samples:
+        number = dataset.names.index(sample["name"])
+        item = dataset[number]
+        labels = make_labels(model, item["image"][None], item["tags"][None], config, ("cam", "par")).maps
+        assert (labels["cam"][0].numpy() != sample["cam_label"]).sum() <= 1
+        assert (labels["par"][0].numpy() != sample["par_label"]).sum() <= 1
+
+
+def test_training_goes_on_as_without_snapshots(
+    tiny_config: Any, voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    config.data.root = str(voc_root)
+    train(config, tmp_path / "with", progress=False)
+    monkeypatch.setattr("afa.training.loop.snapshot", lambda *_: None)
+    train(config, tmp_path / "without", progress=False)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without"))
+    assert one == other
+
+
+def test_predict_upright_at_several_scales(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that its EXIF data turns is predicted as it is seen, and options change the mask."""
+    monkeypatch.chdir(tmp_path)
+    _, config, dataset = _loaded(run)
+    upright = Image.open(dataset.paths[0]).convert("RGB")
+    upright.save("upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise when shown
+    upright.transpose(Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
+
+    def mask(*more: str) -> np.ndarray:
+        options = ["upright.png", "turned.png", "--out=out", "--device=cpu", "--quiet", *more]
+        assert main(["predict", str(run), *options]) == 0
+        found = [np.array(Image.open(f"out/masks/{name}.png")) for name in ("upright", "turned")]
+        for folder in ("overlays", "cams"):
+            assert Image.open(f"out/{folder}/turned.png").size == upright.size
+        assert found[0].shape == (48, 64) and np.array_equal(*found)
+        return found[0]
+
+    plain, several = mask(), mask("--scales", "1,0.5", "--flip")
+    assert (plain != several).any()
+    model, config, _ = _loaded(run)
+    config.eval.scales, config.eval.flip = (1.0, 0.5), True
+    expected = segment(model, torch.from_numpy(np.array(upright).transpose(2, 0, 1).copy())[None], config)
+    assert np.array_equal(several, expected[0].argmax(0))
+    pytest.importorskip("pydensecrf")
+    assert (mask("--crf") != plain).any()
+
+
+def test_predict_names_bad_scales(run: Path, voc_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for scales in ("0", "big"):
+        photo = str(voc_root / "JPEGImages/t0.jpg")
+        assert main(["predict", str(run), photo, "--scales", scales, "--device=cpu", "--quiet"]) == 2
+        assert "eval.scales" in capsys.readouterr().err

@@ -1,0 +1,321 @@
+"""The training loop: schedule, groups, phases, files, resuming."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import afa.training.loop
+import afa.training.step as trainer_module
+from afa.config import Config, TrainConfig, load_config
+from afa.errors import UserError
+from afa.model import build_model, load_model
+from afa.training.loop import Trainer, learning_rate_factor, parameter_groups, phase_of, train
+from afa.training.snapshots import load_snapshots
+
+
+@pytest.fixture
+def config(tiny_config: Any, voc_root: Path) -> Config:
+    config = tiny_config()
+    config.data.root = str(voc_root)
+    return config
+
+
+def batch_of(side: int = 64, boxes: str = "whole") -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    box = torch.tensor([[0, side, 0, side]] * 3)
+    if boxes == "ragged":
+        box[1] = torch.tensor([4, side, 0, side - 10])
+    return {
+        "image": torch.randint(0, 256, (3, 3, side, side), generator=generator, dtype=torch.uint8),
+        "tags": torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 1]]),
+        "box": box,
+        "name": ["a", "b", "c"],
+    }
+
+
+def run_train(config: Config, run: Path, **options: Any) -> dict[str, Tensor]:
+    train(config, run, device="cpu", progress=False, **options)
+    return load_file(run / "model.safetensors")
+
+
+def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [key for key in left if not torch.equal(left[key], right[key])]
+    assert not different
+
+
+def test_schedule() -> None:
+    config = TrainConfig()  # as published: 20,000 iterations, 1,500 of warm-up from 1e-6 to 6e-5, power 1
+    rate = [6e-5 * learning_rate_factor(config, i) for i in (0, 750, 1499, 1500, 10000, 19999)]
+    expected = [1e-6, 3.05e-5, 5.99607e-5, 5.55e-5, 3e-5, 3e-9]
+    assert rate == pytest.approx(expected, rel=1e-4)
+    config.poly_power = 2.0
+    assert learning_rate_factor(config, 10000) == pytest.approx(0.25)
+    config.warmup = 0
+    assert learning_rate_factor(config, 0) == 1
+    phases = [phase_of(config, i) for i in (0, 1999, 2000, 5999, 6000)]
+    assert phases == ["classify", "classify", "par", "par", "walk"]
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_parameter_groups(tiny_config: Any, factor: float) -> None:
+    config = tiny_config()
+    config.train.norm_lr_factor = factor
+    model = build_model(config.model, 3)
+    groups = {group["name"]: group for group in parameter_groups(model, config.train)}
+    assert list(groups) == (["backbone", "norms", "heads"] if factor else ["backbone", "heads"])
+    assert groups["backbone"]["lr"] == config.train.lr
+    assert groups["heads"]["lr"] == 10 * config.train.lr
+    norm = model.backbone.net.stages[0].norm.weight
+    assert norm.requires_grad == bool(factor)
+    if factor:
+        assert groups["norms"]["lr"] == 0.5 * config.train.lr
+        assert any(p is norm for p in groups["norms"]["params"])
+    # The decoder's batch norm is a head's, and learns.
+    assert any(p is model.decoder.norm.weight for p in groups["heads"]["params"])
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_frozen_norms_stay(tiny_config: Any) -> None:
+    config = tiny_config()
+    config.train.norm_lr_factor = 0.0
+    torch.manual_seed(0)
+    trainer = Trainer(build_model(config.model, 3), config)
+    before = copy.deepcopy(trainer.model.state_dict())
+    for iteration in (2, 4, 7):
+        trainer.step(batch_of(), iteration)
+    after = trainer.model.state_dict()
+    assert torch.equal(after["backbone.net.stages.0.norm.weight"], before["backbone.net.stages.0.norm.weight"])
+    assert not torch.equal(
+        after["backbone.net.patch_embed.proj.weight"], before["backbone.net.patch_embed.proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("boxes", ["whole", "ragged"])
+def test_phases_compute_what_they_need(tiny_config: Any, monkeypatch: pytest.MonkeyPatch, boxes: str) -> None:
+    config = tiny_config()
+    config.labels.cam_scales = (1.0, 0.5)
+    torch.manual_seed(0)
+    trainer = Trainer(build_model(config.model, 3), config)
+    ran: list[str] = []
+    for name in ("par_labels", "walk_labels", "par_weights"):
+        real = getattr(trainer_module, name)
+
+        def spy(*args: Any, name: str = name, real: Any = real, **kw: Any) -> Any:
+            ran.append(name)
+            return real(*args, **kw)
+
+        monkeypatch.setattr(trainer_module, name, spy)
+    trainer.model.decoder.register_forward_hook(lambda *_: ran.append("decoder"))
+    trainer.model.backbone.register_forward_hook(lambda _, args, __: ran.append(f"backbone {len(args[0])}"))
+    batch = batch_of(boxes=boxes)
+
+    trainer.step(batch, 0)
+    assert ran == ["backbone 3"]
+    ran.clear()
+    step = trainer.step(batch, 3)
+    # One training forward, the mirror images at scale 1, and both at scale 0.5.
+    assert ran == ["backbone 3", "decoder", "backbone 3", "backbone 6", "par_weights", "par_labels"]
+    assert step.labels.shape == (3, 64, 64) and step.pairs.shape == (3, 16, 16)
+    assert (step.losses > 0).all()
+    ran.clear()
+    trainer.step(batch, 6)
+    # The largest scale is 1 here: its affinity is wanted with its CAM, from one forward of both directions.
+    assert ran[:4] == ["backbone 3", "decoder", "backbone 6", "backbone 6"]
+    assert ran[4:] == ["par_weights", "par_labels", "walk_labels"]
+    ran.clear()
+    config.labels.affinity_from_walk = True
+    trainer.step(batch, 6)
+    assert ran[4:] == (["par_weights", "walk_labels"] if boxes == "whole" else ["walk_labels"])
+
+
+def test_affinity_target_follows_the_segmentation_only_when_asked(tiny_config: Any) -> None:
+    config = tiny_config()
+    torch.manual_seed(0)
+    trainer = Trainer(build_model(config.model, 3), config)
+    trainer.model.classifier.weight.data.normal_()
+    batch = batch_of()
+    pairs = {}
+    for switched in (False, True):
+        config.labels.affinity_from_walk = switched
+        pairs[switched] = trainer.losses(batch, "walk")[0].pairs
+    assert torch.equal(pairs[False], trainer.losses(batch, "par")[0].pairs)
+    assert not torch.equal(pairs[True], pairs[False])
+
+
+def test_stochastic_backbone_makes_labels_without_noise(tiny_config: Any) -> None:
+    config = tiny_config()
+    config.model.backbone_args["drop_path_rate"] = 0.9
+    torch.manual_seed(0)
+    trainer = Trainer(build_model(config.model, 3), config)
+    trainer.model.classifier.weight.data.normal_()
+    first, second = (trainer.losses(batch_of(), "walk")[0] for _ in range(2))
+    assert torch.equal(first.labels, second.labels)
+    assert not torch.equal(first.losses, second.losses)
+    assert all(module.training for module in trainer.model.modules())
+
+
+def test_learns_a_batch_by_heart(tiny_config: Any) -> None:
+    config = tiny_config()
+    config.train.iterations, config.train.classify_until, config.train.par_until = 70, 30, 60
+    config.train.poly_power, config.train.weight_seg, config.train.weight_affinity = 0.0, 1.0, 1.0
+    torch.manual_seed(0)
+    trainer = Trainer(build_model(config.model, 3), config)
+    batch = batch_of()
+    losses = torch.stack([trainer.step(batch, i).losses for i in range(70)])
+    assert losses.isfinite().all()
+    assert losses[0, 0] > 0.6
+    assert losses[27:30, 0].mean() < 0.1
+    assert (losses[:30, 1:] == 0).all()
+    assert losses[57:60, 1].mean() < 0.7 * losses[30, 1]
+    assert losses[57:60, 2].mean() < losses[30, 2]
+
+
+def test_bf16_is_near_fp32(tiny_config: Any) -> None:
+    """In the first step of each phase, from the same weights; labels may flip at ties, so no closer."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config = tiny_config()
+        config.train.precision = precision
+        torch.manual_seed(0)
+        trainer = Trainer(build_model(config.model, 3), config)
+        found[precision] = torch.stack([trainer.losses(batch_of(), phase)[0].losses for phase in ("classify", "par")])
+        assert trainer.step(batch_of(), 7).losses.isfinite().all()
+    torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0.05, atol=0.01)
+
+
+class TestRun:
+    def test_files_and_log(self, config: Config, tmp_path: Path) -> None:
+        seen: list[Any] = []
+        run = tmp_path / "run"
+        train(config, run, on_log=seen.append, progress=False)
+        files = ["checkpoints", "config.yaml", "log.jsonl", "model.safetensors", "snapshots"]
+        assert sorted(path.name for path in run.iterdir() if path.name[0] != ".") == files
+        # Of the ends of the three phases.
+        assert list(load_snapshots(run)) == [3, 6, 9]
+        assert load_config(run / "config.yaml") == config
+        records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        assert records == seen
+        assert [r["iteration"] for r in records] == [2, 4, 6, 8, 9]
+        assert [r["phase"] for r in records] == ["classify", "par", "par", "walk", "walk"]
+        assert records[0]["loss_seg"] is None and records[0]["loss_aff"] is None
+        for record in records[1:]:
+            assert record["loss_seg"] > 0 and record["loss_aff"] > 0 and record["images_per_s"] > 0
+            assert 0 <= record["label_ignored"] <= 1 and 0 <= record["pairs_same"] <= 1
+        assert records[0]["lr"] == pytest.approx(config.train.lr * learning_rate_factor(config.train, 1))
+        model, classes, _ = load_model(run / "model.safetensors")
+        assert classes == ["square", "disc", "stripes"] and model.num_classes == 3
+
+    def test_repeats_bit_for_bit(self, config: Config, tmp_path: Path) -> None:
+        first = run_train(config, tmp_path / "a")
+        torch.rand(7)  # another state of the global generator must not matter
+        config.data.workers = 1
+        assert_equal(first, run_train(config, tmp_path / "b"))
+        config.train.seed = 1
+        other = run_train(config, tmp_path / "c")
+        assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+    @pytest.mark.parametrize("killed_at", [5, 8])
+    def test_resumes_as_if_never_stopped(
+        self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+    ) -> None:
+        config.model.backbone_args["drop_path_rate"] = 0.2  # so that random state matters
+        config.train.checkpoint_every, config.train.log_every = 3, 1
+        whole = run_train(config, tmp_path / "whole")
+        real = Trainer.step
+
+        def killed(self: Trainer, batch: Any, iteration: int) -> Any:
+            if iteration == killed_at:
+                raise KeyboardInterrupt
+            return real(self, batch, iteration)
+
+        run = tmp_path / "run"
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "step", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_train(config, run)
+        assert not (run / "model.safetensors").exists()
+        saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert saved == [f"{done:08d}" for done in range(3, killed_at, 3)]
+        with open(run / "log.jsonl", "a") as file:
+            file.write('{"iterat')  # a line the kill cut short
+        assert_equal(whole, run_train(config, run, resume=True))
+
+        def losses(folder: Path) -> list[Any]:
+            lines = (folder / "log.jsonl").read_text().splitlines()
+            return [[json.loads(line)[key] for key in ("iteration", "loss_cls", "loss_aff")] for line in lines]
+
+        assert losses(run) == losses(tmp_path / "whole")
+
+    def test_half_a_checkpoint_is_none(self, config: Config, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        (run / "checkpoints" / ".00000003.tmp").mkdir(parents=True)
+        with pytest.raises(UserError, match="no checkpoint"):
+            run_train(config, run, resume=True)
+
+    def test_resume_refuses_another_configuration(
+        self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config.train.checkpoint_every = 3
+        monkeypatch.setattr(afa.training.loop, "finish", _full)
+        with pytest.raises(RuntimeError, match="disk full"):
+            run_train(config, tmp_path / "run")
+        config.train.lr = 5e-4
+        with pytest.raises(UserError, match=r"train\.lr is 0\.0005.*started with 0\.001"):
+            run_train(config, tmp_path / "run", resume=True)
+
+    def test_earlier_run_is_put_aside(self, config: Config, tmp_path: Path) -> None:
+        config.train.iterations = 1
+        run = tmp_path / "run"
+        first = run_train(config, run)
+        (run / "metrics.json").write_text("{}")
+        config.train.seed = 5
+        run_train(config, run)
+        assert not (run / "metrics.json").exists()
+        assert_equal(load_file(run / "previous" / "1" / "model.safetensors"), first)
+        assert len((run / "log.jsonl").read_text().splitlines()) == 1
+
+    @pytest.mark.parametrize(("name", "column"), [("classification", 0), ("segmentation", 1), ("affinity", 2)])
+    def test_loss_that_is_not_finite_is_named(
+        self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, column: int
+    ) -> None:
+        real = Trainer.step
+
+        def spoilt(self: Trainer, batch: Any, iteration: int) -> Any:
+            step = real(self, batch, iteration)
+            if iteration == 6:
+                step.losses[column] = float("nan")
+            return step
+
+        monkeypatch.setattr(Trainer, "step", spoilt)
+        config.train.log_every = 5
+        with pytest.raises(UserError, match=f"the {name} loss became nan at iteration 7; lower train.lr"):
+            run_train(config, tmp_path / "run")
+        assert not (tmp_path / "run" / "model.safetensors").exists()
+
+    def test_measures_on_the_way(self, config: Config, tmp_path: Path) -> None:
+        config.train.eval_every = 4
+        records: list[Any] = []
+        train(config, tmp_path / "run", on_log=records.append, progress=False)
+        measured = [record for record in records if "val_seg_miou" in record]
+        assert [record["iteration"] for record in measured] == [4, 8]
+        assert all(0 <= record[f"val_{row}_miou"] <= 1 for record in measured for row in ("cam", "walk", "par", "seg"))
+
+    def test_bad_backbone_leaves_the_folder_alone(self, config: Config, tmp_path: Path) -> None:
+        config.model.backbone, config.model.backbone_args = "resnet18", {}
+        with pytest.raises(UserError, match="resnet18"):
+            run_train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def _full(*_: Any) -> None:
+    raise RuntimeError("disk full")

@@ -1,0 +1,402 @@
+"""Half precision, pieces, processes, averages, clipping, compiling, TensorBoard: what the defaults leave off."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import afa.training.loop
+import afa_ext
+from afa.config import Config, load_config, to_yaml
+from afa.errors import UserError
+from afa.model import build_model
+from afa.training import compiling
+from afa.training.board import panels
+from afa.training.compiling import compile_network
+from afa.training.log import SKIPS, RunLog, summary
+from afa.training.loop import Trainer, train
+from afa.training.losses import affinity_loss, segmentation_loss, target_counts
+from afa.training.schedule import ema_decay
+from afa.training.step import SharedDropout2d, Step
+
+
+@pytest.fixture
+def config(tiny_config: Any, voc_root: Path) -> Config:
+    config = tiny_config()
+    config.data.root = str(voc_root)
+    return config
+
+
+def batch_of(images: int = 4, side: int = 64) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    tags = torch.zeros(images, 3)
+    tags[torch.arange(images), torch.arange(images) % 3] = 1
+    tags[0] = 1  # packs of classes differ between pieces
+    box = torch.tensor([[0, side, 0, side]] * images)
+    box[1] = torch.tensor([4, side, 0, side - 10])
+    return {
+        "image": torch.randint(0, 256, (images, 3, side, side), generator=generator, dtype=torch.uint8),
+        "tags": tags,
+        "box": box,
+        "name": [str(i) for i in range(images)],
+    }
+
+
+def trainer_of(config: Config) -> Trainer:
+    torch.manual_seed(0)
+    trainer = Trainer(build_model(config.model, 3), config)
+    # CAMs of random weights are all alike, and labels with them.
+    trainer.model.classifier.weight.data.normal_()
+    return trainer
+
+
+# ---- a batch in parts
+
+
+def test_losses_of_parts_add_up() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 3, 6, 6, generator=generator)
+    labels = torch.randint(0, 3, (4, 12, 12), generator=generator)
+    labels[:, :2] = 255
+    labels[2:][labels[2:] == 0] = 255  # the second half has no background
+    affinity = torch.rand(4, 9, 9, generator=generator, dtype=torch.float64)
+    pairs = torch.tensor([0, 1, 255], dtype=torch.uint8)[torch.randint(0, 3, (4, 9, 9), generator=generator)]
+    counts = target_counts(labels, pairs)
+    assert counts.tolist() == [int((labels == 0).sum()), int(((labels == 1) | (labels == 2)).sum())] + [
+        int((pairs == kind).sum()) for kind in (1, 0)
+    ]
+    for whole, parts in (
+        (segmentation_loss(logits, labels), [segmentation_loss(logits[i], labels[i], counts) for i in HALVES]),
+        (afa_ext.affinity_loss(affinity, pairs), [affinity_loss(affinity[i], pairs[i], counts) for i in HALVES]),
+    ):
+        torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=0)
+    # Each half as a batch of its own, as published, would be another loss.
+    alone = sum(segmentation_loss(logits[i], labels[i]) for i in HALVES) / 2
+    assert abs(alone - segmentation_loss(logits, labels)) > 0.01
+
+
+HALVES = (slice(0, 2), slice(2, 4))
+
+
+def test_dropout_of_parts_is_that_of_the_whole() -> None:
+    x = torch.rand(6, 5, 2, 2)
+    torch.manual_seed(9)
+    whole = F.dropout2d(x, 0.4)
+    shared = SharedDropout2d(0.4)
+    shared.seed, shared.whole = 9, 6
+    parts = []
+    for shared.first in (0, 2, 4):
+        parts.append(shared(x[shared.first : shared.first + 2]))
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(shared.eval()(x), x)
+
+
+@pytest.mark.parametrize("phase", ["classify", "par", "walk"])
+def test_pieces_give_the_gradients_of_the_whole_batch(config: Config, phase: str) -> None:
+    """Exactly, to rounding: losses, labels, dropout. Batch norm, which knows only a piece, is set to evaluate."""
+    iteration = {"classify": 1, "par": 4, "walk": 7}[phase]
+    config.train.batch_size = 4
+    found = {}
+    for pieces in (1, 2, 4):
+        config.train.accumulate = pieces
+        trainer = trainer_of(config)
+        trainer.model.decoder.norm.eval()
+        step = trainer.step(batch_of(), iteration)
+        gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        found[pieces] = (step.losses, step.grad_norm, gradients)
+    for pieces in (2, 4):
+        torch.testing.assert_close(found[pieces][0], found[1][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[pieces][1], found[1][1], rtol=1e-4, atol=0)
+        assert found[pieces][2].keys() == found[1][2].keys()
+        for name, gradient in found[pieces][2].items():
+            scale = float(found[1][2][name].abs().max())
+            torch.testing.assert_close(gradient, found[1][2][name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+
+
+def test_a_batch_that_can_not_be_divided(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    with pytest.raises(UserError, match=r"train.accumulate must be a divisor of train.batch_size \(3\), got 2"):
+        load_config(tmp_path / "c.yaml", ["train.accumulate=2"])
+    monkeypatch.setattr("afa.distributed.world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"train.batch_size is 3 .* among 2 processes; set it to a multiple of 2"):
+        train(config, tmp_path / "run", progress=False)
+    config.train.accumulate = 3
+    with pytest.raises(UserError, match=r"2 processes x 3 pieces; set it to a multiple of 6"):
+        train(config, tmp_path / "run", progress=False)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(config: Config, tmp_path: Path) -> None:
+    """`torchrun -m afa train` from data to report: losses and scores of one process, within rounding."""
+    # Phases end, measurements and checkpoints fall between two lines of the log too.
+    config.train.batch_size, config.train.log_every, config.train.eval_every = 4, 2, 5
+    config.train.checkpoint_every, config.train.lr, config.train.tensorboard = 4, 1e-4, True
+    (tmp_path / "small.yaml").write_text(to_yaml(config))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    shown = {}
+    for name, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launcher, "-m", "afa", "train", "small.yaml", "--run-dir", name, "--device", "cpu"]
+        done = subprocess.run([*command, "--quiet"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        shown[name] = done.stdout
+    assert "9 iterations of 4 crops on 2 processes on cpu" in shown["two"]
+    lines = [[line.split()[0] for line in text.splitlines() if line] for text in shown.values()]
+    assert lines[0] == lines[1]  # rank 0 alone speaks
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [record["iteration"] for record in one] == [record["iteration"] for record in two]
+    for ours, theirs in zip(one, two, strict=True):
+        for key in ("loss_cls", "loss_seg", "loss_aff", "grad_norm", "label_ignored", "label_foreground"):
+            if ours.get(key) is not None:
+                # The first steps are equal; then a pixel at a tie may fall to the other side.
+                assert theirs[key] == pytest.approx(ours[key], rel=2e-3, abs=2e-3), (ours, theirs)
+        for key in ("val_cam_miou", "val_walk_miou", "val_par_miou", "val_seg_miou"):
+            if key in ours:
+                assert theirs[key] == pytest.approx(ours[key], abs=0.005)
+    scores = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    for row in ("cam", "walk", "par", "seg"):
+        assert scores[1][f"{row}_miou"] == pytest.approx(scores[0][f"{row}_miou"], abs=0.005)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name in ("decoder.norm.running_mean", "decoder.norm.running_var"):
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-3, atol=1e-4)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
+    assert len(list((tmp_path / "two/tensorboard").iterdir())) == 1
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns(config: Config, precision: str) -> None:
+    config.train.precision, config.train.iterations = precision, 40
+    config.train.classify_until, config.train.par_until, config.train.poly_power = 20, 40, 0.0
+    trainer = trainer_of(config)
+    batch = batch_of(3)
+    steps = [trainer.step(batch, i) for i in range(40)]
+    losses = torch.stack([step.losses for step in steps])
+    assert losses.isfinite().all()
+    assert losses[17:20, 0].mean() < 0.6 * losses[0, 0]
+    assert losses[37:, 1].mean() < losses[20, 1]
+    assert trainer.scaler.is_enabled() == (precision == "fp16")
+    # What is learnt stays in float32.
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_fp16_is_near_fp32(config: Config) -> None:
+    found = {}
+    for precision in ("fp32", "fp16"):
+        config.train.precision = precision
+        trainer = trainer_of(config)
+        found[precision] = torch.stack([trainer.losses(batch_of(), phase)[0].losses for phase in ("classify", "par")])
+    torch.testing.assert_close(found["fp16"], found["fp32"], rtol=0.02, atol=0.005)
+
+
+def test_fp16_leaves_out_an_update_that_overflows(config: Config) -> None:
+    config.train.precision = "fp16"
+    trainer = trainer_of(config)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**60})
+    before = copy.deepcopy(trainer.model.state_dict())
+    step = trainer.step(batch_of(), 1)
+    assert step.losses.isfinite().all() and not step.grad_norm.isfinite()
+    changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
+    assert not changed and trainer.scaler.get_scale() == 2.0**59
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 1024.0})
+    assert trainer.step(batch_of(), 1).grad_norm.isfinite()
+    assert not torch.equal(trainer.model.classifier.weight, before["classifier.weight"])
+
+
+def log_of(config: Config, trainer: Trainer, norms: list[float], path: Path, first: int = 0) -> RunLog:
+    log = RunLog(path, config, torch.device("cpu"))
+    for offset, norm in enumerate(norms):
+        log.add(first + offset, Step(torch.zeros(3), grad_norm=torch.tensor(norm)), trainer, 0.0)
+    return log
+
+
+def test_gradients_that_are_not_finite_are_named(config: Config, tmp_path: Path) -> None:
+    trainer = trainer_of(config)
+    log = log_of(config, trainer, [1.0, float("inf")], tmp_path / "log")
+    with pytest.raises(UserError, match="the gradients became inf at iteration 2, though its losses are finite; lower"):
+        log.write()
+    config.train.precision = "fp16"
+    log = log_of(config, trainer, [1.0, float("inf"), 2.0, float("nan")], tmp_path / "log")
+    record = log.write()
+    assert record["skipped"] == 2 and record["grad_norm"] == 1.5
+    for iteration in range(4, 2 + SKIPS):  # a row of them that reaches over several lines
+        log.add(iteration, Step(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), trainer, 0.0)
+        assert log.write()["grad_norm"] is None
+    log.add(50, Step(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), trainer, 0.0)
+    log.add(51, Step(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), trainer, 0.0)
+    with pytest.raises(UserError, match=f"not finite in {SKIPS} iterations in a row up to"):
+        log.write()
+    log = RunLog(tmp_path / "log", config, torch.device("cpu"))
+    log.add(0, Step(torch.tensor([0.1, float("inf"), 0.2]), grad_norm=torch.tensor(float("nan"))), trainer, 0.0)
+    with pytest.raises(UserError, match="the segmentation loss became inf at iteration 1"):
+        log.check()
+
+
+# ---- average, clipping
+
+
+def test_average_of_weights(config: Config, tmp_path: Path) -> None:
+    config.train.ema = 0.6
+    trainer = trainer_of(config)
+    expected = copy.deepcopy(trainer.ema.state_dict())
+    decays = [ema_decay(config.train, i) for i in range(8)]
+    assert decays[:2] == [1 / 10, 2 / 11] and decays[7] == pytest.approx(8 / 17) and ema_decay(config.train, 99) == 0.6
+    for iteration in range(8):
+        trainer.step(batch_of(3), iteration)
+        for name, value in trainer.model.state_dict().items():
+            old, share = expected[name], decays[iteration]
+            moving = name in dict(trainer.model.named_parameters())
+            expected[name] = share * old + (1 - share) * value if moving else value.clone()
+    for name, value in trainer.ema.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert trainer.measured is trainer.ema and not trainer.ema.training
+    assert not any(parameter.requires_grad for parameter in trainer.ema.parameters())
+
+
+def test_average_is_what_is_measured_and_saved(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[nn.Module] = []
+    real = afa.training.loop.evaluate
+    monkeypatch.setattr(
+        afa.training.loop, "evaluate", lambda model, *a, **kw: (seen.append(model), real(model, *a, **kw))[1]
+    )
+    config.train.eval_every = 8
+    raw = run(config, tmp_path / "raw")
+    config.train.ema = 0.9
+    average = run(config, tmp_path / "ema")
+    assert raw.keys() == average.keys() and not torch.equal(raw["classifier.weight"], average["classifier.weight"])
+    assert not seen[1].training and not any(parameter.requires_grad for parameter in seen[1].parameters())
+
+
+def run(config: Config, folder: Path) -> dict[str, Tensor]:
+    train(config, folder, device="cpu", progress=False)
+    return load_file(folder / "model.safetensors")
+
+
+def test_clips_gradients(config: Config) -> None:
+    trainer = trainer_of(config)
+    norm = float(trainer.step(batch_of(), 1).grad_norm)
+    whole = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    assert float(whole.norm()) == pytest.approx(norm, rel=1e-5)
+    config.train.clip_grad = norm / 3
+    trainer = trainer_of(config)
+    assert float(trainer.step(batch_of(), 1).grad_norm) == pytest.approx(norm, rel=1e-5)
+    clipped = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(clipped, whole / 3, rtol=1e-3, atol=1e-6)
+
+
+# ---- compiling
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["pyramid", "plain"])
+def test_compiled_network_reads_the_same_attention(
+    config: Config, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Through all phases, with the graphs run as they are captured: code generation is torch's own affair."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    config.labels.cam_scales = (1.0,)
+    config.model.backbone_args["depths"] = [1, 1, 1, 1]
+    if family == "plain":
+        config.model.backbone, config.model.decoder, config.model.attention_blocks = "vit_tiny_patch16_224", "single", 1
+        config.model.backbone_args = {"embed_dim": 24, "depth": 3, "num_heads": 2}
+    found = {}
+    for compiled in (False, True):
+        config.train.compile = compiled
+        trainer = trainer_of(config)
+        losses = [trainer.step(batch_of(), iteration).losses for iteration in (1, 7)]
+        found[compiled] = torch.stack(losses), trainer.model.state_dict()
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-3, atol=1e-4)
+    assert found[True][1].keys() == found[False][1].keys()
+
+
+def test_what_is_compiled(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
+    model = build_model(config.model, 3)
+    names = compile_network(model)
+    assert {"decoder", "backbone.net.stages.0", "backbone.net.stages.2"} <= set(names)
+    assert "backbone.net.stages.3.blocks.0.mlp" in names
+    for path in model.backbone.attention_paths:
+        assert not any(f"backbone.net.{path}".startswith(name + ".") or name.endswith(path) for name in names)
+
+
+# ---- what is shown
+
+
+def test_line_beside_the_bar() -> None:
+    record = {"loss_cls": 0.5, "loss_seg": None, "loss_aff": None, "images_per_s": 12.34, "wait_share": 0.071}
+    assert summary(record) == "cls 0.500 | 12.3 img/s | wait 7%"
+    record = {**record, "loss_seg": 1.0, "loss_aff": 0.25, "peak_memory_gib": 7.89}
+    assert summary(record) == "cls 0.500 seg 1.000 aff 0.250 | 12.3 img/s | wait 7% | 7.9 GiB"
+
+
+def test_share_of_time_waiting_is_logged(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    from afa.data.dataset import TaggedDataset
+
+    real = TaggedDataset.__getitem__
+    monkeypatch.setattr(TaggedDataset, "__getitem__", lambda self, key: (time.sleep(0.3), real(self, key))[1])
+    config.train.iterations, config.train.log_every = 2, 1
+    records: list[Any] = []
+    train(config, tmp_path / "run", on_log=records.append, device="cpu", progress=False)
+    assert len(records) == 2 and all(0.3 < record["wait_share"] <= 1 for record in records)
+
+
+def test_tensorboard(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config.train.tensorboard, config.train.eval_every = None, 4  # installed: so it writes
+    train(config, tmp_path / "run", device="cpu", progress=False)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    for tag, key in (("loss/cls", "loss_cls"), ("loss/seg", "loss_seg"), ("train/lr", "lr"), ("val/seg_miou", None)):
+        expected = [(r["iteration"], r[key or "val_seg_miou"]) for r in records if r.get(key or "val_seg_miou")]
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == [
+            (i, pytest.approx(v, rel=1e-6)) for i, v in expected
+        ]
+    assert {"label/ignored", "pairs/same", "train/images_per_s", "train/wait_share"} <= set(tags["scalars"])
+    assert sorted(tags["images"]) == [f"images/v{i}" for i in range(4)]
+    pictures = events.Images("images/v1")
+    assert [picture.step for picture in pictures] == [4, 8]
+    assert (pictures[0].height, pictures[0].width) == (48, 5 * 64 + 4 * 4)
+
+    config.train.tensorboard = False
+    train(config, tmp_path / "run", device="cpu", progress=False)
+    assert not (tmp_path / "run/tensorboard").exists() and (tmp_path / "run/previous/1/tensorboard").is_dir()
+
+
+def test_tensorboard_wanted_but_absent(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afa.training.board.find_spec", lambda _: None)
+    config.train.iterations, config.train.tensorboard = 1, None
+    train(config, tmp_path / "run", device="cpu", progress=False)
+    assert not (tmp_path / "run/tensorboard").exists()
+    config.train.tensorboard = True
+    with pytest.raises(UserError, match=r"train\.tensorboard is true, but the package is not installed"):
+        train(config, tmp_path / "run", device="cpu", progress=False)
+
+
+def test_panels_without_truth() -> None:
+    import numpy as np
+
+    label = np.zeros((6, 8), np.int64)
+    sample = {"image": np.zeros((6, 8, 3), np.uint8), "cam": np.zeros((6, 8)), "par_label": label, "prediction": label}
+    assert panels(sample).shape == (6, 4 * 8 + 3 * 4, 3)
+    assert panels({**sample, "truth": label}).shape == (6, 5 * 8 + 4 * 4, 3)
