@@ -115,7 +115,9 @@ example:
   afa report runs/demo
 """
 
-EXTRAS = frozenset({"PIL", "filelock", "safetensors", "scipy", "skimage", "sklearn", "timm", "tqdm", "yaml"})
+EXTRAS = frozenset(
+    {"PIL", "filelock", "jinja2", "pydantic", "safetensors", "scipy", "skimage", "sklearn", "timm", "tqdm", "yaml"}
+)
 """Packages that `pip install afa-ext` leaves out."""
 NAMES = {"cam": "CAM", "walk": "walk", "par": "PAR label", "seg": "segmentation", "crf": "+ dense CRF"}
 
@@ -292,8 +294,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     started = time.perf_counter()
-    from afa.config import load_config, resolve
-    from afa.config.paths import with_absolute_paths
+    from afa.config import load_config, resolve, with_absolute_paths
     from afa.run import check_run, lock_run
 
     config = with_absolute_paths(load_config(options.config, options.overrides))
@@ -362,8 +363,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from afa.config import load_config
-    from afa.config.paths import with_absolute_paths
+    from afa.config import load_config, with_absolute_paths
     from afa.data import check_dataset, open_dataset
     from afa.evaluation.store import EvalStore, evaluation_key
     from afa.labeling.crf import check_installed
@@ -427,7 +427,7 @@ def _first_alone(first: bool) -> Iterator[None]:
 
 def _predict(options: argparse.Namespace) -> None:
     from afa.commands.predict import find_images, predict
-    from afa.config import apply_override, validate
+    from afa.config import with_overrides
     from afa.files import check_writable
     from afa.labeling.crf import check_installed
     from afa.model import load_model
@@ -438,11 +438,9 @@ def _predict(options: argparse.Namespace) -> None:
     images = find_images(options.paths)
     check_writable(options.out, "--out")
     model, classes, config = load_model(options.run / "model.safetensors", _device(options.device))
-    if options.scales is not None:
-        apply_override(config, f"eval.scales={options.scales}")
-    config.eval.flip |= options.flip
-    config.eval.crf |= options.crf
-    validate(config)
+    overrides = [f"eval.scales={options.scales}"] if options.scales is not None else []
+    overrides += ["eval.flip=true"] * options.flip + ["eval.crf=true"] * options.crf
+    config = with_overrides(config, overrides)
     if config.eval.crf:
         check_installed()
     names = ["background", *classes]
@@ -484,8 +482,7 @@ def _pseudo_labels(options: argparse.Namespace) -> None:
         hint = did_you_mean(options.source, SOURCES)
         raise UserError(f"--source must be one of {', '.join(SOURCES)}, got '{options.source}'{hint}")
     from afa.commands.pseudo_labels import export_labels
-    from afa.config import load_config
-    from afa.config.paths import with_absolute_paths
+    from afa.config import load_config, with_absolute_paths
     from afa.data import open_dataset
     from afa.evaluation.store import weights_id
     from afa.files import check_writable

@@ -139,7 +139,8 @@ def export_labels(
     out = Path(out)
     if not ignore:
         score = config.labels.cam_threshold
-        config = replace(config, labels=replace(config.labels, low=score, high=score))
+        labels = config.labels.model_copy(update={"low": score, "high": score})
+        config = config.model_copy(update={"labels": labels})
     if is_main():
         _claim(out, _description(config, dataset, source, weights_id))
     barrier()

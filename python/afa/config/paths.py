@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
-from afa.config import Config
+from afa.config.schema import Config
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -14,8 +13,8 @@ def with_absolute_paths(config: Config) -> Config:
     weights = config.model.weights
     if weights is not None and os.path.isfile(os.path.expanduser(weights)):
         weights = absolute(weights)
-    data = replace(config.data, root=absolute(config.data.root))
-    return replace(config, data=data, model=replace(config.model, weights=weights))
+    data = config.data.model_copy(update={"root": absolute(config.data.root)})
+    return config.model_copy(update={"data": data, "model": config.model.model_copy(update={"weights": weights})})
 
 
 def absolute(path: str) -> str:

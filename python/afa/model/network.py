@@ -189,15 +189,11 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AF
             f"{path} is not a model of this program (its format is {metadata.get('format')!r}, expected {FORMAT!r}); "
             "give the model.safetensors of a run"
         )
-    config = from_dict(metadata["config"], where=str(path))
+    config = from_dict(metadata["config"], where=f"in {path}")
     classes = check_class_list(metadata["classes"], str(path))
-    model = build_model(_without_weights(config.model), len(classes))
+    model = build_model(config.model.model_copy(update={"weights": None}), len(classes))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its own configuration ({one_line(error)}); train it again") from error
     return model.to(device).eval(), classes, config
-
-
-def _without_weights(config: ModelConfig) -> ModelConfig:
-    return ModelConfig(**{**vars(config), "weights": None})

@@ -20,11 +20,10 @@ def phase_of(config: TrainConfig, iteration: int) -> str:
 
 
 def learning_rate_factor(config: TrainConfig, iteration: int) -> float:
-    """What multiplies every group's rate at an iteration counted from 0: a linear rise from warmup_lr to lr, then the
+    """What multiplies every group's rate at an iteration counted from 0: a linear rise from warmup_ratio to 1, then the
     polynomial (1 - iteration/iterations)^poly_power."""
     if iteration < config.warmup:
-        start = config.warmup_lr / config.lr
-        return start + (1 - start) * iteration / config.warmup
+        return config.warmup_ratio + (1 - config.warmup_ratio) * iteration / config.warmup
     return (1 - iteration / config.iterations) ** config.poly_power
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from afa.commands.cli import _parsers
-from afa.config import Config, apply_override, validate
+from afa.config import Config, with_overrides
 
 PAGE = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 PARSERS = _parsers()[1]
@@ -41,10 +41,7 @@ def test_there_are_commands() -> None:
 def test_command(line: str) -> None:
     _, name, *arguments = shlex.split(line)
     options = PARSERS[name].parse_intermixed_args(arguments)
-    config = Config()
-    for override in getattr(options, "overrides", []):
-        apply_override(config, override)
-    validate(config)
+    with_overrides(Config(), getattr(options, "overrides", []))
 
 
 def test_settings_of_the_page_exist() -> None:

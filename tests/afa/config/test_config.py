@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from afa.config import Config, from_dict, load_config, ready_names, resolve, to_yaml, validate
+from afa.config import (
+    Config,
+    from_dict,
+    json_schema,
+    load_config,
+    ready_names,
+    resolve,
+    to_dict,
+    to_yaml,
+    validate,
+    with_overrides,
+)
 from afa.errors import UserError
 
 
@@ -45,7 +57,7 @@ def test_ready_names_and_paths_resolve(tmp_path: Path) -> None:
     assert {"voc", "coco", "vit_b", "demo"} <= set(ready_names())
     assert resolve("voc").name == "voc.yaml"
     own = tmp_path / "mine.yaml"
-    own.write_text("train: {iterations: 7}\n")
+    own.write_text("train: {iterations: 7, classify_until: 2, par_until: 4, warmup: 1}\n")
     assert load_config(str(own)).train.iterations == 7
     with pytest.raises(UserError, match=r"no configuration 'vocc'.*coco.*did you mean 'voc'"):
         resolve("vocc")
@@ -54,7 +66,7 @@ def test_ready_names_and_paths_resolve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "section", "name", "value"),
     [
-        ("train.iterations=100", "train", "iterations", 100),
+        ("train.iterations=3000", "train", "iterations", 3000),
         ("train.iterations=2e4", "train", "iterations", 20000),
         ("train.lr=6e-5", "train", "lr", 6e-5),
         ("train.lr=1", "train", "lr", 1.0),
@@ -89,7 +101,7 @@ def test_overrides_take_the_type_of_the_field(override: str, section: str, name:
         ("nowhere.zz=1", ["unknown", "sections are data, model"]),
         ("train.lr.x=1", ["unknown", "'train.lr.x'"]),
         ("train=1", ["section", "train.iterations"]),
-        ("train.iterations", ["no override", "section.key=value"]),
+        ("train.iterations", ["invalid override", "section.key=value"]),
         ("train.iterations=1.5", ["train.iterations", "a whole number", "1.5"]),
         ("train.iterations=true", ["train.iterations", "a whole number", "True"]),
         ("train.lr=fast", ["train.lr", "a number", "'fast'"]),
@@ -97,7 +109,7 @@ def test_overrides_take_the_type_of_the_field(override: str, section: str, name:
         ("data.flip=2", ["data.flip", "true or false", "2"]),
         ("data.scale_range=1,2,3", ["data.scale_range", "a list of 2 numbers"]),
         ("labels.par_dilations=1,x", ["labels.par_dilations", "a list of whole numbers"]),
-        ("model.attention_blocks=few", ["model.attention_blocks", "a whole number or null"]),
+        ("model.attention_blocks=few", ["model.attention_blocks", "a whole number of at least 1 or null"]),
         ("model.backbone_args=3", ["model.backbone_args", "mapping"]),
         ("data.crop_size=100", ["data.crop_size", "multiple of model.output_stride (16)", "96", "got 100"]),
         ("data.scale_range=2,1", ["data.scale_range", "smallest <= largest"]),
@@ -112,9 +124,9 @@ def test_overrides_take_the_type_of_the_field(override: str, section: str, name:
         ("labels.cam_scales=[]", ["labels.cam_scales", "above 0"]),
         ("train.batch_size=0", ["train.batch_size", "at least 1", "0"]),
         ("train.par_until=5", ["train.par_until", "train.classify_until (2000)"]),
-        ("train.precision=fp8", ["train.precision", "fp32, bf16"]),
+        ("train.precision=fp8", ["train.precision", "fp32, tf32, bf16"]),
         ("train.betas=0.9,1", ["train.betas"]),
-        ("train.seed=-1", ["train.seed", "0 or more"]),
+        ("train.seed=-1", ["train.seed", "from 0 to 9223372036854775807"]),
         ("data.workers=-1", ["data.workers"]),
     ],
 )
@@ -135,7 +147,7 @@ def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:
         ("train: 5", ["'train'", "own.yaml", "section"]),
         ("- a\n- b", ["own.yaml", "sections"]),
         ("train:\n  lr: [1", ["own.yaml", "not valid YAML", "line"]),
-        ("train:\n  lr: 1\n  lr: 2\n", ["own.yaml", "line 3", "'lr' stands twice"]),
+        ("train:\n  lr: 1\n  lr: 2\n", ["own.yaml", "line 3", "duplicate key 'lr'"]),
         ("data: {root: 12}", ["data.root", "text", "12"]),
     ],
 )
@@ -160,3 +172,63 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
 def test_every_default_is_valid_and_plain_yaml() -> None:
     validate(Config())
     assert from_dict(yaml.safe_load(to_yaml(Config()))) == Config()
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("train: {lr: fast, iteratons: 5}\ndata: {flip: 2}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path, ["labels.walk_radius=99", "labels.low", "nowhere.x=1"])
+    text = str(caught.value)
+    assert text.startswith("6 settings are wrong: ")
+    for part in (
+        f"train.lr in {path} must be a number above 0 and at most 10, got 'fast'",
+        f"'train.iteratons' in {path}; did you mean 'train.iterations'?",
+        f"data.flip in {path} must be true or false, got 2",
+        "labels.walk_radius on the command line must be a whole number from 1 to 63, got 99",
+        "invalid override 'labels.low'",
+        "'nowhere.x' on the command line",
+    ):
+        assert part in text
+
+
+def test_settings_that_do_not_fit_each_other_are_reported_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("voc", ["data.crop_size=100", "train.par_until=5", "eval.crf_gaussian=0,1"])
+    text = str(caught.value)
+    assert "data.crop_size" in text and "train.par_until" in text and "eval.crf_gaussian" in text
+
+
+def test_a_changed_config_is_checked() -> None:
+    config = Config()
+    config.train.lr = -1
+    with pytest.raises(UserError, match=r"train\.lr in the configuration must be a number above 0"):
+        validate(config)
+
+
+def test_with_overrides_leaves_the_original_alone() -> None:
+    config = load_config("voc")
+    changed = with_overrides(config, ["model.backbone_args.depths=[1, 1]", "eval.scales=1,0.5"])
+    assert changed.model.backbone_args["depths"] == [1, 1] and changed.eval.scales == (1.0, 0.5)
+    assert config == load_config("voc")
+
+
+def test_every_key_has_a_description_and_a_type_in_the_schema() -> None:
+    schema = json.loads(json_schema())
+    for section, values in to_dict(Config()).items():
+        properties = schema["$defs"][f"{section.removesuffix('s').capitalize()}Config"]["properties"]
+        assert properties.keys() == values.keys()
+        for name, field in properties.items():
+            assert field["description"], f"{section}.{name}"
+            assert "\n" not in field["description"]
+            assert "type" in field or "anyOf" in field
+    assert schema["$defs"]["LabelConfig"]["properties"]["walk_radius"]["maximum"] == 63
+
+
+def test_notes_tell_of_settings_that_are_rarely_meant() -> None:
+    assert load_config("voc").notes() == []
+    assert load_config("demo").notes() == []
+    (note,) = load_config("voc", ["data.crop_size=128"]).notes()
+    assert "labels.walk_radius=8" in note and "8 x 8 tokens" in note and note.endswith("here 2")
+    (note,) = load_config("voc", ["train.iterations=2001"]).notes()
+    assert "no iteration trains the decoder" in note

@@ -20,8 +20,6 @@ def test_largest_seed() -> None:
     assert load_config("voc", ["train.seed=9223372036854775807"]).train.seed == 2**63 - 1
 
 
-# To be added where the ranges are declared; then this mark goes.
-@pytest.mark.xfail(strict=True, reason="the configuration accepts these and trains no decoder, or in vain")
 @pytest.mark.parametrize(
     "overrides",
     [

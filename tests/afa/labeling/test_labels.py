@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -65,7 +64,7 @@ def ragged() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def test_batch_is_its_images_one_by_one() -> None:
     images, tags, cams, box, affinity = ragged()
-    config = dataclasses.replace(CONFIG, walk_radius=3, par_dilations=(1, 2, 4))
+    config = CONFIG.model_copy(update={"walk_radius": 3, "par_dilations": (1, 2, 4)})
     classes = pack_classes(tags)
     maps = classes.gather(cams)
     whole = {
@@ -127,7 +126,7 @@ def test_walk_label_by_definition() -> None:
 def test_walk_golden_through_packing(golden: Any) -> None:
     walk = golden("walk_train")
     classes = pack_classes(walk["cls_labels"])
-    config = dataclasses.replace(CONFIG, walk_radius=int(walk["radius"]))
+    config = CONFIG.model_copy(update={"walk_radius": int(walk["radius"])})
     cams = walk["cams"]
     scores = walk_scores(
         classes.gather(cams),
