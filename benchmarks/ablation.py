@@ -34,7 +34,7 @@ from afa.data.synthetic import make_dataset
 from afa.evaluation.evaluate import evaluate
 from afa.files import write_text
 from afa.model import build_model
-from afa.training.loop import Trainer
+from afa.training.step import TrainStep
 from benchmarks.timing import RESULTS, print_table, write_results
 
 SETTINGS = ["model.refine_iterations=0", "train.iterations=450", "train.classify_until=260", "train.par_until=370"]
@@ -69,11 +69,11 @@ def run_seed(seed: int, base: Sequence[str], runs: Path, device: torch.device) -
         shared = _classified(configuration(base, [], seed), device)
         for row, config in due.items():
             begin = time.perf_counter()
-            trainer = _trainer(config, device)
-            trainer.model.load_state_dict(shared["model"])
-            trainer.optimizer.load_state_dict(copy.deepcopy(shared["optimizer"]))
-            _steps(trainer, config.train.classify_until, config.train.iterations, f"seed {seed}, {row}")
-            result = evaluate(trainer.model, _split(config, train=False), config)
+            train_step = _train_step(config, device)
+            train_step.model.load_state_dict(shared["model"])
+            train_step.optimizer.load_state_dict(copy.deepcopy(shared["optimizer"]))
+            _steps(train_step, config.train.classify_until + 1, config.train.iterations, f"seed {seed}, {row}")
+            result = evaluate(train_step.model, _split(config, train=False), config)
             scores = {name: getattr(result, name)["miou"] for name in ("seg", "cam", "walk", "par")}
             content = {"row": row, "settings": [*base, *ROWS[row]], "f1": result.f1, **scores}
             content["seconds"] = time.perf_counter() - begin
@@ -83,14 +83,14 @@ def run_seed(seed: int, base: Sequence[str], runs: Path, device: torch.device) -
 
 def _classified(config: Config, device: torch.device) -> dict[str, Any]:
     """Weights and optimiser after the phase that all rows share."""
-    trainer = _trainer(config, device)
-    _steps(trainer, 0, config.train.classify_until, f"seed {config.train.seed}, classification")
-    return {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+    train_step = _train_step(config, device)
+    _steps(train_step, 0, config.train.classify_until + 1, f"seed {config.train.seed}, classification")
+    return {"model": train_step.model.state_dict(), "optimizer": train_step.optimizer.state_dict()}
 
 
-def _trainer(config: Config, device: torch.device) -> Trainer:
+def _train_step(config: Config, device: torch.device) -> TrainStep:
     torch.manual_seed(config.train.seed)
-    return Trainer(build_model(config.model, len(_split(config, train=True).classes)), config, device)
+    return TrainStep(build_model(config.model, len(_split(config, train=True).classes)), config, device)
 
 
 def _split(config: Config, *, train: bool) -> TaggedDataset:
@@ -99,8 +99,8 @@ def _split(config: Config, *, train: bool) -> TaggedDataset:
     return open_dataset(data, split, train=train, with_mask=not train)
 
 
-def _steps(trainer: Trainer, begin: int, end: int, title: str) -> None:
-    config = trainer.config
+def _steps(train_step: TrainStep, begin: int, end: int, title: str) -> None:
+    config = train_step.config
     batches = train_loader(
         _split(config, train=True),
         config.train.batch_size,
@@ -109,7 +109,7 @@ def _steps(trainer: Trainer, begin: int, end: int, title: str) -> None:
         workers=config.data.workers,
     )
     for iteration in trange(begin, end, desc=title, unit="it", dynamic_ncols=True):
-        trainer.step(next(batches), iteration)
+        train_step.update(next(batches), iteration)
 
 
 def summarise(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:

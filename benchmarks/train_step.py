@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --quick                          # a small step, some seconds
     python benchmarks/train_step.py --config vit_b --classes 20 train.batch_size=2 --phase par --device cuda
 
-The step is that of `afa.training.step.Trainer`, in the last phase unless told otherwise, on made-up images of which
+The step is that of `afa.training.step.TrainStep`, in the last phase unless told otherwise, on made-up images of which
 every second has a padded border. Plain PyTorch is the published way through the same network and losses:
 labels image by image and once for each background score, class activation maps of all classes with a forward of their
 own at every scale, dense matrices for the walk, attention multiplied out by hand, the affinity as a 1x1 convolution
@@ -36,11 +36,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afa.config import Config, LabelConfig, load_config, validate
-from afa.labeling.cam import ClassSet, MultiScaleCam, multi_scale_cam, pack_classes
+from afa.labeling import label_maker
+from afa.labeling.cam import ClassSet, combine_cams, pack_classes
+from afa.labeling.inference import ScaleOutputs, run_scales
+from afa.labeling.labels import Thresholds
 from afa.model import build_model, heads
 from afa.model.heads import AffinityHead
 from afa.training import step as step_module
-from afa.training.step import Step, Trainer
+from afa.training.step import StepResult, TrainStep
 from afa_ext import reference
 from benchmarks.affinity import resident
 from benchmarks.timing import RESULTS, print_table, time_candidates, write_results
@@ -98,22 +101,35 @@ class Clock:
 # ---- the published way
 
 
-def plain_cams(model: Any, images: Tensor, classes: ClassSet, scales: Any, **options: Any) -> MultiScaleCam:
-    """Every scale and its mirror image through the network, all classes, and those of the tags picked at the end."""
-    everything = pack_classes(images.new_ones(len(images), model.num_classes), model.num_classes)
-    result = multi_scale_cam(model, images, everything, scales, affinity_scale=options.get("affinity_scale"))
-    return MultiScaleCam(classes.gather(result.cams), result.affinity, result.grid)
+def plain_scales(model: Any, inputs: Tensor, *, base_cam: Tensor, **options: Any) -> ScaleOutputs:
+    """Every scale and its mirror image through the network, the first one again."""
+    return run_scales(model, inputs, **options)
+
+
+def plain_cams(outputs: ScaleOutputs, classes: ClassSet) -> Tensor:
+    """Maps of all classes, and those of the tags picked at the end."""
+    straight = outputs.cams[0][0]
+    count = straight.shape[1]
+    everything = pack_classes(straight.new_ones(len(straight), count), count)
+    return classes.gather(combine_cams(outputs.cams, everything, outputs.size))
 
 
 def plain_par_labels(
-    images: Tensor, cams: Tensor, classes: ClassSet, config: LabelConfig, *, box: Tensor | None = None, **_: Any
+    images: Tensor,
+    cams: Tensor,
+    classes: ClassSet,
+    config: LabelConfig,
+    *,
+    thresholds: Thresholds,
+    box: Tensor | None = None,
+    **_: Any,
 ) -> Tensor:
     return reference.pseudo_labels(
         images,
         cams,
         classes.valid,
-        low=config.low,
-        high=config.high,
+        low=thresholds[0],
+        high=thresholds[1],
         box=box,
         class_index=classes.index,
         downscale=config.par_downscale,
@@ -130,6 +146,7 @@ def plain_walk_labels(
     classes: ClassSet,
     config: LabelConfig,
     *,
+    thresholds: Thresholds,
     box: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
@@ -150,7 +167,7 @@ def plain_walk_labels(
                 for i in range(len(tokens))
             ]
         )
-        for score in (config.low, config.high)
+        for score in thresholds
     )
     return reference.refine_labels(
         images,
@@ -176,7 +193,8 @@ def plain_affinity_loss(affinity: Tensor, pairs: Tensor, counts: Tensor | None =
 
 
 PLAIN_LABELS = {
-    "multi_scale_cam": plain_cams,
+    "run_scales": plain_scales,
+    "class_activation_maps": plain_cams,
     "par_weights": lambda *_: None,
     "par_labels": plain_par_labels,
     "walk_labels": plain_walk_labels,
@@ -188,17 +206,17 @@ PLAIN_LABELS = {
 
 
 class Candidate:
-    """A trainer and one batch; `run` does a step and returns what it leaves."""
+    """A train_step and one batch; `run` does a step and returns what it leaves."""
 
     def __init__(self, name: str, config: Config, classes: int, phase: str, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.trainer = Trainer(build_model(config.model, classes), config, device)
+        self.train_step = TrainStep(build_model(config.model, classes), config, device)
         self.clock = Clock(device)
         self.plain = name == PLAIN
-        self.iteration = {"classify": 0, "par": 1, "walk": 2}[phase]
+        self.iteration = {"classify": 0, "par": 2, "walk": 3}[phase]
         self.batch = batch(config, classes)
         if self.plain:
-            for module in self.trainer.model.modules():
+            for module in self.train_step.model.modules():
                 if hasattr(module, "fused_attn"):
                     module.fused_attn = False
 
@@ -206,12 +224,13 @@ class Candidate:
     def ways(self) -> Iterator[None]:
         """The step's functions as this candidate has them, each under its part of the clock."""
         timed = self.clock.times
-        model, optimizer = self.trainer.model, self.trainer.optimizer
-        parts = {
-            "multi_scale_cam": "CAMs",
-            **dict.fromkeys(("par_weights", "par_labels", "walk_labels"), "labels"),
-            **dict.fromkeys(("classification_loss", "segmentation_loss", "affinity_loss"), "losses"),
-        }
+        model, optimizer = self.train_step.model, self.train_step.optimizer
+        parts: list[tuple[Any, str, str]] = [
+            (step_module, "run_scales", "CAMs"),
+            (ScaleOutputs, "class_activation_maps", "CAMs"),
+            *((label_maker, name, "labels") for name in ("par_weights", "par_labels", "walk_labels")),
+            *((step_module, f"{name}_loss", "losses") for name in ("classification", "segmentation", "affinity")),
+        ]
         with ExitStack() as stack:
 
             def put(target: Any, name: str, value: Any) -> None:
@@ -221,18 +240,18 @@ class Candidate:
                 put(heads, "afa_ext", reference)
                 put(step_module, "afa_ext", reference)
                 put(AffinityHead, "forward", plain_affinity)
-            for name, part in parts.items():
+            for owner, name, part in parts:
                 way = PLAIN_LABELS.get(name) if self.plain else None
-                put(step_module, name, timed(part, way or getattr(step_module, name)))
+                put(owner, name, timed(part, way or getattr(owner, name)))
             put(model, "forward", timed("forward", model.forward))
             put(torch.Tensor, "backward", timed("backward", torch.Tensor.backward))
-            put(self.trainer, "_clip", timed("optimiser", self.trainer._clip))
+            put(self.train_step, "_clip", timed("optimiser", self.train_step._clip))
             put(optimizer, "step", timed("optimiser", optimizer.step))
             yield
 
-    def run(self) -> Step:
+    def run(self) -> StepResult:
         with self.ways():
-            return self.trainer.step(self.batch, self.iteration)
+            return self.train_step.update(self.batch, self.iteration)
 
 
 def batch(config: Config, classes: int) -> dict[str, Any]:
@@ -277,7 +296,7 @@ def peak_here(candidate: Candidate) -> int:
     """Bytes a step adds to the peak; on the CPU in a process that has done none before, on CUDA after one."""
     if candidate.clock.device.type == "cuda":
         candidate.run()
-        candidate.trainer.optimizer.zero_grad(set_to_none=True)
+        candidate.train_step.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -28,3 +28,9 @@ def printable(text: str) -> str:
     """The text for a terminal: control characters, such as a file name may hold, and undecodable bytes are escaped."""
     text = _ESCAPE_SEQUENCE.sub("", text)
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception that another library raised, short enough to quote."""
+    text = " ".join(printable(" ".join(str(error).split())).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,4 +1,4 @@
-"""The folder of a run has one owner at a time, and nothing of an earlier run is ever deleted to make room."""
+"""The folder of a run: the names of its files, its one owner at a time, and earlier runs that were moved aside."""
 
 from __future__ import annotations
 
@@ -12,8 +12,30 @@ from filelock import FileLock, Timeout
 from afa.errors import UserError
 from afa.files import OUTPUT_MARK, check_writable, flush, mark_output, writing
 
+CONFIG = "config.yaml"
+LOG = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+"""Labels of a few training images at the end of each phase."""
+BEST = "best"
+"""The best weights so far, with train.keep_best."""
+TENSORBOARD = "tensorboard"
+TRAINING_FILES = (CHECKPOINTS, LOG, TENSORBOARD, SNAPSHOTS, BEST, CONFIG)
+"""What training writes. The checkpoints tell that the run can be resumed."""
+
+MODEL = "model.safetensors"
+"""Written last: it tells that training is finished."""
+EVALUATION = "evaluation"
+"""Label maps of an evaluation that is not complete."""
+METRICS, SAMPLES, REPORT = "metrics.json", "samples.npz", "report.html"
+CLASS_TABLE, IMAGE_TABLE, CONFUSION = "metrics.csv", "images.csv", "confusion.csv"
+EVALUATION_FILES = (METRICS, SAMPLES, CLASS_TABLE, IMAGE_TABLE, CONFUSION, REPORT)
+"""What evaluation writes."""
+RESULT_FILES = (MODEL, EVALUATION, *EVALUATION_FILES)
+
 LOCK = ".lock"
 PREVIOUS = "previous"
+"""Numbered folders with the files of earlier runs."""
 _MOVING = ".moving"
 
 

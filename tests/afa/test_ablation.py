@@ -46,7 +46,7 @@ def test_five_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pyte
     base = settings(voc_root)
     scores = ablation.run_seed(0, base, tmp_path / "runs", DEVICE)
     assert list(scores) == list(ablation.ROWS)
-    assert steps == [(0, 1)] + [(1, 5)] * 5, "the classification is shared"
+    assert steps == [(0, 2)] + [(2, 5)] * 5, "the classification is shared"
     decoders = [trained[f"seed 0, {row}"]["decoder.predict.weight"] for row in ablation.ROWS]
     for first in range(5):
         for second in range(first):
@@ -60,7 +60,7 @@ def test_five_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pyte
     assert ablation.run_seed(0, base, tmp_path / "runs", DEVICE) == scores and not steps
     (tmp_path / "runs/seed0/3.json").unlink()
     assert ablation.run_seed(0, base, tmp_path / "runs", DEVICE)["+ walk"]["seg"] == scores["+ walk"]["seg"]
-    assert steps == [(0, 1), (1, 5)]
+    assert steps == [(0, 2), (2, 5)]
 
 
 def test_mean_and_spread() -> None:

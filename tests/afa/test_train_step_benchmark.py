@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from afa.training import step as step_module
+from afa.labeling import label_maker
 from benchmarks import train_step
 from tools import update_readme
 
@@ -22,9 +22,9 @@ def test_both_ways_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(train_step, "peak", lambda name, *_: {train_step.OURS: 10, train_step.PLAIN: 25}[name])
     arguments = ["--config", "demo", "--seconds", "0.01", "--device", "cpu", "--out", str(tmp_path), *SMALL]
     monkeypatch.setattr(sys, "argv", ["train_step", *arguments])
-    before = (step_module.par_labels, torch.Tensor.backward)
+    before = (label_maker.par_labels, torch.Tensor.backward)
     train_step.main()
-    assert (step_module.par_labels, torch.Tensor.backward) == before  # nothing stays replaced
+    assert (label_maker.par_labels, torch.Tensor.backward) == before  # nothing stays replaced
     (file,) = tmp_path.glob("train_step-*.json")
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
     whole = {row["candidate"]: row for row in rows if row["times_ours"] is not None}

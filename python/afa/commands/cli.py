@@ -1,29 +1,18 @@
-"""The `afa` command: prepare, train, evaluate, predict, report."""
+"""The `afa` command: its options, help and errors. Each subcommand is a module of this package, imported only when it
+runs, so that --help answers at once and without torch."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from datetime import datetime
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from afa.errors import UserError, did_you_mean, printable
-
-# torch and all that needs it are imported by the commands, so that --help answers at once.
-if TYPE_CHECKING:
-    import torch
-
-    from afa.config import Config
-    from afa.data import TaggedDataset
-    from afa.evaluation.evaluate import EvalResult
-    from afa.evaluation.store import EvalStore
 
 ABOUT = """\
 Weakly-supervised semantic segmentation: learn masks from image tags alone
@@ -115,11 +104,20 @@ example:
   afa report runs/demo
 """
 
+CONFIGURATION = """\
+Print every setting of a configuration as YAML, or the JSON schema of the YAML files, with the meaning and the range of
+every setting, for editors that complete and check them.
+
+examples:
+  afa config show voc train.batch_size=8
+  afa config show runs/voc
+  afa config schema > afa.schema.json
+"""
+
 EXTRAS = frozenset(
     {"PIL", "filelock", "jinja2", "pydantic", "safetensors", "scipy", "skimage", "sklearn", "timm", "tqdm", "yaml"}
 )
 """Packages that `pip install afa-ext` leaves out."""
-NAMES = {"cam": "CAM", "walk": "walk", "par": "PAR label", "seg": "segmentation", "crf": "+ dense CRF"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Intermixed, as `afa train voc --run X train.lr=1e-4` has values on both sides of an option; argparse can't do
         # that through its own sub-commands.
         options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
-        command: Callable[[argparse.Namespace], None] = options.command
-        command(options)
+        command = import_module(f"afa.commands.{arguments[0].replace('-', '_')}")
+        command.run(options)
         return 0
     except UserError as error:
         return _error(str(error))
@@ -178,10 +176,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parser.add_argument("--version", action="version", version=_version())
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def add(name: str, summary: str, text: str, command: Callable[[argparse.Namespace], None]) -> Any:
-        sub = subparsers.add_parser(name, help=summary, description=text, formatter_class=raw)
-        sub.set_defaults(command=command)
-        return sub
+    def add(name: str, summary: str, text: str) -> Any:
+        return subparsers.add_parser(name, help=summary, description=text, formatter_class=raw)
 
     def common(sub: Any, overrides: str) -> None:
         if overrides:
@@ -189,7 +185,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    prepare = add("prepare", "make a data set ready to train on", PREPARE, _prepare)
+    prepare = add("prepare", "make a data set ready to train on", PREPARE)
     prepare.add_argument("kind", metavar="KIND", help="voc, coco or own")
     prepare.add_argument("folder", type=_path, metavar="FOLDER", help="where it was unpacked, or your pictures")
     prepare.add_argument(
@@ -200,7 +196,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     prepare.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    train = add("train", "train, measure and report", TRAIN.format(ready=", ".join(ready_names())), _train)
+    train = add("train", "train, measure and report", TRAIN.format(ready=", ".join(ready_names())))
     train.add_argument("config", metavar="CONFIG", help="name of a ready configuration, or a YAML file")
     train.add_argument(
         "--run",
@@ -214,11 +210,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     common(train, "settings that differ from CONFIG")
 
-    evaluate = add("evaluate", "measure a trained run again", EVALUATE, _evaluate)
+    evaluate = add("evaluate", "measure a trained run again", EVALUATE)
     evaluate.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     common(evaluate, "settings that differ from the run's, such as eval.flip=true")
 
-    predict = add("predict", "segment pictures with a trained run", PREDICT, _predict)
+    predict = add("predict", "segment pictures with a trained run", PREDICT)
     predict.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     predict.add_argument("paths", nargs="+", metavar="PATH", help="picture, folder or 'pattern*'")
     predict.add_argument(
@@ -240,7 +236,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     predict.add_argument("--crf", action="store_true", help="draw borders along colours by a dense CRF")
     common(predict, "")
 
-    pseudo = add("pseudo-labels", "write a training set's pseudo labels", PSEUDO, _pseudo_labels)
+    pseudo = add("pseudo-labels", "write a training set's pseudo labels", PSEUDO)
     pseudo.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     pseudo.add_argument("--out", type=_path, metavar="DIR", required=True, help="folder to write to")
     pseudo.add_argument("--split", metavar="NAME", help="split list to label (default: the run's data.train_split)")
@@ -250,8 +246,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     pseudo.add_argument("--shard", metavar="I/N", default="1/1", help="write the I-th of N parts, I from 1")
     common(pseudo, "settings that differ from the run's, such as eval.crf=true")
 
-    report = add("report", "write a run's report.html anew", REPORT, _report)
+    report = add("report", "write a run's report.html anew", REPORT)
     report.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
+    config = add("config", "print settings, or their JSON schema", CONFIGURATION)
+    config.add_argument("action", metavar="ACTION", help="show or schema")
+    config.add_argument("config", nargs="?", metavar="CONFIG", help="ready configuration, YAML file or run")
+    config.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from CONFIG")
     return parser, {
         "prepare": prepare,
         "train": train,
@@ -259,461 +259,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "predict": predict,
         "pseudo-labels": pseudo,
         "report": report,
+        "config": config,
     }
-
-
-# ---- commands
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    from afa.data import prepare
-    from afa.files import check_writable
-
-    folder, masks, progress = options.folder, options.train_masks, not options.quiet
-    kinds = ("voc", "coco", "own")
-    if options.kind not in kinds:
-        raise UserError(
-            f"afa prepare knows {', '.join(kinds)}, not '{options.kind}'{did_you_mean(options.kind, kinds)}"
-        )
-    if options.sbd is not None and options.kind != "voc":
-        raise UserError(f"--sbd belongs to `afa prepare voc`, not to {options.kind}")
-    try:
-        if options.kind != "own" and folder.is_dir():
-            check_writable(folder, "the data folder")
-        if options.kind == "voc":
-            root = prepare.prepare_voc(folder, sbd=options.sbd, train_masks=masks, progress=progress, say=_say)
-        elif options.kind == "coco":
-            root = prepare.prepare_coco(folder, train_masks=masks, progress=progress, say=_say)
-        else:
-            root = prepare.prepare_own(folder, progress=progress, say=_say)
-    except KeyboardInterrupt:
-        _say("stopped", "what is written is whole; run the same command again to go on")
-        raise
-    _say("next", f"afa train {options.kind} data.root={root}")
-
-
-def _train(options: argparse.Namespace) -> None:
-    started = time.perf_counter()
-    from afa.config import load_config, resolve, with_absolute_paths
-    from afa.run import check_run, lock_run
-
-    config = with_absolute_paths(load_config(options.config, options.overrides))
-    path = resolve(options.config)
-    # The settings of an earlier run are all called config.yaml: its folder is their name, and where it goes on.
-    of_run = path.name == "config.yaml"
-    name = path.parent.name if of_run else path.stem
-    run = options.run or (path.parent if of_run else Path("runs") / name)
-    if run.exists() and not run.is_dir():
-        raise UserError(f"--run {run} is a file; give a folder")
-    from afa import distributed
-
-    with _processes(options.device) as (device, main):
-        say = _say if main else _hush
-        progress = not options.quiet and main
-        if main:
-            check_run(run)
-        # What costs least is checked first: lists and tags, then the model, then, when they are made here, the images.
-        if not _to_be_made(config):
-            _datasets(config, progress)
-        say("model", _describe_model(config))
-        if main:
-            _make_data(config, progress)
-        distributed.barrier()
-        train_set, val_set = _datasets(config, progress)
-        say(
-            "data",
-            f"{config.data.root}: {len(train_set):,} images to train on, {len(val_set):,} to measure, "
-            f"{len(train_set.classes)} classes",
-        )
-        say("classes", train_set.class_counts())
-        from afa.data import check_dataset
-        from afa.training.loop import Stopped, train
-
-        if main:
-            _say_skipped(train_set)
-            _say_skipped(val_set)
-            if not val_set.has_masks:
-                say("note", _no_masks(config, val_set) + ": only the classifier's F1 will be")
-            check_dataset(train_set, progress)
-            check_dataset(val_set, progress)
-            for note in [*val_set.notes, *val_set.mask_notes()]:
-                say("note", note)
-        distributed.barrier()
-        where = f"{distributed.world_size()} processes on {device.type}" if distributed.world_size() > 1 else device
-        say("run", f"{run}: {config.train.iterations:,} iterations of {config.train.batch_size} crops on {where}")
-        try:
-            new = train(config, run, resume=options.resume, device=device, progress=progress)
-        except KeyboardInterrupt:
-            if (run / "checkpoints").is_dir():
-                say("stopped", f"go on with: afa train {run} --resume")
-            raise
-        except Stopped as stopped:
-            say(
-                "stopped",
-                f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else 'SIGTERM'}; the checkpoint of iteration "
-                f"{stopped.iteration:,} is written, resume with: afa train {run} --resume",
-            )
-            # As the shell reports a process that the signal itself ended.
-            raise SystemExit(128 + stopped.signal) from None
-        facts = {"config": name, "train_seconds": time.perf_counter() - started} if new else _training_facts(run)
-        if not new:
-            say("finished", f"{run} was trained before; extend it by a larger train.iterations")
-        with lock_run(run) if main else nullcontext():
-            _measure(config, run, val_set, device, progress, facts, started if new else None)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from afa.config import load_config, with_absolute_paths
-    from afa.data import check_dataset, open_dataset
-    from afa.evaluation.store import EvalStore, evaluation_key
-    from afa.labeling.crf import check_installed
-    from afa.run import check_run, lock_run
-
-    _need_run(options.run)
-    config = with_absolute_paths(load_config(options.run / "config.yaml", options.overrides))
-    if config.eval.crf:
-        check_installed()
-    kept = _training_facts(options.run)
-    with _processes(options.device) as (device, first):
-        progress = first and not options.quiet
-        with _first_alone(first):
-            if first:
-                check_run(options.run)
-            _make_data(config, progress)
-            val_set = open_dataset(config.data, config.data.val_split, train=False, with_mask=True, progress=progress)
-            if first:
-                _say_skipped(val_set)
-                check_dataset(val_set, progress)
-        with lock_run(options.run) if first else nullcontext():
-            store = EvalStore(options.run / "evaluation", evaluation_key(options.run / "model.safetensors", config))
-            _measure(config, options.run, val_set, device, progress, kept, None, store)
-
-
-def _training_facts(run: Path) -> dict[str, Any]:
-    """What training took, which stays true however often the run is measured."""
-    if not (run / "metrics.json").is_file():
-        return {}
-    from afa.report.results import load_result
-
-    before = load_result(run)[2]
-    return {key: before[key] for key in ("config", "seconds", "train_seconds") if key in before}
-
-
-@contextmanager
-def _processes(name: str | None) -> Iterator[tuple[torch.device, bool]]:
-    """This process's device, joined with the others that torchrun started if it did, and whether it is the first."""
-    from afa import distributed
-
-    if not distributed.launched():
-        yield _device(name), True
-        return
-    try:
-        yield distributed.setup(name), distributed.is_main()
-    finally:
-        distributed.teardown()
-
-
-@contextmanager
-def _first_alone(first: bool) -> Iterator[None]:
-    """The first process goes through the block before the others do: what it makes there, they find."""
-    from afa import distributed
-
-    if not first:
-        distributed.barrier()
-    yield
-    if first:
-        distributed.barrier()
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from afa.commands.predict import find_images, predict
-    from afa.config import with_overrides
-    from afa.files import check_writable
-    from afa.labeling.crf import check_installed
-    from afa.model import load_model
-
-    _need_run(options.run)
-    if options.largest_side < 32:
-        raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
-    images = find_images(options.paths)
-    check_writable(options.out, "--out")
-    model, classes, config = load_model(options.run / "model.safetensors", _device(options.device))
-    overrides = [f"eval.scales={options.scales}"] if options.scales is not None else []
-    overrides += ["eval.flip=true"] * options.flip + ["eval.crf=true"] * options.crf
-    config = with_overrides(config, overrides)
-    if config.eval.crf:
-        check_installed()
-    names = ["background", *classes]
-    from tqdm import tqdm
-
-    bad: list[str] = []
-    results = predict(
-        model,
-        classes,
-        config,
-        images,
-        options.out,
-        largest_side=options.largest_side,
-        progress=not options.quiet,
-        bad=bad.append,
-    )
-
-    width = min(max(map(len, images)), 40)
-    done = 0
-    for result in results:
-        done += 1
-        found = ", ".join(f"{_square(i)}{names[i]} {_share(share)}" for i, share in result.shares.items())
-        # Above the bar and not through it.
-        tqdm.write(f"{printable(result.name):<{width}}  {found or 'only background'}")
-    plural = "" if done == 1 else "s"
-    _say("written", f"{done} picture{plural} to {options.out}/masks, overlays and cams")
-    for reason in bad:
-        _say("skipped", reason.rpartition(";")[0])
-    if bad:
-        raise UserError(f"{len(bad):,} of {len(images):,} pictures can't be read, as listed above; fix or remove them")
-
-
-def _pseudo_labels(options: argparse.Namespace) -> None:
-    _need_run(options.run)
-    shard = _shard(options.shard)
-    from afa.commands.pseudo_labels import SOURCES
-
-    if options.source not in SOURCES:
-        hint = did_you_mean(options.source, SOURCES)
-        raise UserError(f"--source must be one of {', '.join(SOURCES)}, got '{options.source}'{hint}")
-    from afa.commands.pseudo_labels import export_labels
-    from afa.config import load_config, with_absolute_paths
-    from afa.data import open_dataset
-    from afa.evaluation.store import weights_id
-    from afa.files import check_writable
-    from afa.labeling.crf import check_installed
-    from afa.model import load_model
-
-    config = with_absolute_paths(load_config(options.run / "config.yaml", options.overrides))
-    if config.eval.crf and options.source == "seg":
-        check_installed()
-    check_writable(options.out, "--out")
-    split = options.split or config.data.train_split
-    with _processes(options.device) as (device, first):
-        progress = first and not options.quiet
-        with _first_alone(first):
-            _make_data(config, progress)
-        dataset = open_dataset(config.data, split, train=False, with_mask=False, progress=progress)
-        path = options.run / "model.safetensors"
-        model, classes, _ = load_model(path, device)
-        _need_classes(options.run, classes, config, dataset)
-        done = export_labels(
-            model,
-            dataset,
-            config,
-            options.out,
-            source=options.source,
-            ignore=not options.no_ignore,
-            cams=options.cams,
-            shard=shard,
-            weights_id=weights_id(path),
-            progress=progress,
-        )
-    if not first:
-        return
-    _say_skipped(dataset)
-    rate = f", {done.written / done.seconds:.1f} images a second" if done.written else ""
-    _say("written", f"{done.written:,} labels of '{split}' to {options.out} ({done.skipped:,} were there){rate}")
-    if done.scores is None:
-        _say("note", f"the split '{split}' has no masks, so the labels can't be measured")
-        return
-    _say(
-        "measured",
-        f"mIoU {done.scores['miou']:.3f} on {done.measured:,} images with masks, over the "
-        f"{done.scores['labelled']:.1%} of their pixels that are labelled",
-    )
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """'2/8' -> (1, 8)."""
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise UserError(f"--shard must be I/N with 1 <= I <= N, such as 2/8, got '{text}'")
-    return int(number) - 1, int(count)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from afa.report.results import make_report
-
-    if not options.run.is_dir():
-        raise UserError(f"there is no run {options.run}; give a folder that `afa train` wrote")
-    _say("report", str(make_report(options.run)))
-
-
-# ---- their parts
-
-
-def _need_run(run: Path) -> None:
-    if not run.is_dir():
-        others = sorted(str(path.parent) for path in run.parent.glob("*/config.yaml"))
-        raise UserError(f"there is no run {run}; give a folder that `afa train` wrote{did_you_mean(str(run), others)}")
-    if not (run / "model.safetensors").is_file():
-        raise UserError(
-            f"the run {run} has no model.safetensors, so its training has not ended; "
-            f"finish it with `afa train {run} --resume`"
-        )
-
-
-def _need_classes(run: Path, classes: list[str], config: Config, dataset: TaggedDataset) -> None:
-    if classes != dataset.classes:
-        raise UserError(
-            f"the run {run} knows the classes {', '.join(classes)}, but {config.data.root} has "
-            f"{', '.join(dataset.classes)}; set data.root to the data it was trained for"
-        )
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device must be cpu, cuda or cuda:N, got '{name}'") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu")
-    return device
-
-
-def _describe_model(config: Config) -> str:
-    """Build the model once before any long work: a wrong name, weights file or argument ends here."""
-    from afa.model import build_model
-
-    model = build_model(config.model, 1)
-    if config.data.crop_size % model.stride:
-        raise UserError(
-            f"data.crop_size must be a multiple of the stride of {config.model.backbone} ({model.stride}), "
-            f"got {config.data.crop_size}"
-        )
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    start = config.model.weights or "random"
-    return f"{config.model.backbone}, {millions:.1f} million parameters, {start} weights"
-
-
-def _to_be_made(config: Config) -> bool:
-    return config.data.embedded and not Path(config.data.root).exists()
-
-
-def _make_data(config: Config, progress: bool) -> None:
-    if _to_be_made(config):
-        from afa.data.synthetic import make_dataset
-
-        root = Path(config.data.root)
-        _say("data", f"making the embedded data set in {root}")
-        make_dataset(root, progress=progress)
-
-
-def _datasets(config: Config, progress: bool) -> tuple[TaggedDataset, TaggedDataset]:
-    from afa.data import open_dataset
-
-    data = config.data
-    train_set = open_dataset(data, data.train_split, train=True, with_mask=False, progress=progress)
-    return train_set, open_dataset(data, data.val_split, train=False, with_mask=True, progress=progress)
-
-
-def _say_skipped(dataset: TaggedDataset) -> None:
-    for reason in dataset.skipped[:10]:
-        _say("skipped", reason.rpartition(";")[0])  # without the advice, which has been taken
-    if len(dataset.skipped) > 10:
-        _say("skipped", f"and {len(dataset.skipped) - 10:,} more of '{dataset.split}'")
-
-
-def _measure(
-    config: Config,
-    run: Path,
-    val_set: TaggedDataset,
-    device: torch.device,
-    progress: bool,
-    facts: dict[str, Any],
-    started: float | None,
-    store: EvalStore | None = None,
-) -> None:
-    from afa.distributed import is_main
-    from afa.evaluation.evaluate import evaluate
-    from afa.model import load_model
-    from afa.report.results import environment, save_result
-
-    model, classes, _ = load_model(run / "model.safetensors", device)
-    _need_classes(run, classes, config, val_set)
-    result = evaluate(
-        model,
-        val_set,
-        config,
-        progress=progress,
-        keep=config.eval.report_images,
-        store=store,
-        on_resume=lambda done: _say("resumed", f"{done:,} of {len(val_set):,} images were measured before the stop"),
-    )
-    if not is_main():
-        return
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    facts = {**facts, "date": now, "environment": environment(device)}
-    if started is not None:
-        facts["seconds"] = time.perf_counter() - started
-    page = save_result(run, result, classes, config, facts)
-    if val_set.has_masks:
-        print(_table(result, len(val_set)))
-    else:
-        _say("measured", f"F1 of the tags {result.f1:.3f} on {len(val_set):,} images; {_no_masks(config, val_set)}")
-    _say("report", str(page))
-
-
-def _no_masks(config: Config, val_set: TaggedDataset) -> str:
-    return (
-        f"the split '{config.data.val_split}' has no masks in {val_set.mask_folder}, so neither the "
-        "segmentation nor the labels can be measured against the truth"
-    )
-
-
-def _table(result: EvalResult, images: int) -> str:
-    """The rows as text, with bars."""
-    full, empty = ("█", "░") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", ".")
-    lines = ["", f"{'on ' + format(images, ',') + ' images':<16}{'mIoU':>7}  {'':24}{'pixels':>8}{'classes':>9}"]
-    for row, scores in result.rows.items():
-        name = NAMES[row]
-        filled = round(24 * scores["miou"]) if scores["miou"] == scores["miou"] else 0
-        bar = full * filled + empty * (24 - filled)
-        line = f"{name:<16}{scores['miou']:>7.3f}  {bar}{scores['pixel_acc']:>8.3f}{scores['mean_acc']:>9.3f}"
-        lines.append(f"\033[1m{line}\033[0m" if row == list(result.rows)[-1] and _coloured() else line)
-    lines += [f"note: {note}" for note in result.notes]
-    return "\n".join([*lines, f"F1 of the tags {result.f1:.3f}", ""])
-
-
-def _share(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.005 else "<1%"
-
-
-def _coloured() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-
-def _square(index: int) -> str:
-    """A square in the colour of the class, on a terminal."""
-    if not _coloured():
-        return ""
-    from afa.data.visualize import SCREEN_COLOURS
-
-    red, green, blue = SCREEN_COLOURS[index].tolist()
-    return f"\033[38;2;{red};{green};{blue}m■\033[0m "
 
 
 def _path(text: str) -> Path:
     """A path given on the command line; the shell leaves the ~ of --run=~/x as it is."""
     return Path(text).expanduser()
-
-
-def _hush(what: str, text: str) -> None:
-    """`_say` in all processes of a run but the first."""
-
-
-def _say(what: str, text: str) -> None:
-    print(f"{what:<8} {printable(text)}", flush=True)
 
 
 def _version() -> str:

@@ -1,7 +1,8 @@
-"""Masks, overlays and heat maps for pictures of one's own: `afa predict`."""
+"""`afa predict`: masks, overlays and heat maps for your own pictures."""
 
 from __future__ import annotations
 
+import argparse
 import glob
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,19 +11,76 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from afa.config import Config
+from afa.commands.common import choose_device, colored, need_run, say
+from afa.config import Config, with_overrides
 from afa.data.listing import IMAGE_SUFFIXES, visible_files
 from afa.data.transforms import read_image
-from afa.data.visualize import heat, overlay, save_mask, save_picture
-from afa.errors import UserError
-from afa.evaluation.evaluate import crf_settings, segment
+from afa.data.visualize import SCREEN_COLOURS, heat, overlay, save_mask, save_picture
+from afa.errors import UserError, printable
 from afa.files import check_writable, is_output, mark_output
-from afa.labeling.cam import multi_scale_cam
-from afa.labeling.crf import dense_crf
+from afa.labeling.cam import pack_classes
+from afa.labeling.crf import CrfSettings, check_installed, dense_crf
+from afa.labeling.inference import ScaleOutputs, infer
 from afa.labeling.upsample import upsampled_labels
-from afa.model import AFANet, normalize
+from afa.model import AFANet, load_model
+from afa.run import MODEL
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run `afa predict` with its parsed options."""
+    need_run(options.run)
+    if options.largest_side < 32:
+        raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
+    images = find_images(options.paths)
+    check_writable(options.out, "--out")
+    model, classes, config = load_model(options.run / MODEL, choose_device(options.device))
+    overrides = [f"eval.scales={options.scales}"] if options.scales is not None else []
+    overrides += ["eval.flip=true"] * options.flip + ["eval.crf=true"] * options.crf
+    config = with_overrides(config, overrides)
+    if config.eval.crf:
+        check_installed()
+    names = ["background", *classes]
+
+    bad: list[str] = []
+    results = predict(
+        model,
+        classes,
+        config,
+        images,
+        options.out,
+        largest_side=options.largest_side,
+        progress=not options.quiet,
+        bad=bad.append,
+    )
+
+    width = min(max(map(len, images)), 40)
+    done = 0
+    for result in results:
+        done += 1
+        found = ", ".join(f"{_square(i)}{names[i]} {_share(share)}" for i, share in result.shares.items())
+        # Above the bar and not through it.
+        tqdm.write(f"{printable(result.name):<{width}}  {found or 'only background'}")
+    plural = "" if done == 1 else "s"
+    say("written", f"{done} picture{plural} to {options.out}/masks, overlays and cams")
+    for reason in bad:
+        say("skipped", reason.rpartition(";")[0])
+    if bad:
+        raise UserError(f"{len(bad):,} of {len(images):,} pictures can't be read, as listed above; fix or remove them")
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
+
+
+def _square(index: int) -> str:
+    """A square in the color of the class, on a terminal."""
+    if not colored():
+        return ""
+    red, green, blue = SCREEN_COLOURS[index].tolist()
+    return f"\033[38;2;{red};{green};{blue}m■\033[0m "
 
 
 @dataclass
@@ -100,12 +158,13 @@ def predict(
         small = image.copy()
         small.thumbnail((largest_side, largest_side), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(small).transpose(2, 0, 1)[None].copy()).to(device)
-        logits = segment(model, pixels, config)[0]
+        found = infer(model, pixels, config, {"class", "cam", "seg"})
+        assert found.seg_logits is not None
+        logits = found.seg_logits[0]
         if config.eval.crf:
             probabilities = logits.softmax(0).cpu().numpy()
-            logits = torch.from_numpy(dense_crf(np.array(small), probabilities, crf_settings(config.eval)))
-        mask = logits.argmax(0).to(torch.uint8).cpu().numpy()
-        cam = _cam(model, pixels, mask, config)
+            logits = torch.from_numpy(dense_crf(np.array(small), probabilities, CrfSettings.of(config.eval)))
+        cam = _shown_cam(found.outputs, logits)
         labels = upsampled_labels(logits, image.height, image.width)
         picture = np.asarray(image)
         save_mask(out / "masks" / f"{name}.png", labels)
@@ -129,13 +188,11 @@ def _claim(out: Path) -> Path:
 
 
 @torch.inference_mode()
-def _cam(model: AFANet, pixels: torch.Tensor, mask: np.ndarray, config: Config) -> np.ndarray:
-    """float32 [H,W] in [0,1]: the largest CAM over the classes found in uint8 pixels [1,3,H,W]."""
-    inputs = normalize(pixels)
-    logits = model(inputs, want=("class",)).class_logits
-    assert logits is not None
-    present = (logits > 0).float()
-    drawn = np.bincount(mask.reshape(-1), minlength=present.shape[1] + 1)[1:] > 0
-    present[0, torch.from_numpy(drawn).to(present.device)] = 1
-    cams = multi_scale_cam(model, inputs, present, config.labels.cam_scales).cams
-    return cams[0].amax(0).float().cpu().numpy()
+def _shown_cam(outputs: ScaleOutputs, logits: Tensor) -> np.ndarray:
+    """float32 [H, W] in [0, 1]: the largest CAM over the classes that the classifier or the segmentation finds, for the
+    outputs of one image and its segmentation logits [C+1, H, W]."""
+    assert outputs.class_logits is not None
+    present = (outputs.class_logits > 0).float()
+    segmented = logits.argmax(0).unique().to(present.device)
+    present[0, segmented[segmented > 0] - 1] = 1
+    return outputs.class_activation_maps(pack_classes(present))[0].amax(0).cpu().numpy()

@@ -30,7 +30,6 @@ from afa.data.synthetic.shapes import PRETRAIN_SHAPES
 from afa.data.synthetic.textures import PRETRAIN_TEXTURES
 from afa.files import atomic_path, write_text
 from afa.model.backbone import Backbone
-from afa.model.network import normalize
 
 BACKBONE = "pvt_v2_b0"
 BACKBONE_ARGS: dict[str, tuple[int, ...]] = {
@@ -54,7 +53,7 @@ class Tagger(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] uint8 -> tag logits [B, len(TAGS)]."""
-        scores = self.head(self.backbone(normalize(images)).maps[-1])
+        scores = self.head(self.backbone(self.backbone.normalization(images)).maps[-1])
         return 0.5 * (scores.amax((2, 3)) + scores.mean((2, 3)))
 
 

@@ -9,6 +9,7 @@ Every source is told the image's tags, as at training: a class that the image do
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections import deque
@@ -23,79 +24,83 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-from afa.config import Config, to_dict
-from afa.data import TaggedDataset, eval_loader, share
+from afa.commands.common import first_alone, make_data, need_classes, need_run, processes, say, say_skipped
+from afa.config import Config, load_config, to_dict, with_absolute_paths
+from afa.data import TaggedDataset, eval_loader, open_dataset, share
+from afa.data.classes import IGNORE
 from afa.data.transforms import image_size, read_mask
 from afa.data.visualize import save_mask
 from afa.distributed import all_reduce_sum_, barrier, is_main, rank, world_size
-from afa.errors import UserError
-from afa.evaluation.evaluate import crf_settings, fuse_segmentation, precision
-from afa.evaluation.metrics import IGNORE, SegmentationMetrics
-from afa.files import atomic_path, mark_output, write_json
-from afa.labeling.cam import ClassSet, multi_scale_cam, pack_classes
-from afa.labeling.crf import CrfPool
-from afa.labeling.labels import par_labels, threshold_labels, walk_labels
-from afa.model.network import AFANet, normalize
-
-SOURCES = ("seg", "walk", "par", "cam")
-"""seg: the segmentation among background and the image's tags. walk: the CAM walked by the affinity, then PAR, and par:
-the CAM refined by PAR, as training makes them. cam: the CAM against the two background scores."""
+from afa.errors import UserError, did_you_mean
+from afa.evaluation.metrics import SegmentationMetrics
+from afa.evaluation.store import weights_id
+from afa.files import atomic_path, check_writable, mark_output, write_json
+from afa.labeling.crf import CrfPool, CrfSettings, check_installed
+from afa.labeling.label_maker import SOURCES, LabelMaker
+from afa.model.network import AFANet, load_model
+from afa.run import CONFIG, MODEL
 
 MANIFEST = "labels.json"
 _WRITERS = 4
 
 
-@dataclass
-class Labels:
-    """Pseudo labels of one batch."""
+def run(options: argparse.Namespace) -> None:
+    """Run `afa pseudo-labels` with its parsed options."""
+    need_run(options.run)
+    shard = _shard(options.shard)
 
-    maps: dict[str, Tensor]
-    """Source -> int64 [B, H, W]: 0 background, class number + 1, 255 ignored."""
-    cams: Tensor
-    """[B, K, H, W] of the tagged classes, in [0, 1]."""
-    classes: ClassSet
-    seg_logits: Tensor | None = None
-    """[B, K+1, H, W] of background and the tagged classes (-inf where there are fewer), when seg was asked for."""
+    if options.source not in SOURCES:
+        hint = did_you_mean(options.source, SOURCES)
+        raise UserError(f"--source must be one of {', '.join(SOURCES)}, got '{options.source}'{hint}")
+
+    config = with_absolute_paths(load_config(options.run / CONFIG, options.overrides))
+    if config.eval.crf and options.source == "seg":
+        check_installed()
+    check_writable(options.out, "--out")
+    split = options.split or config.data.train_split
+    with processes(options.device) as (device, first):
+        progress = first and not options.quiet
+        with first_alone(first):
+            make_data(config, progress)
+        dataset = open_dataset(config.data, split, train=False, with_mask=False, progress=progress)
+        path = options.run / MODEL
+        model, classes, _ = load_model(path, device)
+        need_classes(options.run, classes, config, dataset)
+        done = export_labels(
+            model,
+            dataset,
+            config,
+            options.out,
+            source=options.source,
+            ignore=not options.no_ignore,
+            cams=options.cams,
+            shard=shard,
+            model_id=weights_id(path),
+            progress=progress,
+        )
+    if not first:
+        return
+    say_skipped(dataset)
+    rate = f", {done.written / done.seconds:.1f} images a second" if done.written else ""
+    say("written", f"{done.written:,} labels of '{split}' to {options.out} ({done.skipped:,} were there){rate}")
+    if done.scores is None:
+        say("note", f"the split '{split}' has no masks, so the labels can't be measured")
+        return
+    say(
+        "measured",
+        f"mIoU {done.scores['miou']:.3f} on {done.measured:,} images with masks, over the "
+        f"{done.scores['labelled']:.1%} of their pixels that are labelled",
+    )
 
 
-@torch.inference_mode()
-def make_labels(
-    model: AFANet, images: Tensor, tags: Tensor, config: Config, sources: Sequence[str] = SOURCES
-) -> Labels:
-    """uint8 images [B, 3, H, W] and tags [B, C] on the CPU -> labels of each source, as training makes them.
-
-    cam, par and walk ignore what lies between labels.low and labels.high; with both equal nothing is ignored. The walk
-    uses the affinity of the largest CAM scale.
-    """
-    device = images.device
-    settings = config.labels
-    classes = pack_classes(tags.to(device, non_blocking=True), int((tags > 0).sum(1).max()))
-    inputs = normalize(images)
-    with precision(device, config):
-        out = model(inputs, want=("cam", "seg") if "seg" in sources else ("cam",))
-        assert out.cam is not None
-        scale = max(settings.cam_scales) if "walk" in sources else None
-        result = multi_scale_cam(model, inputs, classes, settings.cam_scales, affinity_scale=scale, base=out.cam)
-        fused = fuse_segmentation(model, inputs, out.seg_logits, config.eval) if "seg" in sources else None
-    maps: dict[str, Tensor] = {}
-    if "cam" in sources:
-        low, high = (threshold_labels(result.cams, classes, score) for score in (settings.low, settings.high))
-        maps["cam"] = torch.where((low > 0) & (high == 0), IGNORE, high)
-    if "par" in sources:
-        maps["par"] = par_labels(images, result.cams, classes, settings)
-    if "walk" in sources:
-        assert result.affinity is not None and result.grid is not None
-        maps["walk"] = walk_labels(images, result.cams, result.affinity, result.grid, classes, settings)
-    packed = None
-    if fused is not None:
-        own = fused[:, 1:].take_along_dim(classes.index[:, :, None, None], dim=1)
-        own = own.masked_fill(~classes.valid[:, :, None, None], -torch.inf)
-        packed = torch.cat([fused[:, :1], own], 1)
-        maps["seg"] = classes.labels(packed.max(1).indices)
-    return Labels(maps, result.cams, classes, packed)
+def _shard(text: str) -> tuple[int, int]:
+    """'2/8' -> (1, 8)."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--shard must be I/N with 1 <= I <= N, such as 2/8, got '{text}'")
+    return int(number) - 1, int(count)
 
 
 @dataclass
@@ -121,34 +126,32 @@ def export_labels(
     ignore: bool = True,
     cams: bool = False,
     shard: tuple[int, int] = (0, 1),
-    weights_id: str = "",
+    model_id: str = "",
     progress: bool = True,
 ) -> Export:
     """Write out/<name>.png, a palette PNG of the image's own size, for every image of `dataset` (made with train=False,
     with_mask=False), and with `cams` out/cams/<name>.npz: `classes` uint8 [K] (class numbers as in the labels) and
     `cams` float16 [K, H, W].
 
-    What is there already is kept; a file appears whole or not at all. ignore=False puts labels.cam_threshold in the
-    place of both background scores. eval.scales, eval.flip, eval.fusion and eval.crf hold for the source seg. shard:
+    What is there already is kept; a file appears whole or not at all. ignore=False uses one
+    background score, labels.cam_threshold or (walk) labels.walk_threshold, in place of two. The eval section holds for
+    the source seg. shard:
     (number, count) of the part to write; of several processes each takes a part of that.
 
-    UserError when `out` holds labels that were made otherwise; `weights_id` tells one model from another there.
+    UserError when `out` holds labels that were made otherwise; `model_id` tells one model from another there.
     """
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
     out = Path(out)
-    if not ignore:
-        score = config.labels.cam_threshold
-        labels = config.labels.model_copy(update={"low": score, "high": score})
-        config = config.model_copy(update={"labels": labels})
+    maker = LabelMaker.for_training(config, ignore=ignore)
     if is_main():
-        _claim(out, _description(config, dataset, source, weights_id))
+        _claim(out, _description(maker, dataset, source, model_id))
     barrier()
     started = time.perf_counter()
     number, count = shard
     mine = share(len(dataset), number * world_size() + rank(), count * world_size())
     left = [index for index in mine if not _there(out, dataset.names[index], cams)]
-    writer = _Writer(model, dataset, config, out, source, cams)
+    writer = _Writer(model, dataset, maker, out, source, cams)
     with (
         tqdm(total=len(left), desc="labelling", unit="img", disable=not (progress and is_main()), leave=False) as bar,
         closing(writer),
@@ -168,24 +171,24 @@ class _Writer:
     """Makes labels batch by batch; threads encode and write them, processes do the CRF."""
 
     def __init__(
-        self, model: AFANet, dataset: TaggedDataset, config: Config, out: Path, source: str, cams: bool
+        self, model: AFANet, dataset: TaggedDataset, maker: LabelMaker, out: Path, source: str, cams: bool
     ) -> None:
-        self.model, self.dataset, self.config = model, dataset, config
+        self.model, self.dataset, self.maker = model, dataset, maker
         self.out, self.source, self.cams = out, source, cams
         self.device = next(model.parameters()).device
         self.numbers = {name: number for number, name in enumerate(dataset.names)}
         self.threads = ThreadPoolExecutor(_WRITERS)
         self.writing: deque[Future[None]] = deque()
-        settings = config.eval
+        settings = maker.config.eval
         self.crf: CrfPool[_Labelled] | None = None
         if source == "seg" and settings.crf:
-            self.crf = CrfPool(crf_settings(settings), settings.crf_workers)
+            self.crf = CrfPool(CrfSettings.of(settings), settings.crf_workers)
 
     def run(self, indices: Sequence[int], bar: tqdm[Any]) -> None:
-        settings = self.config
+        settings = self.maker.config
         for batch in eval_loader(self.dataset, settings.eval.batch_size, settings.data.workers, indices=indices):
             images = batch["image"].to(self.device, non_blocking=True)
-            labels = make_labels(self.model, images, batch["tags"], settings, (self.source,))
+            labels = self.maker.from_images(self.model, images, batch["tags"], (self.source,))
             maps = labels.maps[self.source].to(torch.uint8).cpu().numpy()
             maps_of_classes = labels.cams.half().cpu().numpy() if self.cams else None
             for i, name in enumerate(batch["name"]):
@@ -216,9 +219,9 @@ class _Writer:
         size = None if self.dataset.largest_side is None else self.dataset.paths[self.numbers[item.name]]
         self.writing.append(self.threads.submit(_save, self.out, item, size))
 
-    def _wait(self, most: int) -> None:
-        """Until at most `most` files are under way; an error of a thread comes out here."""
-        while len(self.writing) > most:
+    def _wait(self, max_pending: int) -> None:
+        """Wait until at most max_pending files are being written; an error of a thread is raised here."""
+        while len(self.writing) > max_pending:
             self.writing.popleft().result()
 
     def close(self) -> None:
@@ -293,17 +296,21 @@ def _score(
     return metrics, measured, (known, pixels)
 
 
-def _description(config: Config, dataset: TaggedDataset, source: str, weights_id: str) -> dict[str, Any]:
+def _description(maker: LabelMaker, dataset: TaggedDataset, source: str, model_id: str) -> dict[str, Any]:
     """All that a label depends on."""
-    content = to_dict(config)
-    used = ("scales", "flip", "fusion", "crf", "crf_iterations", "crf_gaussian", "crf_bilateral")
+    content = to_dict(maker.config)
+    used = (
+        *("longer_side", "scales", "flip", "fusion"),
+        *("crf", "crf_iterations", "crf_gaussian", "crf_bilateral"),
+    )
     return {
         "source": source,
-        "weights": weights_id,
+        "weights": model_id,
         "data": str(dataset.root.resolve()),
         "largest_side": dataset.largest_side,
         "classes": ["background", *dataset.classes],
         "labels": content["labels"],
+        "thresholds": [list(maker.thresholds), list(maker.walk_thresholds)],
         "eval": {name: content["eval"][name] for name in used} if source == "seg" else {},
     }
 

@@ -1,5 +1,8 @@
 """The classes of the public data sets, in the order of their numbers: class i of a mask is name i - 1."""
 
+IGNORE = 255
+"""Mask value of pixels that belong to no class and count nowhere."""
+
 VOC_CLASSES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),

@@ -29,9 +29,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from afa.config import DataConfig
+from afa.data.classes import IGNORE
 from afa.data.mask_notes import mask_notes
 from afa.data.readers import read_tagged
-from afa.data.transforms import IGNORE, check_image, image_size, random_crop, read_image, read_mask, shrunk
+from afa.data.transforms import check_image, image_size, random_crop, read_image, read_mask, shrunk
 from afa.errors import UserError
 
 Sample = dict[str, Any]

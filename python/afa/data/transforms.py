@@ -12,13 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
+from afa.data.classes import IGNORE
 from afa.errors import UserError
 
 MEAN_COLOUR = (124, 116, 104)
 """ImageNet's mean RGB, the padding of crops: close to 0 once normalised."""
-
-IGNORE = 255
-"""Mask value of pixels that belong to no class."""
 
 # Editors put whole thumbnails, histories and profiles into a PNG's text; Pillow's own limit is 1 MiB a chunk.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from afa.data.transforms import IGNORE, voc_palette
+from afa.data.classes import IGNORE
+from afa.data.transforms import voc_palette
 from afa.files import atomic_path
 
 Picture = NDArray[np.uint8]

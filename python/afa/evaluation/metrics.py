@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = 255
-"""Label of pixels that count nowhere."""
+from afa.data.classes import IGNORE
 
 
 class SegmentationMetrics:

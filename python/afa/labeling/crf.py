@@ -1,7 +1,7 @@
 """Dense CRF over class probabilities (Krähenbühl and Koltun, NeurIPS 2011), image by image in worker processes.
 
-The computation is pydensecrf's (the extra `crf`). This module imports neither torch nor anything that does, so that a
-worker starts in a moment.
+The computation is pydensecrf's (the extra `crf`). This module imports neither torch nor anything that does, so that
+worker processes start fast.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from collections.abc import Hashable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from afa.errors import UserError
+
+if TYPE_CHECKING:
+    from afa.config import EvalConfig
 
 _SMALLEST = 1e-5
 """Probabilities are raised to this before their logarithm, as the published evaluations do."""
@@ -27,13 +30,18 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class CrfSettings:
-    """Mean-field iterations and the two kernels; the defaults are AFA's published evaluation."""
+    """Mean-field iterations and the two kernels."""
 
-    iterations: int = 10
-    gaussian: tuple[float, float] = (3.0, 3.0)
+    iterations: int
+    gaussian: tuple[float, float]
     """Standard deviation in pixels, weight."""
-    bilateral: tuple[float, float, float] = (64.0, 5.0, 4.0)
-    """Standard deviation in pixels, in 8-bit colour values, weight."""
+    bilateral: tuple[float, float, float]
+    """Standard deviation in pixels, in 8-bit color values, weight."""
+
+    @classmethod
+    def of(cls, config: EvalConfig) -> CrfSettings:
+        """The CRF that a configuration asks for."""
+        return cls(config.crf_iterations, config.crf_gaussian, config.crf_bilateral)
 
 
 def check_installed() -> None:
@@ -42,13 +50,12 @@ def check_installed() -> None:
 
 
 def dense_crf(
-    image: NDArray[np.uint8], probabilities: NDArray[np.float32], settings: CrfSettings | None = None
+    image: NDArray[np.uint8], probabilities: NDArray[np.float32], settings: CrfSettings
 ) -> NDArray[np.float32]:
     """Class probabilities [C, H, W] after mean-field inference on the RGB image [H, W, 3]; float32 [C, H, W].
 
     ValueError when the sizes differ. UserError when pydensecrf is not installed.
     """
-    settings = settings or CrfSettings()
     count, height, width = probabilities.shape
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
         raise ValueError(
@@ -95,16 +102,16 @@ class CrfPool(Generic[Key]):
         """(key, label map [H, W]) of the images done since the last call; `everything`: wait for all of them."""
         yield from self._done
         self._done.clear()
-        most = 0 if everything else 2 * self.workers
+        max_pending = 0 if everything else 2 * self.workers
         while self._pending:
-            late = len(self._pending) > most
+            late = len(self._pending) > max_pending
             finished = wait(self._pending, None if late else 0, FIRST_COMPLETED).done
             for future in finished:
                 try:
                     yield self._pending.pop(future), future.result()
                 except BrokenProcessPool as error:
                     raise UserError(
-                        "a process of the CRF died, most likely for want of memory; lower eval.crf_workers and start "
+                        "a process of the CRF died, most likely out of memory; lower eval.crf_workers and start "
                         "again: what is done is kept"
                     ) from error
             if not late:

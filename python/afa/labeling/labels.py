@@ -1,7 +1,9 @@
 """Pseudo labels from CAMs: thresholds, PAR, and the affinity walk (AFA, CVPR 2022).
 
 Everything works on whole batches. Images with different tags share one set of packed maps (`ClassSet`), and nothing
-reads a tensor back to the host.
+reads a tensor back to the host. Every label follows one rule, with two background scores (low, high): background where
+the background wins even with the low score, a class where it wins even against the high score, ignored (255) between
+the two. Equal scores ignore nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from torch import Tensor
 
 import afa_ext
 from afa.config import LabelConfig
-from afa.evaluation.metrics import IGNORE
+from afa.data.classes import IGNORE
 from afa.labeling.cam import ClassSet
 
+Thresholds = tuple[float, float]
+"""Background scores (low, high)."""
 
-def threshold_labels(cams: Tensor, classes: ClassSet, background: float) -> Tensor:
-    """The largest of a constant background score and the CAMs [B, K, H, W] -> int64 [B, H, W], 0 background."""
-    return classes.labels(_choose(cams, background))
+
+def cam_labels(cams: Tensor, classes: ClassSet, thresholds: Thresholds) -> Tensor:
+    """CAMs [B, K, H, W] against the background scores -> int64 [B, H, W]: 0 background, class number + 1, 255."""
+    low, high = thresholds
+    return _three_way(classes, _choose(cams, low), _choose(cams, high) if high != low else None)
 
 
 def par_labels(
@@ -29,22 +35,23 @@ def par_labels(
     classes: ClassSet,
     config: LabelConfig,
     *,
+    thresholds: Thresholds | None = None,
     box: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
     """PAR label: per threshold the softmax over background score and CAMs at reduced size, refined by PAR, upsampled,
-    argmax. Background where even the low score wins, a class where even the high one loses, ignored (255) between and
-    outside `box` [B, 4] (y0, y1, x0, x1).
+    argmax. Also ignored outside `box` [B, 4] (y0, y1, x0, x1).
 
-    images uint8 [B, 3, H, W], cams [B, K, H, W] -> int64 [B, H, W]. weights: PAR's affinity of the images where it is
-    at hand already (`par_weights`).
+    images uint8 [B, 3, H, W], cams [B, K, H, W] -> int64 [B, H, W]. thresholds: those of the configuration if None.
+    weights: PAR's affinity of the images where it was already computed (`par_weights`).
     """
+    low, high = thresholds or (config.low, config.high)
     return afa_ext.pseudo_labels(
         images,
         cams,
         classes.valid,
-        low=config.low,
-        high=config.high,
+        low=low,
+        high=high,
         box=box,
         weights=weights,
         class_index=classes.index,
@@ -52,22 +59,9 @@ def par_labels(
     )
 
 
-def par_label_single(images: Tensor, cams: Tensor, classes: ClassSet, config: LabelConfig, background: float) -> Tensor:
-    """PAR label against one background score, with nothing ignored: what evaluation scores. int64 [B, H, W]."""
-    return afa_ext.pseudo_labels(
-        images,
-        cams,
-        classes.valid,
-        low=background,
-        high=background,
-        class_index=classes.index,
-        **_par_settings(config),
-    )
-
-
 @torch.no_grad()
 def par_weights(images: Tensor, config: LabelConfig) -> Tensor:
-    """PAR's affinity of uint8 images [B, 3, H, W] at reduced size: once an image, for every threshold and label."""
+    """PAR's affinity of uint8 images [B, 3, H, W] at reduced size: once per image, for every threshold and label."""
     small = [max(1, side // config.par_downscale) for side in images.shape[2:]]
     colours = F.interpolate(images.float() / 255, size=small, mode="bilinear", align_corners=False)
     return afa_ext.par_affinity(colours, dilations=config.par_dilations)
@@ -98,18 +92,21 @@ def walk_scores(
 
 
 @torch.no_grad()
-def walk_label_single(
+def walked_cam_labels(
     cams: Tensor,
     affinity: Tensor,
     grid: tuple[int, int],
     classes: ClassSet,
     config: LabelConfig,
-    background: float,
+    thresholds: Thresholds,
 ) -> Tensor:
-    """Argmax of the walked CAMs against one background score, upsampled, not refined. int64 [B, H, W]."""
-    scores = walk_scores(cams, affinity, grid, classes, config, background)
-    scores = F.interpolate(scores, size=cams.shape[2:], mode="bilinear", align_corners=False)
-    return classes.labels(_choose(scores[:, 1:], scores[:, 0]))
+    """Walked CAMs, upsampled, against the background scores, not refined by PAR: int64 [B, H, W]."""
+    choices = []
+    for background in dict.fromkeys(thresholds):
+        scores = walk_scores(cams, affinity, grid, classes, config, background)
+        scores = F.interpolate(scores, size=cams.shape[2:], mode="bilinear", align_corners=False)
+        choices.append(_choose(scores[:, 1:], scores[:, 0]))
+    return _three_way(classes, choices[0], choices[1] if len(choices) > 1 else None)
 
 
 def walk_labels(
@@ -120,16 +117,19 @@ def walk_labels(
     classes: ClassSet,
     config: LabelConfig,
     *,
+    thresholds: Thresholds | None = None,
     box: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
     """Walk label: CAMs walked on the token grid once per threshold, upsampled, refined by PAR inside the crop's valid
-    box, argmax, and the three-way rule of `par_labels`.
+    box, argmax. Also ignored outside `box` [B, 4].
 
-    images uint8 [B, 3, H, W], cams [B, K, H, W], affinity [B, N, N] on `grid` -> int64 [B, H, W]. weights: as in
-    `par_labels`, for whole images alone.
+    images uint8 [B, 3, H, W], cams [B, K, H, W], affinity [B, N, N] on `grid` -> int64 [B, H, W]. thresholds, weights:
+    as in `par_labels`, the weights only for whole images.
     """
-    low, high = (walk_scores(cams, affinity, grid, classes, config, score) for score in (config.low, config.high))
+    low, high = (
+        walk_scores(cams, affinity, grid, classes, config, score) for score in thresholds or (config.low, config.high)
+    )
     settings = _par_settings(config)
     if config.walk_par_iterations is not None:
         settings["num_iter"] = config.walk_par_iterations
@@ -154,8 +154,15 @@ def _par_settings(config: LabelConfig) -> dict[str, Any]:
     }
 
 
+def _three_way(classes: ClassSet, low: Tensor, high: Tensor | None) -> Tensor:
+    """Labels from the choices [B, H, W] against the two scores; high None: the same as low."""
+    if high is None:
+        return classes.labels(low)
+    return classes.labels(high).masked_fill_((low > 0) & (high == 0), IGNORE)
+
+
 def _choose(maps: Tensor, background: float | Tensor) -> Tensor:
     """0 where the background [B, H, W] is at least every map [B, K, H, W], else 1 + the first largest map."""
-    # Not argmax, which is some ten times slower across a short strided dimension on the CPU.
+    # Not argmax, which is about ten times slower across a short strided dimension on the CPU.
     best, choice = maps.max(1)
     return (choice + 1).masked_fill_(best <= background, 0)

@@ -7,24 +7,24 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afa.config import Config, ModelConfig, from_dict, to_dict
 from afa.data.class_names import check_class_list
-from afa.errors import UserError
+from afa.errors import UserError, one_line
 from afa.files import atomic_path
-from afa.model.backbone import Backbone, load_backbone_weights, one_line
+from afa.model.backbone import Backbone
 from afa.model.heads import DECODERS, AffinityHead, refine_along_colours
+from afa.model.normalization import Normalization
+from afa.model.weights import load_backbone_weights
 
-WANTS = frozenset({"class", "cam", "seg", "attention", "qk", "affinity"})
-FORMAT = "afa-model-1"
-
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
+WANTS = frozenset({"class", "cam", "seg", "qk", "affinity"})
+FORMAT = "afa-model-2"
 
 
 @dataclass
@@ -37,26 +37,41 @@ class Output:
     """[B, C, h, w] raw class activation maps on the token grid, before ReLU."""
     seg_logits: Tensor | None = None
     """[B, C+1, hs, ws] on the decoder's grid (or the refinement's), background first."""
-    attention: Tensor | None = None
-    """[B, K, N, N] raw logits q k^T, unscaled, N = h*w."""
     affinity: Tensor | None = None
-    """[B, N, N] in (0, 1), symmetric."""
+    """[B, N, N] in (0, 1), symmetric, N = h*w."""
     queries: Tensor | None = None
     """[B, K, N, d]; with `keys` what `AFANet.affinity_head` takes."""
     keys: Tensor | None = None
     """[B, K, N, d]."""
+    grid: tuple[int, int] | None = None
+    """Token grid (h, w) of the last feature map."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was computed, by the name of its field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def split(self, count: int) -> tuple[Output, Output]:
+        """The outputs of the first `count` images and of the others."""
+        found = self.tensors()
+        first: dict[str, Any] = {name: value[:count] for name, value in found.items()}
+        others: dict[str, Any] = {name: value[count:] for name, value in found.items()}
+        return replace(self, **first), replace(self, **others)
 
 
 class AFANet(nn.Module):
     """Backbone and heads for `num_classes` foreground classes."""
 
-    def __init__(self, backbone: Backbone, num_classes: int, config: ModelConfig) -> None:
+    def __init__(
+        self, backbone: Backbone, num_classes: int, config: ModelConfig, normalization: Normalization | None = None
+    ) -> None:
+        """normalization: the backbone's own if None; a saved model brings the one it was trained with."""
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must count at least one foreground class, got {num_classes}")
         self.backbone = backbone
         self.num_classes = num_classes
         self.config = config
+        self.normalization = normalization or backbone.normalization
         # No bias: it would lift every pixel of a class's CAM alike.
         self.classifier = nn.Conv2d(backbone.channels[-1], num_classes, 1, bias=False)
         self.decoder = DECODERS[config.decoder](backbone.channels, num_classes + 1, config.decoder_width)
@@ -68,17 +83,21 @@ class AFANet(nn.Module):
         """Pixels a token of the last level."""
         return self.backbone.reductions[-1]
 
-    def forward(self, images: Tensor, want: Collection[str] = ("class", "cam", "seg")) -> Output:
-        """Normalised images [B, 3, H, W] -> those outputs named in `want`, and no work for the others.
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W] -> float32 as the backbone expects them, channels last in memory."""
+        return self.normalization(images)
 
-        want: any of class, cam, seg, attention, qk (queries and keys), affinity.
+    def forward(self, images: Tensor, want: Collection[str] = ("class", "cam", "seg")) -> Output:
+        """Normalized images [B, 3, H, W] -> those outputs named in `want`, and no work for the others.
+
+        want: any of class, cam, seg, qk (queries and keys), affinity.
         """
         if not WANTS.issuperset(want):
             raise ValueError(f"want must name some of {', '.join(sorted(WANTS))}, got {want!r}")
-        record = not {"attention", "qk", "affinity"}.isdisjoint(want)
+        record = not {"qk", "affinity"}.isdisjoint(want)
         features = self.backbone(images, record=record)
         last = features.maps[-1]
-        out = Output()
+        out = Output(grid=(last.shape[2], last.shape[3]))
         if "class" in want:
             pooled = last.amax((2, 3), keepdim=True) if self.config.pooling == "max" else last.mean((2, 3), True)
             out.class_logits = self.classifier(pooled).flatten(1)
@@ -98,17 +117,16 @@ class AFANet(nn.Module):
             assert features.queries is not None and features.keys is not None
             if "qk" in want:
                 out.queries, out.keys = features.queries, features.keys
-            if "attention" in want:
-                out.attention = features.queries @ features.keys.transpose(-2, -1)
             if "affinity" in want:
                 out.affinity = self.affinity_head(features.queries, features.keys)
         return out
 
 
-def build_model(config: ModelConfig, num_classes: int) -> AFANet:
+def build_model(config: ModelConfig, num_classes: int, *, normalization: Normalization | None = None) -> AFANet:
     """The model of a configuration, its backbone filled with `config.weights`; the heads are random.
 
-    UserError when the backbone, its output stride, its attention blocks or its weights can't be had.
+    normalization: see AFANet. UserError when the backbone, its output stride, its attention blocks or its weights are
+    not available.
     """
     backbone = Backbone(
         config.backbone,
@@ -118,23 +136,21 @@ def build_model(config: ModelConfig, num_classes: int) -> AFANet:
     )
     load_backbone_weights(backbone, config.weights, config.backbone_args)
     # Convolutions and linear layers then read the same memory: about a quarter off a forward on the CPU.
-    return AFANet(backbone, num_classes, config).to(memory_format=torch.channels_last)
+    return AFANet(backbone, num_classes, config, normalization).to(memory_format=torch.channels_last)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 images [B, 3, H, W] -> float32 by ImageNet's mean and standard deviation, channels last in memory."""
-    # (x/255 - mean) / std as one multiplication and one addition.
-    scale = torch.tensor([1 / (255 * std) for std in _STD], device=images.device).view(3, 1, 1)
-    shift = torch.tensor([-mean / std for mean, std in zip(_MEAN, _STD, strict=True)], device=images.device)
-    return images.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift.view(3, 1, 1))
-
-
-def save_checkpoint_weights(path: str | Path, model: AFANet, config: Config, classes: Collection[str]) -> None:
-    """Write the model to a .safetensors file at once or not at all, with its configuration and class names inside."""
+def save_model(path: str | Path, model: AFANet, config: Config, classes: Collection[str]) -> None:
+    """Write the model to a .safetensors file at once or not at all, with its configuration, class names and
+    normalization inside."""
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    content = {"format": FORMAT, "config": to_dict(config), "classes": list(classes)}
+    content = {
+        "format": FORMAT,
+        "config": to_dict(config),
+        "classes": list(classes),
+        "normalization": {"mean": model.normalization.mean, "std": model.normalization.std},
+    }
     with atomic_path(path) as temporary, _as_os_error():
         # One key: safetensors writes several in random order, and equal models should be equal files.
         save_file(tensors, temporary, {"afa": json.dumps(content)})
@@ -155,7 +171,7 @@ def _as_os_error() -> Iterator[None]:
 
 
 def load_classes(path: str | Path) -> list[str]:
-    """The class names in a model saved by `save_checkpoint_weights`; none of its tensors is read."""
+    """The class names in a model saved by `save_model`; none of its tensors is read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -167,7 +183,7 @@ def load_classes(path: str | Path) -> list[str]:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AFANet, list[str], Config]:
-    """A model saved by `save_checkpoint_weights`, in evaluation mode, with its class names and configuration.
+    """A model saved by `save_model`, in evaluation mode, with its class names and configuration.
 
     Nothing is unpickled and nothing downloaded. UserError when the file is missing or is not such a model.
     """
@@ -191,7 +207,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AF
         )
     config = from_dict(metadata["config"], where=f"in {path}")
     classes = check_class_list(metadata["classes"], str(path))
-    model = build_model(config.model.model_copy(update={"weights": None}), len(classes))
+    normalization = Normalization(*(tuple(metadata["normalization"][name]) for name in ("mean", "std")))
+    without_weights = config.model.model_copy(update={"weights": None})
+    model = build_model(without_weights, len(classes), normalization=normalization)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from afa.files import write_text
 from afa.report import pictures, tables
 from afa.report.curves import curves
+from afa.run import LOG, REPORT
 from afa.training.snapshots import load_snapshots
 
 if TYPE_CHECKING:
-    from afa.evaluation.evaluate import EvalResult
+    from afa.evaluation.result import EvalResult
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 
@@ -35,7 +36,7 @@ def write_report(
     run = Path(run)
     names = ["background", *classes]
     template = Template(_TEMPLATE.read_text(encoding="utf-8"))
-    log = read_log(run / "log.jsonl")
+    log = read_log(run / LOG)
     where = "All scores are on the validation split, against masks that training did not see."
     if not result.has_masks:
         where = "The validation split has no masks, so only the classifier is measured."
@@ -54,7 +55,7 @@ def write_report(
         ),
         footer="Written by afa report. Colours are PASCAL VOC's, brightened for the screen.",
     )
-    path = run / "report.html"
+    path = run / REPORT
     write_text(path, page)
     return path
 

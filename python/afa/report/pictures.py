@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from afa.data.classes import IGNORE
 from afa.data.visualize import data_uri, heat, overlay
-from afa.evaluation.metrics import IGNORE
 from afa.report.curves import PHASES
 from afa.report.tables import number, swatch
 

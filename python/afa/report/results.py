@@ -18,14 +18,10 @@ import torch
 
 from afa.config import Config, to_dict
 from afa.errors import UserError
-from afa.evaluation.evaluate import ROWS, EvalResult
+from afa.evaluation.result import ROWS, EvalResult, Example
 from afa.files import atomic_path, write_json, write_text
 from afa.report.page import write_report
-
-METRICS, SAMPLES = "metrics.json", "samples.npz"
-CLASS_TABLE, IMAGE_TABLE, CONFUSION = "metrics.csv", "images.csv", "confusion.csv"
-RESULTS = (METRICS, SAMPLES, CLASS_TABLE, IMAGE_TABLE, CONFUSION, "report.html")
-"""All that measuring writes into a run's folder."""
+from afa.run import CLASS_TABLE, CONFUSION, EVALUATION_FILES, IMAGE_TABLE, METRICS, SAMPLES
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -47,7 +43,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def save_result(
     run: str | Path, result: EvalResult, classes: list[str], config: Config, facts: Mapping[str, Any]
 ) -> Path:
-    """Write what RESULTS names into the folder `run`, each file whole or not at all; returns the page's path.
+    """Write run.EVALUATION_FILES into the folder `run`, each file whole or not at all; returns the page's path.
 
     metrics.json has everything that is a score; metrics.csv the IoU of each class by row, confusion.csv the pixels of
     the final segmentation by true (row) and predicted class (column), images.csv each image's mean IoU over the classes
@@ -110,9 +106,7 @@ def load_result(run: str | Path) -> tuple[EvalResult, list[str], dict[str, Any]]
             counts = _read_table(run / CONFUSION)[1:]
             rows["crf" if "crf" in rows else "seg"]["confusion"] = [[int(cell) for cell in row[1:]] for row in counts]
         images = _read_table(run / IMAGE_TABLE)[1:] if (run / IMAGE_TABLE).is_file() else []
-        groups: dict[str, list[dict[str, Any]]] = {group: [] for group in _GROUPS}
-        for sample in _load_samples(run / SAMPLES):
-            groups[sample["group"]].append(sample)
+        groups = _load_samples(run / SAMPLES)
         result = EvalResult(
             rows["cam"],
             rows["walk"],
@@ -131,8 +125,8 @@ def load_result(run: str | Path) -> tuple[EvalResult, list[str], dict[str, Any]]
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
-            f"{path} or one of {', '.join(RESULTS[1:-1])} beside it is damaged ({error!r}); run `afa evaluate {run}` "
-            "again"
+            f"{path} or one of {', '.join(EVALUATION_FILES[1:-1])} beside it is damaged ({error!r}); run "
+            f"`afa evaluate {run}` again"
         ) from error
     return result, names[1:], metrics
 
@@ -197,21 +191,17 @@ def _save_samples(path: Path, result: EvalResult) -> None:
         np.savez_compressed(temporary, allow_pickle=False, **arrays)
 
 
-def _load_samples(path: Path) -> list[dict[str, Any]]:
+def _load_samples(path: Path) -> dict[str, list[Example]]:
+    groups: dict[str, list[Example]] = {group: [] for group in _GROUPS}
     if not path.is_file():
-        return []
+        return groups
     with np.load(path, allow_pickle=False) as arrays:
-        about = json.loads(str(arrays["about"]))
-        return [
-            # Runs measured by an earlier version have one group and no IoU an image.
-            {
-                "group": _GROUPS[0],
-                **row,
-                "iou": _number(row.get("iou")),
-                **{key: arrays[f"{i}_{key}"] for key in _ARRAYS},
-            }
-            for i, row in enumerate(about)
-        ]
+        for i, row in enumerate(json.loads(str(arrays["about"]))):
+            maps = {key: arrays[f"{i}_{key}"] for key in _ARRAYS}
+            # Runs evaluated by an earlier version have one group and no IoU per image.
+            example: Any = {"name": row["name"], "tags": row["tags"], "iou": _number(row.get("iou")), **maps}
+            groups[row.get("group", _GROUPS[0])].append(example)
+    return groups
 
 
 def _save_tables(run: Path, result: EvalResult, names: list[str]) -> None:

@@ -5,14 +5,18 @@ tensorboard --logdir runs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from afa.data.classes import IGNORE
 from afa.data.visualize import heat, overlay
 from afa.errors import UserError
+from afa.evaluation.result import Example
+from afa.run import TENSORBOARD
 
 PICTURES = 6
 """Images shown at a measurement."""
@@ -21,13 +25,13 @@ GAP = 4
 
 
 class Board:
-    """Writes to the folder `run`/tensorboard. `start`: the iterations already done; what an earlier run that went
+    """Writes to the folder run/tensorboard. `start`: the iterations already done; what an earlier run that went
     beyond them wrote is then hidden."""
 
     def __init__(self, run: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
+        self.writer = SummaryWriter(str(run / TENSORBOARD), purge_step=start + 1 if start else None)
 
     def record(self, record: dict[str, Any]) -> None:
         """A line of log.jsonl; what training and what measurement found under one heading each."""
@@ -38,7 +42,7 @@ class Board:
                 self.writer.add_scalar(tag, value, record["iteration"])
         self.writer.flush()
 
-    def pictures(self, samples: list[dict[str, Any]], iteration: int) -> None:
+    def pictures(self, samples: Sequence[Example], iteration: int) -> None:
         """Samples of `evaluate`: image, CAM, PAR label, prediction and truth side by side."""
         for sample in samples:
             self.writer.add_image(f"images/{sample['name']}", panels(sample), iteration, dataformats="HWC")
@@ -59,12 +63,12 @@ def open_board(wanted: bool | None, run: Path, start: int) -> Board | None:
     return Board(run, start) if there and wanted is not False else None
 
 
-def panels(sample: dict[str, Any]) -> np.ndarray:
+def panels(sample: Example) -> np.ndarray:
     """One sample as uint8 [H, W, 3], in the order of PANELS; the truth only where it is known."""
     image = sample["image"]
     shown = [image, heat(image, sample["cam"])]
-    shown += [
-        overlay(image, sample[key]) for key in ("par_label", "prediction", "truth") if sample.get(key) is not None
-    ]
+    shown += [overlay(image, label) for label in (sample["par_label"], sample["prediction"])]
+    if (sample["truth"] != IGNORE).any():
+        shown.append(overlay(image, sample["truth"]))
     gap = np.full((image.shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([part for picture in shown for part in (picture, gap)][:-1], axis=1)

@@ -2,7 +2,7 @@
 
 checkpoints/<iterations done>/model.safetensors   the weights that training goes on with
                               ema.safetensors     their average, with train.ema
-                              state.pt            optimiser and loss scale; read by torch.load(weights_only=True)
+                              state.pt            optimizer and loss scale; read by torch.load(weights_only=True)
                               sha256.json         of the files beside it
 
 Schedule, order of the data and random numbers are functions of the seed and the iteration, so the number says them.
@@ -17,15 +17,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from afa import distributed
 from afa.config import Config, load_config, to_dict
 from afa.data.class_names import difference
-from afa.errors import UserError
+from afa.errors import UserError, one_line
 from afa.files import atomic_path, flush, remove_tree, sha256, write_json, writing
-from afa.model.backbone import one_line
-from afa.model.network import load_classes, save_checkpoint_weights
-from afa.training.step import Trainer
+from afa.model.network import load_classes, save_model
+from afa.run import BEST, CHECKPOINTS, CONFIG, MODEL
+from afa.training.step import TrainStep
 
 FREE = (
     *("data.root", "data.workers", "train.log_every", "train.eval_every", "train.checkpoint_every"),
@@ -33,23 +34,23 @@ FREE = (
 )
 """Settings that a resumed run may have otherwise; and all of eval."""
 SUMS = "sha256.json"
-MODEL = "model.safetensors"
+EMA = "ema.safetensors"
 
 
-def save_checkpoint(run: Path, trainer: Trainer, classes: Collection[str], iteration: int) -> None:
+def save_checkpoint(run: Path, step: TrainStep, classes: Collection[str], iteration: int) -> None:
     """Write checkpoints/<iteration>, which takes its name once whole; then delete all but the newest few."""
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     temporary = folder / f".{iteration:08d}.tmp"
     remove_tree(temporary)
     with writing(temporary):
         temporary.mkdir(parents=True)
-    save_checkpoint_weights(temporary / "model.safetensors", trainer.model, trainer.config, classes)
-    if trainer.ema is not None:
-        save_checkpoint_weights(temporary / "ema.safetensors", trainer.ema, trainer.config, classes)
+    save_model(temporary / MODEL, step.model, step.config, classes)
+    if step.ema is not None:
+        save_model(temporary / EMA, step.eval_model, step.config, classes)
     with atomic_path(temporary / "state.pt") as path:
-        state = {"iteration": iteration, "optimizer": trainer.optimizer.state_dict()}
+        state = {"iteration": iteration, "optimizer": step.optimizer.state_dict()}
         with open(path, "wb") as file:  # torch's own writer reports a full disk as a RuntimeError without a reason
-            torch.save({**state, "scaler": trainer.scaler.state_dict()}, file)
+            torch.save({**state, "scaler": step.scaler.state_dict()}, file)
     write_json(temporary / SUMS, {path.name: sha256(path) for path in sorted(temporary.iterdir())})
     final = folder / f"{iteration:08d}"
     # There is one already where a damaged one was passed over.
@@ -57,15 +58,45 @@ def save_checkpoint(run: Path, trainer: Trainer, classes: Collection[str], itera
     with writing(final):
         os.replace(temporary, final)
         flush(folder)  # so that a power cut keeps the new name
-    _keep(run, trainer.config.train.keep_checkpoints)
+    _keep(run, step.config.train.keep_checkpoints)
 
 
-def finish(run: Path, trainer: Trainer, classes: Collection[str]) -> None:
-    """Write model.safetensors, which says that the run is finished. The checkpoint of its last iteration stays, so that
-    the run can be extended; the others go."""
-    save_checkpoint(run, trainer, classes, trainer.config.train.iterations)
-    save_checkpoint_weights(run / MODEL, trainer.measured, trainer.config, classes)
+def finish(run: Path, step: TrainStep, classes: Collection[str]) -> None:
+    """Write model.safetensors, which tells that the run is finished: the best weights with train.keep_best, else the
+    last. The checkpoint of its last iteration stays, so that the run can be extended; the others are deleted."""
+    save_checkpoint(run, step, classes, step.config.train.iterations)
+    best = best_model(run)
+    if best is not None:
+        step.eval_model.load_state_dict(load_file(best[0]))
+    save_model(run / MODEL, step.eval_model, step.config, classes)
     _keep(run, 1)
+
+
+def save_if_best(run: Path, step: TrainStep, classes: Collection[str], iteration: int, score: float) -> None:
+    """Keep the model that would be evaluated now if its score is higher than that of every earlier call."""
+    best = best_model(run)
+    if best is not None and not score > best[2]:
+        return
+    # One name holds all of it, so that a stop on the way leaves the old or the new one.
+    save_model(run / BEST / f"{iteration:08d}_{score:.6f}.safetensors", step.eval_model, step.config, classes)
+    if best is not None:
+        remove_tree(best[0])
+
+
+def best_model(run: Path) -> tuple[Path, int, float] | None:
+    """File, iteration and score of the best model kept by `save_if_best`, if there is one."""
+    found = []
+    for path in (run / BEST).glob("[0-9]*_*.safetensors"):
+        iteration, _, score = path.stem.partition("_")
+        found.append((path, int(iteration), float(score)))
+    return max(found, key=lambda entry: entry[2], default=None)
+
+
+def forget_later_best(run: Path, iteration: int) -> None:
+    """Remove a best model of iterations that a resumed run will repeat."""
+    for path in (run / BEST).glob("[0-9]*_*.safetensors"):
+        if int(path.stem.partition("_")[0]) > iteration:
+            remove_tree(path)
 
 
 def is_finished(run: Path) -> bool:
@@ -75,7 +106,7 @@ def is_finished(run: Path) -> bool:
 
 def _keep(run: Path, count: int) -> None:
     kept = sorted(_checkpoints(run))[-count:]
-    for other in (run / "checkpoints").iterdir():
+    for other in (run / CHECKPOINTS).iterdir():
         if other not in kept:
             remove_tree(other)
 
@@ -100,17 +131,15 @@ def find_checkpoint(run: Path, config: Config, classes: Sequence[str]) -> Path |
     return found
 
 
-def load_checkpoint(folder: Path, trainer: Trainer) -> int:
-    """Fill the trainer from a checkpoint; returns the iterations done."""
-    from safetensors.torch import load_file
-
+def load_checkpoint(folder: Path, step: TrainStep) -> int:
+    """Fill model, average and optimizer from a checkpoint; returns the iterations done."""
     try:
-        trainer.model.load_state_dict(load_file(folder / "model.safetensors"))
-        if trainer.ema is not None:
-            trainer.ema.load_state_dict(load_file(folder / "ema.safetensors"))
-        state = torch.load(folder / "state.pt", map_location=trainer.device, weights_only=True)
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.scaler.load_state_dict(state["scaler"])
+        step.model.load_state_dict(load_file(folder / MODEL))
+        if step.ema is not None:
+            step.eval_model.load_state_dict(load_file(folder / EMA))
+        state = torch.load(folder / "state.pt", map_location=step.device, weights_only=True)
+        step.optimizer.load_state_dict(state["optimizer"])
+        step.scaler.load_state_dict(state["scaler"])
     except Exception as error:  # whatever safetensors, torch.load or the model say of tensors that don't fit
         raise UserError(
             f"the checkpoint {folder} can't be read ({one_line(error)}); move it out of the folder to resume from "
@@ -159,7 +188,7 @@ def _check_classes(run: Path, model: Path, classes: Sequence[str]) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    return [path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir()]
+    return [path for path in (run / CHECKPOINTS).glob("[0-9]*") if path.is_dir()]
 
 
 def _damage(folder: Path) -> str | None:
@@ -180,7 +209,7 @@ def _damage(folder: Path) -> str | None:
 def _check_same(run: Path, config: Config, checkpoints: Sequence[Path]) -> bool:
     """Whether the configuration extends a run that is finished, or has made all its iterations; UserError when it
     differs otherwise from the run's own."""
-    before, now = to_dict(load_config(run / "config.yaml")), to_dict(config)
+    before, now = to_dict(load_config(run / CONFIG)), to_dict(config)
     complete = is_finished(run) or any(int(path.name) == before["train"]["iterations"] for path in checkpoints)
     extended = False
     for section, values in now.items():

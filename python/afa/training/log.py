@@ -15,11 +15,11 @@ from torch import Tensor
 
 from afa import distributed
 from afa.config import Config
+from afa.data.classes import IGNORE
 from afa.errors import UserError
-from afa.evaluation.metrics import IGNORE
 from afa.files import to_json, write_text, writing
 from afa.training.schedule import phase_of
-from afa.training.step import Step, Trainer
+from afa.training.step import StepResult
 
 LOSSES = ("loss_cls", "loss_seg", "loss_aff")
 SKIPS = 30
@@ -43,21 +43,21 @@ class RunLog:
         self.rows: list[Tensor] = []
         self.first = 0
         self.last = 0
-        self.step: Step | None = None
+        self.result: StepResult | None = None
         self.rate = 0.0
         self.since = time.perf_counter()
         self.waited = 0.0
         self.skipped = 0
         """Updates left out since the last one made."""
 
-    def add(self, iteration: int, step: Step, trainer: Trainer, waited: float) -> None:
-        """Note a step, before which `waited` seconds passed until its batch was there."""
+    def add(self, iteration: int, result: StepResult, rate: float, waited: float) -> None:
+        """Note a step, made at a learning rate after waiting `waited` seconds for its batch."""
         if not self.rows:
             self.first = iteration
-        assert step.grad_norm is not None
-        self.rows.append(torch.cat([step.losses, step.grad_norm.view(1)]))
-        self.last, self.step = iteration, step
-        self.rate = trainer.optimizer.param_groups[0]["lr"]
+        assert result.grad_norm is not None
+        self.rows.append(torch.cat([result.losses, result.grad_norm.view(1)]))
+        self.last, self.result = iteration, result
+        self.rate = rate
         self.waited += waited
 
     def check(self) -> list[list[float]]:
@@ -95,11 +95,11 @@ class RunLog:
     def write(self) -> Record:
         """A line on the steps since the last one; called by all processes at the same iteration."""
         rows = self.check()
-        assert self.step is not None
+        assert self.result is not None
         seconds = time.perf_counter() - self.since
         train = self.config.train
         # The first phase has no segmentation and no affinity loss: a line that spans its end averages the rest.
-        both = rows[max(0, train.classify_until - self.first) :]
+        both = rows[max(0, train.classify_until + 1 - self.first) :]
         means = [_mean([row[i] for row in (rows if i == 0 else both)]) for i in range(3)]
         norms = [row[3] for row in rows if math.isfinite(row[3])]
         record: Record = {
@@ -110,7 +110,7 @@ class RunLog:
             "grad_norm": _mean(norms),
             "images_per_s": len(rows) * train.batch_size / seconds,
             "wait_share": round(min(1.0, self.waited / seconds), 4),
-            **_label_statistics(self.step),
+            **_label_statistics(self.result),
         }
         if train.precision == "fp16":
             record["skipped"] = len(rows) - len(norms)
@@ -169,17 +169,17 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _label_statistics(step: Step) -> Record:
+def _label_statistics(result: StepResult) -> Record:
     """Of the last batch: shares of ignored and foreground pixels, and of like and unlike pairs among all pairs."""
-    if step.labels is None or step.pairs is None:
+    if result.labels is None or result.pairs is None:
         return {}
-    ignored = step.labels == IGNORE
+    ignored = result.labels == IGNORE
     shares = torch.stack(
         [
             ignored.float().mean(),
-            ((step.labels != 0) & ~ignored).float().mean(),
-            (step.pairs == 1).float().mean(),
-            (step.pairs == 0).float().mean(),
+            ((result.labels != 0) & ~ignored).float().mean(),
+            (result.pairs == 1).float().mean(),
+            (result.pairs == 0).float().mean(),
         ]
     )
     distributed.all_reduce_sum_(shares)

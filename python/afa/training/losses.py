@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import afa_ext
-from afa.evaluation.metrics import IGNORE
+from afa.data.classes import IGNORE
 
 
 def classification_loss(logits: Tensor, tags: Tensor) -> Tensor:

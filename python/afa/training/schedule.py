@@ -13,10 +13,15 @@ PHASES = ("classify", "par", "walk")
 
 
 def phase_of(config: TrainConfig, iteration: int) -> str:
-    """Phase of an iteration counted from 0."""
-    if iteration < config.classify_until:
+    """Phase of an iteration counted from 0. As published, a phase ends after, not before, its last iteration."""
+    if iteration <= config.classify_until:
         return "classify"
-    return "par" if iteration < config.par_until else "walk"
+    return "par" if iteration <= config.par_until else "walk"
+
+
+def ends_phase(config: TrainConfig, iteration: int) -> bool:
+    """Whether an iteration counted from 0 is the last of its phase or of the run."""
+    return iteration + 1 == config.iterations or phase_of(config, iteration) != phase_of(config, iteration + 1)
 
 
 def learning_rate_factor(config: TrainConfig, iteration: int) -> float:
@@ -33,16 +38,16 @@ def ema_decay(config: TrainConfig, iteration: int) -> float:
     return min(config.ema, (iteration + 1) / (iteration + 10))
 
 
-def step_seed(config: TrainConfig, iteration: int, place: int = 0) -> int:
+def step_seed(config: TrainConfig, iteration: int, part: int = 0) -> int:
     """Seed of an iteration's random numbers: they depend on nothing that ran before, so a resumed run repeats exactly.
 
-    place: which of the batch's parts, where processes or `train.accumulate` divide it; of 256, then they repeat.
+    part: which of the batch's parts, where processes or `train.accumulate` divide it; after 256 they repeat.
     """
-    return (config.seed << 32) + (place % 256 << 24) + iteration
+    return (config.seed << 32) + (part % 256 << 24) + iteration
 
 
 def parameter_groups(model: AFANet, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW groups: backbone, backbone norms (lr x norm_lr_factor), heads (lr x head_lr_factor).
+    """AdamW groups: backbone, backbone norms (lr x norm_lr_factor, no weight decay), heads (lr x head_lr_factor).
 
     A factor of 0 freezes the norms: their gradients are not even computed.
     """
@@ -64,7 +69,13 @@ def parameter_groups(model: AFANet, config: TrainConfig) -> list[dict[str, Any]]
         "heads": ([p for p in model.parameters() if id(p) not in inside], config.head_lr_factor),
     }
     return [
-        {"name": name, "params": parameters, "base_lr": config.lr * factor, "lr": config.lr * factor}
+        {
+            "name": name,
+            "params": parameters,
+            "base_lr": config.lr * factor,
+            "lr": config.lr * factor,
+            "weight_decay": 0.0 if name == "norms" else config.weight_decay,
+        }
         for name, (parameters, factor) in groups.items()
         if parameters
     ]

@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from afa.commands.pseudo_labels import make_labels
 from afa.config import Config
 from afa.data import TaggedDataset
 from afa.data.transforms import read_image
 from afa.errors import UserError
-from afa.evaluation.evaluate import segment
 from afa.files import atomic_path
+from afa.labeling.inference import infer
+from afa.labeling.label_maker import LabelMaker
 from afa.model.network import AFANet
+from afa.run import SNAPSHOTS
 from afa.training.schedule import phase_of
 
-FOLDER = "snapshots"
 _LONGEST = 320
 """Pixels of a kept picture's longer side: what the report shows."""
 _ABOUT = ("name", "tags", "phase")
@@ -41,6 +41,7 @@ def snapshot(
     can't be read is left out.
     """
     device = next(model.parameters()).device
+    maker = LabelMaker.for_training(config)
     phase = phase_of(config.train, iteration - 1)
     was_training = model.training
     model.eval()
@@ -53,13 +54,15 @@ def snapshot(
             except UserError:
                 continue
             pixels = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None].to(device)
-            labels = make_labels(model, pixels, dataset.tags[number][None], config, ("par", "walk"))
+            labels = maker.from_images(model, pixels, dataset.tags[number][None], ("par", "walk"))
+            found = infer(model, pixels, config, {"seg"})
+            assert found.seg_logits is not None
             maps = {
                 "image": picture,
                 "cam": (255 * labels.cams[0].amax(0)).cpu().numpy(),
                 "par": labels.maps["par"][0].cpu().numpy(),
                 "walk": labels.maps["walk"][0].cpu().numpy(),
-                "prediction": segment(model, pixels, config)[0].argmax(0).cpu().numpy(),
+                "prediction": found.seg_logits[0].argmax(0).cpu().numpy(),
             }
             for key, values in maps.items():
                 arrays[f"{len(about)}_{key}"] = _small(values.astype(np.uint8), smooth=key in ("image", "cam"))
@@ -67,7 +70,7 @@ def snapshot(
             about.append({"name": dataset.names[number], "tags": tags, "phase": phase})
     finally:
         model.train(was_training)
-    path = Path(run) / FOLDER / f"{iteration:08d}.npz"
+    path = Path(run) / SNAPSHOTS / f"{iteration:08d}.npz"
     with atomic_path(path) as temporary:
         arrays["about"] = np.array(json.dumps(about))
         np.savez_compressed(temporary, allow_pickle=False, **arrays)
@@ -78,7 +81,7 @@ def load_snapshots(run: str | Path) -> dict[int, list[Snapshot]]:
     """Iteration -> its images in order: name, tags, phase (that the iteration ends), image uint8 [H,W,3], cam float
     [H,W], par, walk and prediction uint8 [H,W]. Empty when the run has none; a damaged file is passed over."""
     found: dict[int, list[Snapshot]] = {}
-    for path in sorted((Path(run) / FOLDER).glob("[0-9]*.npz")):
+    for path in sorted((Path(run) / SNAPSHOTS).glob("[0-9]*.npz")):
         try:
             with np.load(path, allow_pickle=False) as file:
                 items = [

@@ -1,38 +1,39 @@
-"""Model, optimiser and one training step, over however many processes and pieces the batch is divided into."""
+"""One training step: model, optimizer and labels, over however many processes and micro-batches share the batch."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import afa_ext
 from afa import distributed
 from afa.config import Config
-from afa.labeling.cam import multi_scale_cam, pack_classes
-from afa.labeling.labels import par_labels, par_weights, walk_labels
-from afa.model.network import AFANet, normalize
+from afa.labeling.cam import pack_host_tags
+from afa.labeling.inference import run_scales
+from afa.labeling.label_maker import LabelMaker
+from afa.model.network import AFANet
+from afa.model.precision import precision, tf32
 from afa.training.compiling import compile_network
+from afa.training.dropout import place_shared_dropout, share_dropout
 from afa.training.losses import affinity_loss, classification_loss, segmentation_loss, target_counts
 from afa.training.schedule import ema_decay, learning_rate_factor, parameter_groups, phase_of, step_seed
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass
-class Step:
-    """What one training step leaves behind, all still on the device.
+class StepResult:
+    """What one training step returns, all still on the device.
 
-    Of several processes each has its own share, scaled so that the mean over processes is the value of the whole batch.
+    Each of several processes has its own share, scaled so that the mean over processes is the value of the whole batch.
     """
 
     losses: Tensor
     """[3]: classification, segmentation, affinity; 0 for those not computed in this phase."""
     labels: Tensor | None = None
-    """Segmentation target [B, S, S]; of the last piece where the batch is worked in pieces."""
+    """Segmentation target [B, S, S]; with micro-batches that of the last one."""
     pairs: Tensor | None = None
     """Affinity target [B, N, N], likewise."""
     grad_norm: Tensor | None = None
@@ -44,35 +45,41 @@ class Targets:
     """What segmentation and affinity learn from."""
 
     labels: Tensor
+    """int64 [B, S, S]: 0 background, class number + 1, 255 ignored."""
     pairs: Tensor
+    """[B, N, N]: 1 same class, 0 different, 255 ignored."""
     counts: Tensor | None = None
-    """`target_counts` over the whole batch, where this is a part of it."""
+    """`target_counts` over the whole batch, if this is a part of it."""
 
 
-class Trainer:
-    """Model, optimiser and the step that moves them on by one batch.
+class TrainStep:
+    """Model and optimizer, and the step that updates them from one batch.
 
-    The batch may be divided among processes (each is given its images) and worked in `train.accumulate` pieces. Every
-    mean of a loss is over the whole batch all the same, and dropout in the decoder does not depend on the division, so
-    that the same configuration gives the same training up to rounding. Two things remain: batch norm in the decoder
-    has statistics of all processes' images (with train.sync_batch_norm), but always of one piece; and a backbone with
-    dropout of its own draws other noise.
+    The batch may be divided among processes (each is given its images) and split into `train.accumulate` micro-batches.
+    Every mean of a loss is over the whole batch all the same, and dropout in the decoder does not depend on the
+    division, so that the same configuration gives the same training up to rounding. Two differences remain: batch norm
+    in the decoder has statistics of all processes' images (with train.sync_batch_norm), but always of one micro-batch;
+    and a backbone with dropout or drop path of its own draws other noise.
     """
 
     def __init__(self, model: AFANet, config: Config, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).train()
         self.config = config
+        self.label_maker = LabelMaker.for_training(config)
         train = config.train
-        self.pieces = train.accumulate
-        self.groups = parameter_groups(self.model, train)
         self.optimizer = torch.optim.AdamW(
-            self.groups, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
+            parameter_groups(self.model, train),
+            lr=train.lr,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+            fused=True,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.precision == "fp16")
-        self.ema: AFANet | None = copy.deepcopy(self.model).requires_grad_(False).eval() if train.ema else None
+        self._ema_decay = 0.0
+        self.ema = self._averaged_model() if train.ema else None
         if self._divided:
-            _share_dropout(self.model)
+            share_dropout(self.model)
             if train.sync_batch_norm:
                 distributed.synchronise_batch_norm(self.model)
             distributed.broadcast_model(self.model)
@@ -80,163 +87,162 @@ class Trainer:
             compile_network(self.model)
 
     @property
-    def measured(self) -> AFANet:
-        """The model to evaluate and to save: the average where there is one."""
-        return self.model if self.ema is None else self.ema
+    def eval_model(self) -> AFANet:
+        """The model to evaluate and to save: the average if there is one."""
+        if self.ema is None:
+            return self.model
+        model = self.ema.module
+        assert isinstance(model, AFANet)
+        return model
 
     @property
-    def _divided(self) -> bool:
-        return self.pieces * distributed.world_size() > 1
+    def learning_rate(self) -> float:
+        """The backbone's, in the last update."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
 
-    def step(self, batch: dict[str, Any], iteration: int) -> Step:
-        """One update from this process's part of a batch, at an iteration counted from 0."""
+    def update(self, batch: dict[str, Any], iteration: int) -> StepResult:
+        """One update from this process's part of a batch, at an iteration counted from 0.
+
+        batch: image uint8 [B, 3, S, S], tags [B, C], box [B, 4], on the host.
+        """
         train = self.config.train
         torch.manual_seed(step_seed(train, iteration))
         factor = learning_rate_factor(train, iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         phase = phase_of(train, iteration)
-        pieces = [batch] if self.pieces == 1 else _split(batch, self.pieces)
-        targets: list[Targets | None] = [None] * len(pieces)
-        if len(pieces) > 1 and phase != "classify":
-            targets = [*self._targets_of_all(pieces, phase)]
         self.optimizer.zero_grad(set_to_none=True)
-        result: Step | None = None
-        for number, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
-            self._place(iteration, number, len(piece["image"]))
-            part, total = self.losses(piece, phase, target)
-            self.scaler.scale(total).backward()
-            if result is not None:
-                part.losses += result.losses
-            result = part
-        assert result is not None
+        with tf32(train.precision == "tf32" and self.device.type == "cuda"):
+            result = self._accumulate(_split(batch, train.accumulate), phase, iteration)
+        self._complete_gradients()
         distributed.average_gradients(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         result.grad_norm = self._clip()
         # Does nothing where a gradient is not finite and the precision is fp16: the scale was too large.
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._average(iteration)
+        if self.ema is not None:
+            self._ema_decay = ema_decay(train, iteration)
+            self.ema.update_parameters(self.model)
         return result
 
-    def losses(self, batch: dict[str, Any], phase: str, targets: Targets | None = None) -> tuple[Step, Tensor]:
-        """Forward, labels and losses of one piece -> (what to log, the loss to differentiate).
+    def losses(self, batch: dict[str, Any], phase: str, targets: Targets | None = None) -> tuple[StepResult, Tensor]:
+        """Forward, labels and losses of one micro-batch -> (what to log, the loss to differentiate).
 
-        targets: where they were made before. The mean over processes of the sum over pieces is the loss of the batch.
+        targets: if they were made before. The mean over processes of the sum over micro-batches is the loss of the
+        batch.
         """
         train = self.config.train
-        images = batch["image"].to(self.device, non_blocking=True)
-        tags = batch["tags"].to(self.device, non_blocking=True)
-        inputs = normalize(images)
+        images, tags = self._to_device(batch)
+        inputs = self.model.normalize(images)
         if phase == "classify":
-            with self._precision():
+            with precision(self.device, train.precision):
                 out = self.model(inputs, want=("class",))
-            loss = classification_loss(out.class_logits, tags) / self.pieces
+            loss = classification_loss(out.class_logits, tags) / train.accumulate
             zero = loss.detach().new_zeros(())
-            return Step(torch.stack([loss.detach(), zero, zero])), loss
+            return StepResult(torch.stack([loss.detach(), zero, zero])), loss
 
-        with self._precision():
+        with precision(self.device, train.precision):
             out = self.model(inputs, want=("class", "cam", "seg", "affinity"))
         if targets is None:
-            targets = Targets(*self.targets(batch, images, inputs, tags, out.cam.detach(), phase))
+            targets = self.targets(batch, images, inputs, out.cam.detach(), phase)
             if self._divided:
                 targets.counts = distributed.all_reduce_sum_(target_counts(targets.labels, targets.pairs))
-        loss_cls = classification_loss(out.class_logits, tags) / self.pieces
+        loss_cls = classification_loss(out.class_logits, tags) / train.accumulate
         loss_seg = segmentation_loss(out.seg_logits, targets.labels, targets.counts)
         loss_aff = affinity_loss(out.affinity, targets.pairs, targets.counts)
         if self._divided:
             # Sums over this part with the whole batch's counts below: to be added over processes, not averaged.
             loss_seg, loss_aff = loss_seg * distributed.world_size(), loss_aff * distributed.world_size()
         total = loss_cls + train.weight_seg * loss_seg + train.weight_affinity * loss_aff
-        return Step(torch.stack([loss_cls, loss_seg, loss_aff]).detach(), targets.labels, targets.pairs), total
+        return StepResult(torch.stack([loss_cls, loss_seg, loss_aff]).detach(), targets.labels, targets.pairs), total
 
     @torch.no_grad()
-    def targets(
-        self, batch: dict[str, Any], images: Tensor, inputs: Tensor, tags: Tensor, cam: Tensor | None, phase: str
-    ) -> tuple[Tensor, Tensor]:
-        """Segmentation target [B, S, S] and affinity target [B, N, N] of a batch.
+    def targets(self, batch: dict[str, Any], images: Tensor, inputs: Tensor, cam: Tensor, phase: str) -> Targets:
+        """Targets of a batch in the phase par or walk.
 
-        images uint8, inputs normalised; cam: raw CAMs [B, C, h, w] of the training forward, which are those of
-        evaluation as long as the backbone has no active dropout, and then spare one pass.
+        images uint8 [B, 3, S, S], inputs normalized; cam: raw CAMs [B, C, h, w] of the training forward. Drop path in
+        the backbone stays active in the forwards made here, as published.
         """
-        settings = self.config.labels
-        # Counts and boxes are read from the loader's tensors, which are still on the host: no wait for the device.
-        most = int((batch["tags"] > 0).sum(1).max())
+        walk = phase == "walk"
+        sources = {"walk"} if walk and self.config.labels.affinity_from_walk else {"par", "walk"} if walk else {"par"}
+        # Tags and boxes are read from the loader's tensors, which are still on the host: no wait for the device.
         side = images.shape[-1]
         whole = bool((batch["box"] == torch.tensor([0, side, 0, side])).all())
         box = None if whole else batch["box"].to(self.device, non_blocking=True)
-        classes = pack_classes(tags, most)
-        walk = phase == "walk"
-        par = not walk or not settings.affinity_from_walk
-
-        backbone = self.model.backbone
-        was_training = backbone.training
-        if not backbone.deterministic:
-            backbone.eval()
-        with self._label_precision():
-            result = multi_scale_cam(
+        with precision(self.device, self._label_precision()):
+            outputs = run_scales(
                 self.model,
                 inputs,
-                classes,
-                settings.cam_scales,
-                affinity_scale=max(settings.cam_scales) if walk else None,
-                base=cam if backbone.deterministic else None,
+                cam_scales=self.config.labels.cam_scales,
+                affinity_scale=self.label_maker.walk_scale if walk else None,
+                base_cam=cam,
             )
-        backbone.train(was_training)
+        classes = pack_host_tags(batch["tags"], self.device)
+        maps, _ = self.label_maker.from_outputs(images, outputs, classes, sources, box=box)
+        source = maps["par" if "par" in sources else "walk"]
+        pairs = afa_ext.affinity_labels(source, stride=self.model.stride, radius=self.config.labels.walk_radius)
+        return Targets(maps["walk" if walk else "par"], pairs)
 
-        weights = par_weights(images, settings) if par or whole else None
-        target = None
-        if par:
-            target = par_labels(images, result.cams, classes, settings, box=box, weights=weights)
-        segmentation = target
-        if walk:
-            assert result.affinity is not None and result.grid is not None
-            segmentation = walk_labels(
-                images,
-                result.cams,
-                result.affinity,
-                result.grid,
-                classes,
-                settings,
-                box=box,
-                weights=weights if whole else None,
-            )
-        assert segmentation is not None
-        source = segmentation if target is None else target
-        pairs = afa_ext.affinity_labels(source, stride=self.model.stride, radius=settings.walk_radius)
-        return segmentation, pairs
+    def _accumulate(self, micro_batches: list[dict[str, Any]], phase: str, iteration: int) -> StepResult:
+        """Add up the gradients of all micro-batches."""
+        targets: list[Targets | None] = [None] * len(micro_batches)
+        if len(micro_batches) > 1 and phase != "classify":
+            targets = [*self._targets_of_all(micro_batches, phase)]
+        result: StepResult | None = None
+        for number, (micro_batch, target) in enumerate(zip(micro_batches, targets, strict=True)):
+            self._seed_part(iteration, number, len(micro_batch["image"]))
+            part, total = self.losses(micro_batch, phase, target)
+            self.scaler.scale(total).backward()
+            if result is not None:
+                part.losses += result.losses
+            result = part
+        assert result is not None
+        return result
 
     @torch.no_grad()
-    def _targets_of_all(self, pieces: list[dict[str, Any]], phase: str) -> list[Targets]:
-        """The targets of every piece before any of them is learnt from: the losses divide by counts over the whole
-        batch. It costs a forward more than making them on the way, and keeps no graph."""
-        found = []
-        for piece in pieces:
-            images = piece["image"].to(self.device, non_blocking=True)
-            tags = piece["tags"].to(self.device, non_blocking=True)
-            inputs = normalize(images)
-            cam = None
-            if self.model.backbone.deterministic:
-                with self._precision():
-                    cam = self.model(inputs, want=("cam",)).cam
-            found.append(Targets(*self.targets(piece, images, inputs, tags, cam, phase)))
-        counts = distributed.all_reduce_sum_(
-            torch.stack([target_counts(target.labels, target.pairs) for target in found]).sum(0)
-        )
-        for target in found:
+    def _targets_of_all(self, micro_batches: list[dict[str, Any]], phase: str) -> list[Targets]:
+        """The targets of every micro-batch before any of them is learned from: the losses divide by counts over the
+        whole batch. It costs a forward more than making them on the way, and keeps no graph."""
+        made = []
+        for micro_batch in micro_batches:
+            images, _ = self._to_device(micro_batch)
+            inputs = self.model.normalize(images)
+            with precision(self.device, self.config.train.precision):
+                cam = self.model(inputs, want=("cam",)).cam
+            made.append(self.targets(micro_batch, images, inputs, cam, phase))
+        counts = torch.stack([target_counts(target.labels, target.pairs) for target in made]).sum(0)
+        counts = distributed.all_reduce_sum_(counts)
+        for target in made:
             target.counts = counts
-        return found
+        return made
 
-    def _place(self, iteration: int, piece: int, images: int) -> None:
-        """Random numbers by where in the whole batch the images of a piece stand."""
+    def _to_device(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Images and tags."""
+        images = batch["image"].to(self.device, non_blocking=True)
+        return images, batch["tags"].to(self.device, non_blocking=True)
+
+    @property
+    def _divided(self) -> bool:
+        return self.config.train.accumulate * distributed.world_size() > 1
+
+    def _seed_part(self, iteration: int, micro_batch: int, images: int) -> None:
+        """Seed random numbers by where in the whole batch the images of a micro-batch are."""
         if not self._divided:
             return
-        place = distributed.rank() * self.pieces + piece
-        torch.manual_seed(step_seed(self.config.train, iteration, place))
-        for module in self.model.modules():
-            if isinstance(module, SharedDropout2d):
-                module.seed = step_seed(self.config.train, iteration)
-                module.first, module.whole = place * images, self.pieces * distributed.world_size() * images
+        train = self.config.train
+        part = distributed.rank() * train.accumulate + micro_batch
+        torch.manual_seed(step_seed(train, iteration, part))
+        whole = train.accumulate * distributed.world_size() * images
+        place_shared_dropout(self.model, step_seed(train, iteration), first=part * images, whole=whole)
+
+    def _complete_gradients(self) -> None:
+        """Give parameters that this phase does not use a gradient of 0, as published: decoder and affinity head are in
+        the graph from the start, so that Adam has counted all iterations when they begin to learn."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _clip(self) -> Tensor:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
@@ -245,24 +251,19 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(parameters, self.config.train.clip_grad, norm)
         return norm
 
-    @torch.no_grad()
-    def _average(self, iteration: int) -> None:
-        if self.ema is None:
-            return
-        decay = ema_decay(self.config.train, iteration)
-        torch._foreach_lerp_([*self.ema.parameters()], [*self.model.parameters()], 1 - decay)
-        for old, new in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            old.copy_(new)
+    def _averaged_model(self) -> AveragedModel:
+        def update(averaged: Any, current: Any, _: Any) -> None:
+            torch._foreach_lerp_(averaged, current, 1 - self._ema_decay)
 
-    def _precision(self) -> torch.autocast:
-        half = HALF.get(self.config.train.precision)
-        return torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None)
+        average = AveragedModel(self.model, multi_avg_fn=update)
+        average.n_averaged += 1  # the initial weights count as the first, so that no update is a plain copy
+        return average.requires_grad_(False).eval()
 
-    def _label_precision(self) -> torch.autocast:
+    def _label_precision(self) -> str:
         train = self.config.train
-        if train.label_precision == "auto" and train.precision == "fp32" and _multiplies_bf16(self.device):
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return self._precision()
+        if train.label_precision == "auto" and train.precision in ("fp32", "tf32") and _multiplies_bf16(self.device):
+            return "bf16"
+        return train.precision
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
@@ -274,31 +275,6 @@ def _multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("amx_bf16", False))
 
 
-class SharedDropout2d(nn.Dropout2d):
-    """Dropout2d whose mask is drawn for the whole batch, of which this process and piece has a part.
-
-    Masks are those that nn.Dropout2d would draw for the whole batch in one process, if it is the first to draw.
-    """
-
-    seed = 0
-    first = 0
-    whole = 0
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return input
-        generator = torch.Generator(input.device).manual_seed(self.seed)
-        keep = torch.empty(self.whole, input.shape[1], 1, 1, device=input.device, dtype=input.dtype)
-        keep.bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
-        return input * keep[self.first : self.first + len(input)]
-
-
-def _share_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is nn.Dropout2d:
-            module.__class__ = SharedDropout2d
-
-
-def _split(batch: dict[str, Any], pieces: int) -> list[dict[str, Any]]:
-    each = len(batch["image"]) // pieces
-    return [{key: value[i * each : (i + 1) * each] for key, value in batch.items()} for i in range(pieces)]
+def _split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    each = len(batch["image"]) // parts
+    return [{key: value[i * each : (i + 1) * each] for key, value in batch.items()} for i in range(parts)]

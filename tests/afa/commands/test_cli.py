@@ -129,18 +129,18 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
 def test_stop_and_resume(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from afa.training.loop import Trainer
+    from afa.training.step import TrainStep
 
-    step = Trainer.step
+    step = TrainStep.update
 
-    def stopped(trainer: Trainer, batch: dict[str, Any], iteration: int) -> object:
+    def stopped(train_step: TrainStep, batch: dict[str, Any], iteration: int) -> object:
         if iteration == 2:
             raise KeyboardInterrupt
-        return step(trainer, batch, iteration)
+        return step(train_step, batch, iteration)
 
     options = ["--quiet", "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopped)
+        patch.setattr(TrainStep, "update", stopped)
         assert main(["train", "small.yaml", "train.checkpoint_every=1", *options]) == 130
     shown = capsys.readouterr()
     assert "afa train runs/small --resume" in shown.out

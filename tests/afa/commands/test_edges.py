@@ -27,7 +27,7 @@ from afa.errors import UserError, printable
 from afa.evaluation.evaluate import evaluate
 from afa.files import atomic_path, check_space, check_writable, is_output, remove_tree, to_json, write_bytes, write_text
 from afa.model import build_model, load_model
-from afa.model.network import save_checkpoint_weights
+from afa.model.network import save_model
 from afa.report.results import load_result, make_report, save_result
 from afa.training.loop import train
 
@@ -73,7 +73,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 def test_a_full_disk_while_a_model_is_saved(config: Config, tmp_path: Path) -> None:
     model = build_model(config.model, 3)
     with small_files(1000), pytest.raises(UserError, match=r"model\.safetensors can't be written: File too large"):
-        save_checkpoint_weights(tmp_path / "model.safetensors", model, config, ["a", "b", "c"])
+        save_model(tmp_path / "model.safetensors", model, config, ["a", "b", "c"])
     assert [path.name for path in tmp_path.iterdir()] == ["voc"]
 
 
@@ -285,7 +285,7 @@ def test_paths_from_anywhere(
 def test_a_model_file_cannot_make_timm_read_others(config: Config, tmp_path: Path, arguments: dict[str, Any]) -> None:
     model = build_model(config.model, 3)
     config.model.backbone_args.update(arguments)
-    save_checkpoint_weights(tmp_path / "model.safetensors", model, config, ["a", "b", "c"])
+    save_model(tmp_path / "model.safetensors", model, config, ["a", "b", "c"])
     with pytest.raises(UserError, match=f"{next(iter(arguments))} would make timm read other files"):
         load_model(tmp_path / "model.safetensors")
 
@@ -299,7 +299,7 @@ def test_a_backbone_is_a_name_of_timm(config: Config, name: str) -> None:
 
 def test_a_model_file_with_bad_classes(config: Config, tmp_path: Path) -> None:
     model = build_model(config.model, 2)
-    save_checkpoint_weights(tmp_path / "model.safetensors", model, config, ["a", "a\u200b"])
+    save_model(tmp_path / "model.safetensors", model, config, ["a", "a\u200b"])
     with pytest.raises(UserError, match=r"model\.safetensors: the class name .* invisible character"):
         load_model(tmp_path / "model.safetensors")
 

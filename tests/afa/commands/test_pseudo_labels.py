@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 
 from afa.commands.cli import main
-from afa.commands.pseudo_labels import SOURCES, make_labels
 from afa.config import Config, to_yaml
 from afa.data import TaggedDataset
 from afa.data.visualize import PALETTE
-from afa.evaluation.evaluate import evaluate, segment
+from afa.evaluation.evaluate import evaluate
 from afa.evaluation.metrics import SegmentationMetrics
+from afa.labeling.inference import infer
+from afa.labeling.label_maker import SOURCES, LabelMaker
 from afa.model import AFANet, build_model
-from afa.model.network import save_checkpoint_weights
-from afa.training.loop import Trainer, train
+from afa.model.network import save_model
+from afa.training.loop import train
 from afa.training.snapshots import load_snapshots, snapshot
+from afa.training.step import TrainStep
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def run(tiny_config: Any, voc_root: Path, tmp_path: Path) -> Path:
     model = build_model(config.model, 3).eval()
     model.classifier.weight.data.normal_()
     model.decoder.predict.weight.data.normal_()
-    save_checkpoint_weights(tmp_path / "run/model.safetensors", model, config, ["square", "disc", "stripes"])
+    save_model(tmp_path / "run/model.safetensors", model, config, ["square", "disc", "stripes"])
     (tmp_path / "run/config.yaml").write_text(to_yaml(config))
     return tmp_path / "run"
 
@@ -63,7 +65,8 @@ def test_files_are_the_labels(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     ignored = 0
     for number, name in enumerate(dataset.names):
         item = dataset[number]
-        label = make_labels(model, item["image"][None], item["tags"][None], config, (source,)).maps[source][0].numpy()
+        made = LabelMaker.for_training(config).from_images(model, item["image"][None], item["tags"][None], (source,))
+        label = made.maps[source][0].numpy()
         assert np.array_equal(found[name], label)
         assert set(np.unique(label)) <= {0, 255, *(1 + np.flatnonzero(item["tags"]))}, "only the image's tags"
         ignored += (label == 255).sum()
@@ -84,25 +87,25 @@ def test_labels_are_those_of_training(run: Path) -> None:
     model, config, dataset = _loaded(run)
     item = dataset[0]
     image, tags = item["image"][None, :, :48, :48].contiguous(), item["tags"][None]
-    trainer = Trainer(model, config)
+    train_step = TrainStep(model, config)
     model.eval()
-    ours = make_labels(model, image, tags, config, ("par", "walk")).maps
+    ours = LabelMaker.for_training(config).from_images(model, image, tags, ("par", "walk")).maps
     batch = {"image": image, "tags": tags, "box": torch.tensor([[0, 48, 0, 48]])}
-    from afa.model import normalize
-
     with torch.no_grad():
-        cam = model(normalize(image), want=("cam",)).cam
+        inputs = model.normalize(image)
+        cam = model(inputs, want=("cam",)).cam
         for phase in ("par", "walk"):
-            target, _ = trainer.targets(batch, image, normalize(image), tags, cam, phase)
-            assert torch.equal(target, ours[phase])
+            targets = train_step.targets(batch, image, inputs, cam, phase)
+            assert torch.equal(targets.labels, ours[phase])
 
 
 def test_seg_is_the_best_of_the_tagged(run: Path) -> None:
     model, config, dataset = _loaded(run)
     item = dataset[0]
-    logits = segment(model, item["image"][None], config)[0].clone()
+    logits = infer(model, item["image"][None], config, {"seg"}).seg_logits[0].clone()
     logits[1:][item["tags"] == 0] = -torch.inf
-    ours = make_labels(model, item["image"][None], item["tags"][None], config, ("seg",)).maps["seg"][0]
+    made = LabelMaker.for_training(config).from_images(model, item["image"][None], item["tags"][None], ("seg",))
+    ours = made.maps["seg"][0]
     assert (ours != logits.argmax(0)).sum() <= 1
     assert (ours > 0).any()
 
@@ -199,22 +202,22 @@ def test_snapshot(run: Path, tmp_path: Path) -> None:
         number = dataset.names.index(item["name"])
         assert item["tags"] == [dataset.classes[i] for i in np.flatnonzero(dataset.tags[number])]
         image = torch.from_numpy(item["image"].transpose(2, 0, 1).copy())[None]
-        labels = make_labels(model, image, dataset.tags[number][None], config)
+        labels = LabelMaker.for_training(config).from_images(model, image, dataset.tags[number][None])
         assert np.array_equal(item["walk"], labels.maps["walk"][0])
         assert np.array_equal(item["par"], labels.maps["par"][0])
-        assert np.array_equal(item["prediction"], segment(model, image, config)[0].argmax(0))
+        assert np.array_equal(item["prediction"], infer(model, image, config, {"seg"}).seg_logits[0].argmax(0))
         assert np.abs(item["cam"] - labels.cams[0].amax(0).numpy()).max() < 1 / 200
     assert load_snapshots(tmp_path / "none") == {}
 
 
 def test_cam_label_of_one_threshold_is_that_of_evaluation(run: Path) -> None:
     model, config, _ = _loaded(run)
-    config.labels.low = config.labels.high = config.labels.cam_threshold
+    maker = LabelMaker.for_training(config, ignore=False)
     dataset = TaggedDataset(config.data.root, "val", train=False, with_mask=True)
     for sample in evaluate(model, dataset, config, progress=False, keep=4).samples:
         number = dataset.names.index(sample["name"])
         item = dataset[number]
-        labels = make_labels(model, item["image"][None], item["tags"][None], config, ("cam", "par")).maps
+        labels = maker.from_images(model, item["image"][None], item["tags"][None], ("cam", "par")).maps
         assert (labels["cam"][0].numpy() != sample["cam_label"]).sum() <= 1
         assert (labels["par"][0].numpy() != sample["par_label"]).sum() <= 1
 
@@ -254,7 +257,8 @@ def test_predict_upright_at_several_scales(run: Path, tmp_path: Path, monkeypatc
     assert (plain != several).any()
     model, config, _ = _loaded(run)
     config.eval.scales, config.eval.flip = (1.0, 0.5), True
-    expected = segment(model, torch.from_numpy(np.array(upright).transpose(2, 0, 1).copy())[None], config)
+    pixels = torch.from_numpy(np.array(upright).transpose(2, 0, 1).copy())[None]
+    expected = infer(model, pixels, config, {"seg"}).seg_logits
     assert np.array_equal(several, expected[0].argmax(0))
     pytest.importorskip("pydensecrf")
     assert (mask("--crf") != plain).any()

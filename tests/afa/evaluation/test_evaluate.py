@@ -17,12 +17,15 @@ import torch
 from afa.commands.cli import main
 from afa.config import Config, to_yaml
 from afa.data.dataset import TaggedDataset
-from afa.evaluation.evaluate import ROWS, EvalResult, Measured, evaluate, measure_batch, segment
+from afa.evaluation.evaluate import evaluate
+from afa.evaluation.result import ROWS, EvalResult
 from afa.evaluation.store import EvalStore, evaluation_key
-from afa.labeling.cam import multi_scale_cam
+from afa.labeling.cam import pack_classes
 from afa.labeling.crf import CrfSettings, dense_crf
-from afa.model import AFANet, build_model, normalize
-from afa.model.network import save_checkpoint_weights
+from afa.labeling.inference import infer, run_scales
+from afa.labeling.label_maker import LabelMaker, Labels
+from afa.model import AFANet, build_model
+from afa.model.network import save_model
 
 
 @pytest.fixture
@@ -33,6 +36,10 @@ def setting(tiny_config: Any, voc_root: Path) -> tuple[AFANet, TaggedDataset, Co
     model.classifier.weight.data.normal_()
     model.decoder.predict.weight.data.normal_()
     return model, TaggedDataset(voc_root, "val", train=False, with_mask=True), config
+
+
+def segment(model: AFANet, image: torch.Tensor, config: Config) -> torch.Tensor:
+    return infer(model, image, config, {"seg"}).seg_logits
 
 
 def scores(result: EvalResult) -> list[Any]:
@@ -76,20 +83,25 @@ def test_batch_size_does_not_matter(
     assert one.f1 == three.f1
 
 
-def test_segmentation_is_the_largest_of_scales_and_flips(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
+@pytest.mark.parametrize("longer_side", [None, 96])
+def test_segmentation_is_the_largest_of_scales_with_flips_averaged(
+    setting: tuple[AFANet, TaggedDataset, Config], longer_side: int | None
+) -> None:
+    """As published: flips averaged, scales fused on the decoder's grid of scale 1, then upsampled."""
     model, dataset, config = setting
-    config.eval.scales, config.eval.flip = (1.0, 1.5), True
+    config.eval.scales, config.eval.flip, config.eval.longer_side = (1.5, 1.0), True, longer_side
     image = dataset[0]["image"][None]
     size = image.shape[2:]
+    inputs = model.normalize(image)
+    if longer_side is not None:
+        inputs = torch.nn.functional.interpolate(inputs, size=(72, 96), mode="bilinear", antialias=True)
     parts = []
     with torch.no_grad():
         for scale in (1.0, 1.5):
-            x = torch.nn.functional.interpolate(normalize(image), scale_factor=scale, mode="bilinear")
-            for mirrored in (False, True):
-                y = model(x.flip(3) if mirrored else x).seg_logits
-                y = torch.nn.functional.interpolate(y, size=size, mode="bilinear")
-                parts.append(y.flip(3) if mirrored else y)
-    expected = torch.stack(parts).amax(0)
+            x = torch.nn.functional.interpolate(inputs, scale_factor=scale, mode="bilinear")
+            parts.append((model(x).seg_logits + model(x.flip(3)).seg_logits.flip(3)) / 2)
+    parts[1] = torch.nn.functional.interpolate(parts[1], size=parts[0].shape[2:], mode="bilinear")
+    expected = torch.nn.functional.interpolate(torch.stack(parts).amax(0), size=size, mode="bilinear")
     torch.testing.assert_close(segment(model, image, config), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -111,9 +123,11 @@ def test_cam_row_is_the_multi_scale_cam(setting: tuple[AFANet, TaggedDataset, Co
     sample = evaluate(model, dataset, config, progress=False, keep=1).samples[0]
     item = dataset[0]
     with torch.no_grad():
-        result = multi_scale_cam(model, normalize(item["image"][None]), item["tags"][None], config.labels.cam_scales)
-    np.testing.assert_allclose(sample["cam"], result.cams[0].amax(0).numpy(), rtol=1e-3, atol=1e-4)
-    label = torch.cat([torch.full((1, 48, 64), config.labels.cam_threshold), result.cams[0]]).argmax(0)
+        outputs = run_scales(model, model.normalize(item["image"][None]), cam_scales=config.labels.cam_scales)
+    classes = pack_classes(item["tags"][None], 3)
+    cams = classes.scatter(outputs.class_activation_maps(classes), 3)[0]
+    np.testing.assert_allclose(sample["cam"], cams.amax(0).numpy(), rtol=1e-3, atol=1e-4)
+    label = torch.cat([torch.full((1, 48, 64), config.labels.cam_threshold), cams]).argmax(0)
     assert (label.numpy() != sample["cam_label"]).sum() <= 1
 
 
@@ -121,17 +135,12 @@ def test_mean_fusion_is_the_mean(setting: tuple[AFANet, TaggedDataset, Config]) 
     model, dataset, config = setting
     image = dataset[0]["image"][None]
 
-    def logits(scales: tuple[float, ...], flip: bool) -> torch.Tensor:
-        config.eval.scales, config.eval.flip = scales, flip
-        return segment(model, image, config)
-
-    config.eval.fusion = "mean"
-    small, large = logits((1.0,), True), logits((1.5,), True)
-    torch.testing.assert_close(logits((1.0, 1.5), True), (small + large) / 2, rtol=1e-5, atol=1e-5)
-    mirrored = 2 * small - logits((1.0,), False)
-    config.eval.fusion = "max"
-    expected = torch.maximum(logits((1.0,), False), mirrored)
-    torch.testing.assert_close(logits((1.0,), True), expected, rtol=1e-4, atol=1e-4)
+    config.eval.fusion, config.eval.scales, config.eval.flip = "mean", (1.0, 1.5), True
+    outputs = infer(model, image, config, {"seg"}).outputs
+    (_, small), (_, large) = outputs.seg_logits
+    large = torch.nn.functional.interpolate(large, size=small.shape[2:], mode="bilinear")
+    expected = torch.nn.functional.interpolate((small + large) / 2, size=image.shape[2:], mode="bilinear")
+    torch.testing.assert_close(segment(model, image, config), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_image_scores_and_extremes(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
@@ -168,7 +177,7 @@ def test_crf_row_is_the_crf_of_the_segmentation(setting: tuple[AFANet, TaggedDat
     for number, sample in enumerate(result.samples):
         image = dataset[number]["image"]
         probabilities = segment(model, image[None], config)[0].softmax(0).numpy()
-        labels = dense_crf(image.permute(1, 2, 0).numpy(), probabilities, CrfSettings(2)).argmax(0)
+        labels = dense_crf(image.permute(1, 2, 0).numpy(), probabilities, CrfSettings.of(config.eval)).argmax(0)
         assert np.array_equal(labels, sample["prediction"])
         known = sample["truth"] != 255
         np.add.at(expected, (sample["truth"][known], labels[known]), 1)
@@ -186,15 +195,16 @@ def test_stopped_evaluation_goes_on(
     config.eval.crf, config.eval.crf_workers, config.eval.crf_iterations = crf, 0, 1
     whole = evaluate(model, dataset, config, progress=False)
     computed = []
+    make = LabelMaker.from_images
 
-    def measured(*arguments: Any) -> Measured:
+    def interrupted(*arguments: Any) -> Labels:
         if len(computed) == 2:
             raise KeyboardInterrupt
         computed.append(1)
-        return measure_batch(*arguments)
+        return make(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("afa.evaluation.evaluate.measure_batch", measured)
+        patch.setattr(LabelMaker, "from_images", interrupted)
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, dataset, config, progress=False, store=EvalStore(tmp_path / "store", "one"))
     kept = sorted((tmp_path / "store/one").iterdir())
@@ -205,11 +215,11 @@ def test_stopped_evaluation_goes_on(
 
     computed.clear()
 
-    def counted(*arguments: Any) -> Measured:
+    def counted(*arguments: Any) -> Labels:
         computed.append(1)
-        return measure_batch(*arguments)
+        return make(*arguments)
 
-    monkeypatch.setattr("afa.evaluation.evaluate.measure_batch", counted)
+    monkeypatch.setattr(LabelMaker, "from_images", counted)
     store, found = EvalStore(tmp_path / "store", "one"), []
     again = evaluate(model, dataset, config, progress=False, store=store, on_resume=found.append)
     assert found == [1]
@@ -271,7 +281,7 @@ def test_two_processes_count_what_one_does(
     (dataset.root / "ImageSets/Segmentation/val.txt").write_text("v0\nv1\nv2\nv3\nt1\n")
     config.data.root = str(dataset.root)
     run = tmp_path / "run"
-    save_checkpoint_weights(run / "model.safetensors", model, config, dataset.classes)
+    save_model(run / "model.safetensors", model, config, dataset.classes)
     (run / "config.yaml").write_text(to_yaml(config))
 
     def measured() -> tuple[list[str], dict[str, Any]]:
@@ -326,6 +336,6 @@ def test_everything_stored_computes_nothing(
     monkeypatch.setattr(store, "clear", lambda: None)
     first = evaluate(model, dataset, config, progress=False, store=store)
     assert store.done() == set(dataset.names)
-    monkeypatch.setattr("afa.evaluation.evaluate.measure_batch", None)
+    monkeypatch.setattr(LabelMaker, "from_images", None)
     again = evaluate(model, dataset, config, progress=False, store=store)
     assert scores(again) == scores(first) and again.image_iou == first.image_iou

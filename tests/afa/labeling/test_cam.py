@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afa.labeling.cam import multi_scale_cam, pack_classes
+from afa.labeling.cam import pack_classes
+from afa.labeling.inference import ScaleOutputs, run_scales
 from afa.model import AFANet, build_model
 
 
@@ -22,6 +23,12 @@ def model(tiny_config: Any) -> AFANet:
 
 
 TAGS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 0, 1, 0]]).float()
+
+
+def cams_of(outputs: ScaleOutputs, tags: Tensor) -> Tensor:
+    """[B, C, H, W], zero for absent classes."""
+    classes = pack_classes(tags)
+    return classes.scatter(outputs.class_activation_maps(classes), tags.shape[1])
 
 
 def by_definition(model: AFANet, image: Tensor, tags: Tensor, scales: tuple[float, ...]) -> Tensor:
@@ -43,7 +50,7 @@ def by_definition(model: AFANet, image: Tensor, tags: Tensor, scales: tuple[floa
 def test_is_the_definition(model: AFANet) -> None:
     images = torch.randn(4, 3, 64, 80)
     scales = (1.0, 0.5, 1.5)
-    cams = multi_scale_cam(model, images, TAGS, scales).cams
+    cams = cams_of(run_scales(model, images, cam_scales=scales), TAGS)
     expected = torch.stack([by_definition(model, *pair, scales) for pair in zip(images, TAGS, strict=True)])
     torch.testing.assert_close(cams, expected, rtol=1e-4, atol=1e-5)
     assert cams.min() >= 0 and 0.9 < cams.max() <= 1
@@ -52,16 +59,14 @@ def test_is_the_definition(model: AFANet) -> None:
 @torch.no_grad()
 def test_a_forward_at_hand_is_used(model: AFANet) -> None:
     images = torch.randn(4, 3, 64, 64)
-    out = model(images, want=("cam", "affinity"))
-    plain = multi_scale_cam(model, images, TAGS, (1.0, 0.5), affinity_scale=1.0)
+    plain = run_scales(model, images, cam_scales=(1.0, 0.5), affinity_scale=0.5)
+    base = model(images, want=("cam",)).cam
     sizes = []
     hook = model.backbone.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-    spared = multi_scale_cam(
-        model, images, TAGS, (1.0, 0.5), affinity_scale=1.0, base=out.cam, base_affinity=out.affinity
-    )
+    spared = run_scales(model, images, cam_scales=(1.0, 0.5), affinity_scale=0.5, base_cam=base)
     hook.remove()
     assert sizes == [4, 8], "at scale 1 only the mirror images are left to do"
-    torch.testing.assert_close(spared.cams, plain.cams, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cams_of(spared, TAGS), cams_of(plain, TAGS), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(spared.affinity, plain.affinity, rtol=1e-4, atol=1e-5)
 
 
@@ -70,18 +75,19 @@ def test_a_forward_at_hand_is_used(model: AFANet) -> None:
 def test_affinity_at_a_scale(model: AFANet, scale: float) -> None:
     """2.0 is no CAM scale: it is run for the affinity alone and must not enter the CAM."""
     images = torch.randn(2, 3, 64, 64)
-    result = multi_scale_cam(model, images, TAGS[:2], (1.0, 1.5), affinity_scale=scale, base=model(images).cam)
+    result = run_scales(
+        model, images, cam_scales=(1.0, 1.5), affinity_scale=scale, base_cam=model(images, want=("cam",)).cam
+    )
     scaled = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
     assert result.grid == (int(4 * scale), int(4 * scale))
     torch.testing.assert_close(result.affinity, model(scaled, want=("affinity",)).affinity, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        result.cams, multi_scale_cam(model, images, TAGS[:2], (1.0, 1.5)).cams, rtol=1e-4, atol=1e-5
-    )
+    plain = run_scales(model, images, cam_scales=(1.0, 1.5))
+    torch.testing.assert_close(cams_of(result, TAGS[:2]), cams_of(plain, TAGS[:2]), rtol=1e-4, atol=1e-5)
 
 
 def test_no_graph_is_kept(model: AFANet) -> None:
-    result = multi_scale_cam(model, torch.randn(1, 3, 64, 64), TAGS[:1], (1.0,), affinity_scale=1.0)
-    assert not result.cams.requires_grad and not result.affinity.requires_grad
+    result = run_scales(model, torch.randn(1, 3, 64, 64), cam_scales=(1.0,), affinity_scale=1.0)
+    assert not cams_of(result, TAGS[:1]).requires_grad and not result.affinity.requires_grad
 
 
 class TestPacking:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
 import pytest
 
+from afa.config import EvalConfig
 from afa.errors import UserError
 from afa.labeling.crf import CrfPool, CrfSettings, dense_crf
+
+PUBLISHED = CrfSettings.of(EvalConfig())
 
 
 def _mean_field(image: np.ndarray, probabilities: np.ndarray, settings: CrfSettings) -> np.ndarray:
@@ -51,7 +55,7 @@ def _case(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_is_mean_field_inference() -> None:
     pytest.importorskip("pydensecrf")
     image, probabilities, truth = _case()
-    for settings in (CrfSettings(), CrfSettings(3, (2.0, 1.0), (20.0, 10.0, 2.0))):
+    for settings in (PUBLISHED, CrfSettings(3, (2.0, 1.0), (20.0, 10.0, 2.0))):
         ours = dense_crf(image, probabilities, settings)
         np.testing.assert_allclose(ours.sum(0), 1, atol=1e-5)
         expected = _mean_field(image, probabilities, settings)
@@ -59,16 +63,18 @@ def test_is_mean_field_inference() -> None:
         assert (ours.argmax(0) != expected.argmax(0)).mean() < 0.01
         assert np.abs(ours - expected).mean() < 0.02
     assert (probabilities.argmax(0) != truth).mean() > 0.15
-    assert (dense_crf(image, probabilities).argmax(0) != truth).mean() < 0.01
-    assert np.array_equal(dense_crf(image, probabilities, CrfSettings(0)).argmax(0), probabilities.argmax(0))
+    assert (dense_crf(image, probabilities, PUBLISHED).argmax(0) != truth).mean() < 0.01
+    assert np.array_equal(
+        dense_crf(image, probabilities, dataclasses.replace(PUBLISHED, iterations=0)).argmax(0), probabilities.argmax(0)
+    )
 
 
 def test_processes_give_what_one_gives() -> None:
     pytest.importorskip("pydensecrf")
     cases = [_case(seed)[:2] for seed in range(5)]
-    expected = {i: dense_crf(*case).argmax(0) for i, case in enumerate(cases)}
+    expected = {i: dense_crf(*case, PUBLISHED).argmax(0) for i, case in enumerate(cases)}
     for workers in (0, 1):
-        pool: CrfPool[int] = CrfPool(CrfSettings(), workers)
+        pool: CrfPool[int] = CrfPool(PUBLISHED, workers)
         try:
             found = {}
             for i, case in enumerate(cases):
@@ -86,12 +92,12 @@ def test_processes_give_what_one_gives() -> None:
 def test_wrong_sizes_are_named() -> None:
     image, probabilities, _ = _case()
     with pytest.raises(ValueError, match=r"image must be uint8 \(30, 36, 3\).*got uint8 \(29, 36, 3\)"):
-        dense_crf(image[1:], probabilities)
+        dense_crf(image[1:], probabilities, PUBLISHED)
     with pytest.raises(ValueError, match="got float64"):
-        dense_crf(image / 255, probabilities)
+        dense_crf(image / 255, probabilities, PUBLISHED)
 
 
 def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     with pytest.raises(UserError, match=r"pip install pydensecrf2.*eval.crf=false"):
-        CrfPool(CrfSettings(), 1)
+        CrfPool(PUBLISHED, 1)

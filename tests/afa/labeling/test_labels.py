@@ -13,12 +13,11 @@ import afa_ext
 from afa.config import LabelConfig
 from afa.labeling.cam import ClassSet, pack_classes
 from afa.labeling.labels import (
-    par_label_single,
+    cam_labels,
     par_labels,
-    threshold_labels,
-    walk_label_single,
     walk_labels,
     walk_scores,
+    walked_cam_labels,
 )
 
 CONFIG = LabelConfig()
@@ -48,7 +47,7 @@ def test_par_label_golden(gold: dict[str, Tensor], packed: Packed) -> None:
 
 def test_cam_label_golden(gold: dict[str, Tensor], packed: Packed) -> None:
     classes, cams = packed
-    assert torch.equal(threshold_labels(cams, classes, 0.45), gold["cam_label_nobox"].long())
+    assert torch.equal(cam_labels(cams, classes, (0.45, 0.45)), gold["cam_label_nobox"].long())
 
 
 def ragged() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -70,8 +69,8 @@ def test_batch_is_its_images_one_by_one() -> None:
     whole = {
         "par": par_labels(images, maps, classes, config, box=box),
         "walk": walk_labels(images, maps, affinity, (6, 8), classes, config, box=box),
-        "par single": par_label_single(images, maps, classes, config, 0.45),
-        "walk single": walk_label_single(maps, affinity, (6, 8), classes, config, 0.45),
+        "par single": par_labels(images, maps, classes, config, thresholds=(0.45, 0.45)),
+        "walk single": walked_cam_labels(maps, affinity, (6, 8), classes, config, (0.35, 0.35)),
     }
     for name in ("par", "walk"):
         assert {0, 255} < set(whole[name].unique().tolist()), "the case must hold background, ignored and classes"
@@ -84,8 +83,8 @@ def test_batch_is_its_images_one_by_one() -> None:
             "walk": walk_labels(
                 images[i : i + 1], arguments[0], affinity[i : i + 1], (6, 8), one, config, box=box[i : i + 1]
             ),
-            "par single": par_label_single(images[i : i + 1], *arguments, config, 0.45),
-            "walk single": walk_label_single(arguments[0], affinity[i : i + 1], (6, 8), one, config, 0.45),
+            "par single": par_labels(images[i : i + 1], *arguments, config, thresholds=(0.45, 0.45)),
+            "walk single": walked_cam_labels(arguments[0], affinity[i : i + 1], (6, 8), one, config, (0.35, 0.35)),
         }
         for name, labels in alone.items():
             wrong = (labels[0] != whole[name][i]).sum()
@@ -146,12 +145,26 @@ def test_image_without_tags_is_background() -> None:
     maps = classes.gather(cams)
     assert (par_labels(images, maps, classes, CONFIG)[2] == 0).all()
     assert (walk_labels(images, maps, affinity, (6, 8), classes, CONFIG)[2] == 0).all()
-    assert (threshold_labels(maps, classes, 0.45)[2] == 0).all()
+    assert (cam_labels(maps, classes, (0.45, 0.45))[2] == 0).all()
 
 
 def test_the_higher_threshold_never_adds_foreground() -> None:
     _, tags, cams, _, _ = ragged()
     classes = pack_classes(tags)
     maps = classes.gather(cams)
-    low, high = (threshold_labels(maps, classes, score) > 0 for score in (0.35, 0.55))
+    low, high = (cam_labels(maps, classes, (score, score)) > 0 for score in (0.35, 0.55))
     assert (low | ~high).all()
+
+
+def test_two_thresholds_ignore_what_lies_between() -> None:
+    """One rule for every kind of label, here of the CAM and of the walked CAM."""
+    _, tags, cams, _, affinity = ragged()
+    classes = pack_classes(tags)
+    maps = classes.gather(cams)
+    walked = (maps, affinity, (6, 8), classes, CONFIG)
+    for both, low, high in (
+        (cam_labels(maps, classes, (0.35, 0.55)), *(cam_labels(maps, classes, (x, x)) for x in (0.35, 0.55))),
+        (walked_cam_labels(*walked, (0.05, 0.95)), *(walked_cam_labels(*walked, (x, x)) for x in (0.05, 0.95))),
+    ):
+        assert 255 in both
+        assert torch.equal(both, torch.where((low > 0) & (high == 0), 255, high))

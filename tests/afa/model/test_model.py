@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from afa.config import Config
 from afa.errors import UserError
-from afa.model import AFANet, build_model, load_model, normalize, save_checkpoint_weights
+from afa.model import AFANet, Normalization, build_model, load_model, save_model
 from afa.model.heads import MLPDecoder
 from afa_ext import affinity_from_attention, reference
 
@@ -36,13 +36,15 @@ def make(tiny_config: Any) -> Make:
 @pytest.mark.parametrize("decoder", ["mlp", "single"])
 def test_shapes(make: Make, decoder: str) -> None:
     model, _ = make(decoder=decoder)
-    out = model(torch.randn(2, 3, 64, 96), want=("class", "cam", "seg", "attention", "affinity", "qk"))
+    out = model(torch.randn(2, 3, 64, 96), want=("class", "cam", "seg", "affinity", "qk"))
     assert out.class_logits.shape == (2, 3)
     assert out.cam.shape == (2, 3, 4, 6)
     assert out.seg_logits.shape == ((2, 4, 16, 24) if decoder == "mlp" else (2, 4, 4, 6))
-    assert out.attention.shape == (2, model.backbone.maps, 24, 24)
+    assert out.grid == (4, 6)
+    assert out.queries.shape[:3] == out.keys.shape[:3] == (2, model.backbone.maps, 24)
     assert out.affinity.shape == (2, 24, 24)
-    expected = affinity_from_attention(out.attention, model.affinity_head.weight, model.affinity_head.bias)
+    attention = out.queries @ out.keys.transpose(-2, -1)
+    expected = affinity_from_attention(attention, model.affinity_head.weight, model.affinity_head.bias)
     torch.testing.assert_close(out.affinity, expected)
 
 
@@ -54,7 +56,7 @@ def test_only_what_is_asked_for_is_computed(make: Make) -> None:
     out = model(torch.randn(1, 3, 64, 64), want=("cam",))
     assert ran == ["classifier"]
     assert out.cam is not None and out.seg_logits is None and out.affinity is None and out.class_logits is None
-    with pytest.raises(ValueError, match="want must name some of affinity, attention, cam"):
+    with pytest.raises(ValueError, match="want must name some of affinity, cam"):
         model(torch.randn(1, 3, 64, 64), want=("cams",))
 
 
@@ -123,20 +125,40 @@ def test_plain_vit_model(tiny_config: Any) -> None:
 def test_normalize() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    torch.testing.assert_close(normalize(images), (images / 255 - mean) / std)
+    torch.testing.assert_close(Normalization()(images), (images / 255 - mean) / std)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "mean"),
+    [("vit_tiny_patch16_224", 0.5), ("vit_base_patch16_clip_224.openai", 0.48145466), ("deit_tiny_patch16_224", 0.485)],
+)
+def test_images_are_normalized_as_the_backbone_was_pretrained(tiny_config: Any, backbone: str, mean: float) -> None:
+    config = tiny_config(backbone=backbone, backbone_args={"embed_dim": 48, "depth": 2, "num_heads": 3})
+    model = build_model(config.model, 3)
+    assert model.normalization.mean[0] == mean
+    assert model.normalization.std != model.normalization.mean or mean == 0.5
+    black = model.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    torch.testing.assert_close(black[0, 0], torch.full((2, 2), -mean / model.normalization.std[0]))
 
 
 class TestFile:
+    def test_normalization_travels_with_the_model(self, make: Make, tmp_path: Path) -> None:
+        """And not with timm's settings, which may change."""
+        model, config = make()
+        model.normalization = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        save_model(tmp_path / "m.safetensors", model, config, ["a", "b", "c"])
+        assert load_model(tmp_path / "m.safetensors")[0].normalization == model.normalization
+
     def test_round_trip(self, make: Make, tmp_path: Path) -> None:
         model, config = make()
         images = torch.randn(1, 3, 64, 64)
         model.train()(images.repeat(2, 1, 1, 1))  # running statistics must travel too
-        save_checkpoint_weights(tmp_path / "m.safetensors", model, config, ["a", "b", "c"])
+        save_model(tmp_path / "m.safetensors", model, config, ["a", "b", "c"])
         loaded, classes, back = load_model(tmp_path / "m.safetensors")
         assert classes == ["a", "b", "c"] and back == config and not loaded.training
         assert torch.equal(loaded(images).seg_logits, model.eval()(images).seg_logits)
         assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
-        save_checkpoint_weights(tmp_path / "n.safetensors", loaded, back, classes)
+        save_model(tmp_path / "n.safetensors", loaded, back, classes)
         assert (tmp_path / "n.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
 
     def test_refused(self, make: Make, tmp_path: Path) -> None:
@@ -150,10 +172,15 @@ class TestFile:
         with pytest.raises(UserError, match="not a model of this program"):
             load_model(path)
         model, config = make()
-        save_checkpoint_weights(path, model, config, ["a", "b", "c"])
+        save_model(path, model, config, ["a", "b", "c"])
         tensors = load_file(path)
         tensors.pop("classifier.weight")
-        content = {"format": "afa-model-1", "config": {"model": vars(config.model)}, "classes": ["a", "b", "c"]}
+        content = {
+            "format": "afa-model-2",
+            "config": {"model": vars(config.model)},
+            "classes": ["a", "b", "c"],
+            "normalization": {"mean": [0.5] * 3, "std": [0.5] * 3},
+        }
         save_file(tensors, path, {"afa": json.dumps(content)})
         with pytest.raises(UserError, match=r"does not fit its own configuration.*classifier\.weight"):
             load_model(path)

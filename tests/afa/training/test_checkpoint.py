@@ -22,7 +22,9 @@ from afa.errors import UserError
 from afa.files import sha256
 from afa.run import lock_run
 from afa.training import checkpoint
-from afa.training.loop import Stopped, Trainer, train
+from afa.training.loop import train
+from afa.training.step import TrainStep
+from afa.training.stopping import Stopped
 
 
 @pytest.fixture
@@ -53,15 +55,15 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 def cut(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run stopped after iteration 7, with the checkpoints of 4 and 6, an average and a loss scale."""
     config.train.ema, config.train.precision = 0.9, "fp16"
-    real = Trainer.step
+    real = TrainStep.update
 
-    def killed(self: Trainer, batch: Any, iteration: int) -> Any:
+    def killed(self: TrainStep, batch: Any, iteration: int) -> Any:
         if iteration == 7:
             raise KeyboardInterrupt
         return real(self, batch, iteration)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", killed)
+        patch.setattr(TrainStep, "update", killed)
         with pytest.raises(KeyboardInterrupt):
             run_train(config, tmp_path / "run")
     return tmp_path / "run"
@@ -150,9 +152,9 @@ def test_a_signal_saves_and_stops(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     whole = run_train(config, tmp_path / "whole")
-    real = Trainer.step
+    real = TrainStep.update
 
-    def told(self: Trainer, batch: Any, iteration: int) -> Any:
+    def told(self: TrainStep, batch: Any, iteration: int) -> Any:
         if iteration == 4:
             os.kill(os.getpid(), number)
         return real(self, batch, iteration)
@@ -160,7 +162,7 @@ def test_a_signal_saves_and_stops(
     before = signal.getsignal(number)
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", told)
+        patch.setattr(TrainStep, "update", told)
         with pytest.raises(Stopped, match="after iteration 5") as stopped:
             run_train(config, run)
     assert stopped.value.iteration == 5 and stopped.value.signal == number
@@ -264,22 +266,22 @@ import torch
 from afa.config import load_config, to_yaml
 from afa.model.network import build_model
 from afa.training import checkpoint
-from afa.training.step import Trainer
+from afa.training.step import TrainStep
 from afa.run import bring_back, put_aside
 
 torch.set_num_threads(1)
 config, start = load_config(sys.argv[1]), Path(sys.argv[2]).resolve()
 classes = ["square", "disc", "stripes"]
 torch.manual_seed(0)
-trainer = Trainer(build_model(config.model, 3), config, torch.device("cpu"))
+train_step = TrainStep(build_model(config.model, 3), config, torch.device("cpu"))
 start.mkdir()
 (start / "config.yaml").write_text(to_yaml(config))
 (start / "log.jsonl").write_text("")
-checkpoint.save_checkpoint(start, trainer, classes, 1)
-checkpoint.save_checkpoint(start, trainer, classes, 2)
+checkpoint.save_checkpoint(start, train_step, classes, 1)
+checkpoint.save_checkpoint(start, train_step, classes, 2)
 WORK = {
-    "save": lambda run: checkpoint.save_checkpoint(run, trainer, classes, 3),
-    "finish": lambda run: checkpoint.finish(run, trainer, classes),
+    "save": lambda run: checkpoint.save_checkpoint(run, train_step, classes, 3),
+    "finish": lambda run: checkpoint.finish(run, train_step, classes),
     "aside": lambda run: put_aside(run, ["checkpoints", "log.jsonl", "config.yaml"]),
 }
 EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
@@ -316,10 +318,10 @@ for name, work in WORK.items():
             assert int(found.name) >= 2, (name, step, found)
             # What a killed run resumes with: everything once more, and nothing is in the way.
             if name == "finish":
-                checkpoint.finish(run, trainer, classes)
+                checkpoint.finish(run, train_step, classes)
                 assert checkpoint.find_checkpoint(run, config, classes) is None, (name, step)
             if name == "save":
-                checkpoint.save_checkpoint(run, trainer, classes, 3)
+                checkpoint.save_checkpoint(run, train_step, classes, 3)
                 assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["00000002", "00000003"], (name, step)
         shutil.rmtree(start.with_name(f"{name}{step}"))
         if code == 0:
@@ -402,10 +404,10 @@ def test_resuming_with_other_classes_is_refused(config: Config, cut: Path, voc_r
 
 
 def test_a_running_run_owns_its_folder(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Trainer.step
+    real = TrainStep.update
     refused = []
 
-    def second(self: Trainer, batch: Any, iteration: int) -> Any:
+    def second(self: TrainStep, batch: Any, iteration: int) -> Any:
         if iteration == 1:
             for resume in (False, True):
                 with pytest.raises(UserError, match="another process is working in the run's folder") as caught:
@@ -413,7 +415,7 @@ def test_a_running_run_owns_its_folder(config: Config, tmp_path: Path, monkeypat
                 refused.append(str(caught.value))
         return real(self, batch, iteration)
 
-    monkeypatch.setattr(Trainer, "step", second)
+    monkeypatch.setattr(TrainStep, "update", second)
     run_train(config, tmp_path / "run")
     assert len(refused) == 2
     monkeypatch.undo()

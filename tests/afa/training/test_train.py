@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import afa.labeling.label_maker as maker_module
 import afa.training.loop
-import afa.training.step as trainer_module
 from afa.config import Config, TrainConfig, load_config
 from afa.errors import UserError
 from afa.model import build_model, load_model
-from afa.training.loop import Trainer, learning_rate_factor, parameter_groups, phase_of, train
+from afa.training.loop import train
+from afa.training.schedule import learning_rate_factor, parameter_groups, phase_of
 from afa.training.snapshots import load_snapshots
+from afa.training.step import TrainStep
 
 
 @pytest.fixture
@@ -63,7 +65,8 @@ def test_schedule() -> None:
     assert learning_rate_factor(config, 10000) == pytest.approx(0.25)
     config.warmup = 0
     assert learning_rate_factor(config, 0) == 1
-    phases = [phase_of(config, i) for i in (0, 1999, 2000, 5999, 6000)]
+    # As published, a phase ends after its last iteration, not before it.
+    phases = [phase_of(config, i) for i in (0, 2000, 2001, 6000, 6001)]
     assert phases == ["classify", "classify", "par", "par", "walk"]
 
 
@@ -80,7 +83,9 @@ def test_parameter_groups(tiny_config: Any, factor: float) -> None:
     assert norm.requires_grad == bool(factor)
     if factor:
         assert groups["norms"]["lr"] == 0.5 * config.train.lr
+        assert groups["norms"]["weight_decay"] == 0
         assert any(p is norm for p in groups["norms"]["params"])
+    assert groups["backbone"]["weight_decay"] == groups["heads"]["weight_decay"] == config.train.weight_decay == 0.01
     # The decoder's batch norm is a head's, and learns.
     assert any(p is model.decoder.norm.weight for p in groups["heads"]["params"])
     grouped = [id(p) for group in groups.values() for p in group["params"]]
@@ -91,11 +96,11 @@ def test_frozen_norms_stay(tiny_config: Any) -> None:
     config = tiny_config()
     config.train.norm_lr_factor = 0.0
     torch.manual_seed(0)
-    trainer = Trainer(build_model(config.model, 3), config)
-    before = copy.deepcopy(trainer.model.state_dict())
+    train_step = TrainStep(build_model(config.model, 3), config)
+    before = copy.deepcopy(train_step.model.state_dict())
     for iteration in (2, 4, 7):
-        trainer.step(batch_of(), iteration)
-    after = trainer.model.state_dict()
+        train_step.update(batch_of(), iteration)
+    after = train_step.model.state_dict()
     assert torch.equal(after["backbone.net.stages.0.norm.weight"], before["backbone.net.stages.0.norm.weight"])
     assert not torch.equal(
         after["backbone.net.patch_embed.proj.weight"], before["backbone.net.patch_embed.proj.weight"]
@@ -107,63 +112,63 @@ def test_phases_compute_what_they_need(tiny_config: Any, monkeypatch: pytest.Mon
     config = tiny_config()
     config.labels.cam_scales = (1.0, 0.5)
     torch.manual_seed(0)
-    trainer = Trainer(build_model(config.model, 3), config)
+    train_step = TrainStep(build_model(config.model, 3), config)
     ran: list[str] = []
     for name in ("par_labels", "walk_labels", "par_weights"):
-        real = getattr(trainer_module, name)
+        real = getattr(maker_module, name)
 
         def spy(*args: Any, name: str = name, real: Any = real, **kw: Any) -> Any:
             ran.append(name)
             return real(*args, **kw)
 
-        monkeypatch.setattr(trainer_module, name, spy)
-    trainer.model.decoder.register_forward_hook(lambda *_: ran.append("decoder"))
-    trainer.model.backbone.register_forward_hook(lambda _, args, __: ran.append(f"backbone {len(args[0])}"))
+        monkeypatch.setattr(maker_module, name, spy)
+    train_step.model.decoder.register_forward_hook(lambda *_: ran.append("decoder"))
+    train_step.model.backbone.register_forward_hook(lambda _, args, __: ran.append(f"backbone {len(args[0])}"))
     batch = batch_of(boxes=boxes)
 
-    trainer.step(batch, 0)
+    train_step.update(batch, 0)
     assert ran == ["backbone 3"]
     ran.clear()
-    step = trainer.step(batch, 3)
+    step = train_step.update(batch, 4)
     # One training forward, the mirror images at scale 1, and both at scale 0.5.
     assert ran == ["backbone 3", "decoder", "backbone 3", "backbone 6", "par_weights", "par_labels"]
     assert step.labels.shape == (3, 64, 64) and step.pairs.shape == (3, 16, 16)
     assert (step.losses > 0).all()
     ran.clear()
-    trainer.step(batch, 6)
+    train_step.update(batch, 7)
     # The largest scale is 1 here: its affinity is wanted with its CAM, from one forward of both directions.
     assert ran[:4] == ["backbone 3", "decoder", "backbone 6", "backbone 6"]
     assert ran[4:] == ["par_weights", "par_labels", "walk_labels"]
     ran.clear()
     config.labels.affinity_from_walk = True
-    trainer.step(batch, 6)
+    train_step.update(batch, 7)
     assert ran[4:] == (["par_weights", "walk_labels"] if boxes == "whole" else ["walk_labels"])
 
 
 def test_affinity_target_follows_the_segmentation_only_when_asked(tiny_config: Any) -> None:
     config = tiny_config()
     torch.manual_seed(0)
-    trainer = Trainer(build_model(config.model, 3), config)
-    trainer.model.classifier.weight.data.normal_()
+    train_step = TrainStep(build_model(config.model, 3), config)
+    train_step.model.classifier.weight.data.normal_()
     batch = batch_of()
     pairs = {}
     for switched in (False, True):
         config.labels.affinity_from_walk = switched
-        pairs[switched] = trainer.losses(batch, "walk")[0].pairs
-    assert torch.equal(pairs[False], trainer.losses(batch, "par")[0].pairs)
+        pairs[switched] = train_step.losses(batch, "walk")[0].pairs
+    assert torch.equal(pairs[False], train_step.losses(batch, "par")[0].pairs)
     assert not torch.equal(pairs[True], pairs[False])
 
 
-def test_stochastic_backbone_makes_labels_without_noise(tiny_config: Any) -> None:
+def test_drop_path_is_active_in_the_forwards_that_make_labels(tiny_config: Any) -> None:
     config = tiny_config()
     config.model.backbone_args["drop_path_rate"] = 0.9
     torch.manual_seed(0)
-    trainer = Trainer(build_model(config.model, 3), config)
-    trainer.model.classifier.weight.data.normal_()
-    first, second = (trainer.losses(batch_of(), "walk")[0] for _ in range(2))
-    assert torch.equal(first.labels, second.labels)
+    train_step = TrainStep(build_model(config.model, 3), config)
+    train_step.model.classifier.weight.data.normal_()
+    first, second = (train_step.losses(batch_of(), "walk")[0] for _ in range(2))
+    assert not torch.equal(first.labels, second.labels)
     assert not torch.equal(first.losses, second.losses)
-    assert all(module.training for module in trainer.model.modules())
+    assert all(module.training for module in train_step.model.modules())
 
 
 def test_learns_a_batch_by_heart(tiny_config: Any) -> None:
@@ -171,15 +176,15 @@ def test_learns_a_batch_by_heart(tiny_config: Any) -> None:
     config.train.iterations, config.train.classify_until, config.train.par_until = 70, 30, 60
     config.train.poly_power, config.train.weight_seg, config.train.weight_affinity = 0.0, 1.0, 1.0
     torch.manual_seed(0)
-    trainer = Trainer(build_model(config.model, 3), config)
+    train_step = TrainStep(build_model(config.model, 3), config)
     batch = batch_of()
-    losses = torch.stack([trainer.step(batch, i).losses for i in range(70)])
+    losses = torch.stack([train_step.update(batch, i).losses for i in range(70)])
     assert losses.isfinite().all()
     assert losses[0, 0] > 0.6
     assert losses[27:30, 0].mean() < 0.1
-    assert (losses[:30, 1:] == 0).all()
-    assert losses[57:60, 1].mean() < 0.7 * losses[30, 1]
-    assert losses[57:60, 2].mean() < losses[30, 2]
+    assert (losses[:31, 1:] == 0).all()
+    assert losses[57:60, 1].mean() < 0.7 * losses[31, 1]
+    assert losses[57:60, 2].mean() < losses[31, 2]
 
 
 def test_bf16_is_near_fp32(tiny_config: Any) -> None:
@@ -189,9 +194,10 @@ def test_bf16_is_near_fp32(tiny_config: Any) -> None:
         config = tiny_config()
         config.train.precision = precision
         torch.manual_seed(0)
-        trainer = Trainer(build_model(config.model, 3), config)
-        found[precision] = torch.stack([trainer.losses(batch_of(), phase)[0].losses for phase in ("classify", "par")])
-        assert trainer.step(batch_of(), 7).losses.isfinite().all()
+        train_step = TrainStep(build_model(config.model, 3), config)
+        results = [train_step.losses(batch_of(), phase)[0] for phase in ("classify", "par")]
+        found[precision] = torch.stack([result.losses for result in results])
+        assert train_step.update(batch_of(), 7).losses.isfinite().all()
     torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0.05, atol=0.01)
 
 
@@ -203,14 +209,14 @@ class TestRun:
         files = ["checkpoints", "config.yaml", "log.jsonl", "model.safetensors", "snapshots"]
         assert sorted(path.name for path in run.iterdir() if path.name[0] != ".") == files
         # Of the ends of the three phases.
-        assert list(load_snapshots(run)) == [3, 6, 9]
+        assert list(load_snapshots(run)) == [4, 7, 9]
         assert load_config(run / "config.yaml") == config
         records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         assert records == seen
         assert [r["iteration"] for r in records] == [2, 4, 6, 8, 9]
-        assert [r["phase"] for r in records] == ["classify", "par", "par", "walk", "walk"]
-        assert records[0]["loss_seg"] is None and records[0]["loss_aff"] is None
-        for record in records[1:]:
+        assert [r["phase"] for r in records] == ["classify", "classify", "par", "walk", "walk"]
+        assert [record["loss_seg"] is None for record in records[:2]] == [True, True]
+        for record in records[2:]:
             assert record["loss_seg"] > 0 and record["loss_aff"] > 0 and record["images_per_s"] > 0
             assert 0 <= record["label_ignored"] <= 1 and 0 <= record["pairs_same"] <= 1
         assert records[0]["lr"] == pytest.approx(config.train.lr * learning_rate_factor(config.train, 1))
@@ -233,16 +239,16 @@ class TestRun:
         config.model.backbone_args["drop_path_rate"] = 0.2  # so that random state matters
         config.train.checkpoint_every, config.train.log_every = 3, 1
         whole = run_train(config, tmp_path / "whole")
-        real = Trainer.step
+        real = TrainStep.update
 
-        def killed(self: Trainer, batch: Any, iteration: int) -> Any:
+        def killed(self: TrainStep, batch: Any, iteration: int) -> Any:
             if iteration == killed_at:
                 raise KeyboardInterrupt
             return real(self, batch, iteration)
 
         run = tmp_path / "run"
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "step", killed)
+            patch.setattr(TrainStep, "update", killed)
             with pytest.raises(KeyboardInterrupt):
                 run_train(config, run)
         assert not (run / "model.safetensors").exists()
@@ -290,15 +296,15 @@ class TestRun:
     def test_loss_that_is_not_finite_is_named(
         self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, column: int
     ) -> None:
-        real = Trainer.step
+        real = TrainStep.update
 
-        def spoilt(self: Trainer, batch: Any, iteration: int) -> Any:
+        def spoilt(self: TrainStep, batch: Any, iteration: int) -> Any:
             step = real(self, batch, iteration)
             if iteration == 6:
                 step.losses[column] = float("nan")
             return step
 
-        monkeypatch.setattr(Trainer, "step", spoilt)
+        monkeypatch.setattr(TrainStep, "update", spoilt)
         config.train.log_every = 5
         with pytest.raises(UserError, match=f"the {name} loss became nan at iteration 7; lower train.lr"):
             run_train(config, tmp_path / "run")

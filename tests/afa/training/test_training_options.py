@@ -23,11 +23,12 @@ from afa.model import build_model
 from afa.training import compiling
 from afa.training.board import panels
 from afa.training.compiling import compile_network
+from afa.training.dropout import SharedDropout2d
 from afa.training.log import SKIPS, RunLog, summary
-from afa.training.loop import Trainer, train
+from afa.training.loop import train
 from afa.training.losses import affinity_loss, segmentation_loss, target_counts
 from afa.training.schedule import ema_decay
-from afa.training.step import SharedDropout2d, Step
+from afa.training.step import StepResult, TrainStep
 
 
 @pytest.fixture
@@ -52,12 +53,12 @@ def batch_of(images: int = 4, side: int = 64) -> dict[str, Any]:
     }
 
 
-def trainer_of(config: Config) -> Trainer:
+def train_step_of(config: Config) -> TrainStep:
     torch.manual_seed(0)
-    trainer = Trainer(build_model(config.model, 3), config)
+    train_step = TrainStep(build_model(config.model, 3), config)
     # CAMs of random weights are all alike, and labels with them.
-    trainer.model.classifier.weight.data.normal_()
-    return trainer
+    train_step.model.classifier.weight.data.normal_()
+    return train_step
 
 
 # ---- a batch in parts
@@ -109,10 +110,10 @@ def test_pieces_give_the_gradients_of_the_whole_batch(config: Config, phase: str
     found = {}
     for pieces in (1, 2, 4):
         config.train.accumulate = pieces
-        trainer = trainer_of(config)
-        trainer.model.decoder.norm.eval()
-        step = trainer.step(batch_of(), iteration)
-        gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        train_step = train_step_of(config)
+        train_step.model.decoder.norm.eval()
+        step = train_step.update(batch_of(), iteration)
+        gradients = {n: p.grad.clone() for n, p in train_step.model.named_parameters() if p.grad is not None}
         found[pieces] = (step.losses, step.grad_norm, gradients)
     for pieces in (2, 4):
         torch.testing.assert_close(found[pieces][0], found[1][0], rtol=1e-5, atol=1e-6)
@@ -183,66 +184,67 @@ def test_two_processes_give_what_one_gives(config: Config, tmp_path: Path) -> No
 def test_half_precision_learns(config: Config, precision: str) -> None:
     config.train.precision, config.train.iterations = precision, 40
     config.train.classify_until, config.train.par_until, config.train.poly_power = 20, 40, 0.0
-    trainer = trainer_of(config)
+    train_step = train_step_of(config)
     batch = batch_of(3)
-    steps = [trainer.step(batch, i) for i in range(40)]
+    steps = [train_step.update(batch, i) for i in range(40)]
     losses = torch.stack([step.losses for step in steps])
     assert losses.isfinite().all()
     assert losses[17:20, 0].mean() < 0.6 * losses[0, 0]
     assert losses[37:, 1].mean() < losses[20, 1]
-    assert trainer.scaler.is_enabled() == (precision == "fp16")
+    assert train_step.scaler.is_enabled() == (precision == "fp16")
     # What is learnt stays in float32.
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in train_step.model.parameters()} == {torch.float32}
 
 
 def test_fp16_is_near_fp32(config: Config) -> None:
     found = {}
     for precision in ("fp32", "fp16"):
         config.train.precision = precision
-        trainer = trainer_of(config)
-        found[precision] = torch.stack([trainer.losses(batch_of(), phase)[0].losses for phase in ("classify", "par")])
+        train_step = train_step_of(config)
+        found[precision] = torch.stack(
+            [train_step.losses(batch_of(), phase)[0].losses for phase in ("classify", "par")]
+        )
     torch.testing.assert_close(found["fp16"], found["fp32"], rtol=0.02, atol=0.005)
 
 
 def test_fp16_leaves_out_an_update_that_overflows(config: Config) -> None:
     config.train.precision = "fp16"
-    trainer = trainer_of(config)
-    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**60})
-    before = copy.deepcopy(trainer.model.state_dict())
-    step = trainer.step(batch_of(), 1)
+    train_step = train_step_of(config)
+    train_step.scaler.load_state_dict({**train_step.scaler.state_dict(), "scale": 2.0**60})
+    before = copy.deepcopy(train_step.model.state_dict())
+    step = train_step.update(batch_of(), 1)
     assert step.losses.isfinite().all() and not step.grad_norm.isfinite()
-    changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
-    assert not changed and trainer.scaler.get_scale() == 2.0**59
-    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 1024.0})
-    assert trainer.step(batch_of(), 1).grad_norm.isfinite()
-    assert not torch.equal(trainer.model.classifier.weight, before["classifier.weight"])
+    changed = [n for n, p in train_step.model.named_parameters() if not torch.equal(p, before[n])]
+    assert not changed and train_step.scaler.get_scale() == 2.0**59
+    train_step.scaler.load_state_dict({**train_step.scaler.state_dict(), "scale": 1024.0})
+    assert train_step.update(batch_of(), 1).grad_norm.isfinite()
+    assert not torch.equal(train_step.model.classifier.weight, before["classifier.weight"])
 
 
-def log_of(config: Config, trainer: Trainer, norms: list[float], path: Path, first: int = 0) -> RunLog:
+def log_of(config: Config, norms: list[float], path: Path, first: int = 0) -> RunLog:
     log = RunLog(path, config, torch.device("cpu"))
     for offset, norm in enumerate(norms):
-        log.add(first + offset, Step(torch.zeros(3), grad_norm=torch.tensor(norm)), trainer, 0.0)
+        log.add(first + offset, StepResult(torch.zeros(3), grad_norm=torch.tensor(norm)), 0.1, 0.0)
     return log
 
 
 def test_gradients_that_are_not_finite_are_named(config: Config, tmp_path: Path) -> None:
-    trainer = trainer_of(config)
-    log = log_of(config, trainer, [1.0, float("inf")], tmp_path / "log")
+    log = log_of(config, [1.0, float("inf")], tmp_path / "log")
     with pytest.raises(UserError, match="the gradients became inf at iteration 2, though its losses are finite; lower"):
         log.write()
     config.train.precision = "fp16"
-    log = log_of(config, trainer, [1.0, float("inf"), 2.0, float("nan")], tmp_path / "log")
+    log = log_of(config, [1.0, float("inf"), 2.0, float("nan")], tmp_path / "log")
     record = log.write()
     assert record["skipped"] == 2 and record["grad_norm"] == 1.5
     for iteration in range(4, 2 + SKIPS):  # a row of them that reaches over several lines
-        log.add(iteration, Step(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), trainer, 0.0)
+        log.add(iteration, StepResult(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), 0.1, 0.0)
         assert log.write()["grad_norm"] is None
-    log.add(50, Step(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), trainer, 0.0)
-    log.add(51, Step(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), trainer, 0.0)
+    log.add(50, StepResult(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), 0.1, 0.0)
+    log.add(51, StepResult(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), 0.1, 0.0)
     with pytest.raises(UserError, match=f"not finite in {SKIPS} iterations in a row up to"):
         log.write()
     log = RunLog(tmp_path / "log", config, torch.device("cpu"))
-    log.add(0, Step(torch.tensor([0.1, float("inf"), 0.2]), grad_norm=torch.tensor(float("nan"))), trainer, 0.0)
+    log.add(0, StepResult(torch.tensor([0.1, float("inf"), 0.2]), grad_norm=torch.tensor(float("nan"))), 0.1, 0.0)
     with pytest.raises(UserError, match="the segmentation loss became inf at iteration 1"):
         log.check()
 
@@ -252,20 +254,20 @@ def test_gradients_that_are_not_finite_are_named(config: Config, tmp_path: Path)
 
 def test_average_of_weights(config: Config, tmp_path: Path) -> None:
     config.train.ema = 0.6
-    trainer = trainer_of(config)
-    expected = copy.deepcopy(trainer.ema.state_dict())
+    train_step = train_step_of(config)
+    expected = copy.deepcopy(train_step.eval_model.state_dict())
     decays = [ema_decay(config.train, i) for i in range(8)]
     assert decays[:2] == [1 / 10, 2 / 11] and decays[7] == pytest.approx(8 / 17) and ema_decay(config.train, 99) == 0.6
     for iteration in range(8):
-        trainer.step(batch_of(3), iteration)
-        for name, value in trainer.model.state_dict().items():
+        train_step.update(batch_of(3), iteration)
+        for name, value in train_step.model.state_dict().items():
             old, share = expected[name], decays[iteration]
-            moving = name in dict(trainer.model.named_parameters())
+            moving = name in dict(train_step.model.named_parameters())
             expected[name] = share * old + (1 - share) * value if moving else value.clone()
-    for name, value in trainer.ema.state_dict().items():
+    for name, value in train_step.eval_model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
-    assert trainer.measured is trainer.ema and not trainer.ema.training
-    assert not any(parameter.requires_grad for parameter in trainer.ema.parameters())
+    assert train_step.eval_model is train_step.ema.module and not train_step.eval_model.training
+    assert not any(parameter.requires_grad for parameter in train_step.ema.parameters())
 
 
 def test_average_is_what_is_measured_and_saved(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,14 +290,14 @@ def run(config: Config, folder: Path) -> dict[str, Tensor]:
 
 
 def test_clips_gradients(config: Config) -> None:
-    trainer = trainer_of(config)
-    norm = float(trainer.step(batch_of(), 1).grad_norm)
-    whole = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    train_step = train_step_of(config)
+    norm = float(train_step.update(batch_of(), 1).grad_norm)
+    whole = torch.cat([p.grad.flatten() for p in train_step.model.parameters() if p.grad is not None])
     assert float(whole.norm()) == pytest.approx(norm, rel=1e-5)
     config.train.clip_grad = norm / 3
-    trainer = trainer_of(config)
-    assert float(trainer.step(batch_of(), 1).grad_norm) == pytest.approx(norm, rel=1e-5)
-    clipped = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    train_step = train_step_of(config)
+    assert float(train_step.update(batch_of(), 1).grad_norm) == pytest.approx(norm, rel=1e-5)
+    clipped = torch.cat([p.grad.flatten() for p in train_step.model.parameters() if p.grad is not None])
     torch.testing.assert_close(clipped, whole / 3, rtol=1e-3, atol=1e-6)
 
 
@@ -317,9 +319,9 @@ def test_compiled_network_reads_the_same_attention(
     found = {}
     for compiled in (False, True):
         config.train.compile = compiled
-        trainer = trainer_of(config)
-        losses = [trainer.step(batch_of(), iteration).losses for iteration in (1, 7)]
-        found[compiled] = torch.stack(losses), trainer.model.state_dict()
+        train_step = train_step_of(config)
+        losses = [train_step.update(batch_of(), iteration).losses for iteration in (1, 7)]
+        found[compiled] = torch.stack(losses), train_step.model.state_dict()
     torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-3, atol=1e-4)
     assert found[True][1].keys() == found[False][1].keys()
 
@@ -398,5 +400,5 @@ def test_panels_without_truth() -> None:
 
     label = np.zeros((6, 8), np.int64)
     sample = {"image": np.zeros((6, 8, 3), np.uint8), "cam": np.zeros((6, 8)), "par_label": label, "prediction": label}
-    assert panels(sample).shape == (6, 4 * 8 + 3 * 4, 3)
+    assert panels({**sample, "truth": label + 255}).shape == (6, 4 * 8 + 3 * 4, 3)
     assert panels({**sample, "truth": label}).shape == (6, 5 * 8 + 4 * 4, 3)

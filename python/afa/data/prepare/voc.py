@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from afa.data.classes import VOC_CLASSES
+from afa.data.classes import IGNORE, VOC_CLASSES
 from afa.data.listing import PictureFinder, files_by_name, stem_of
 from afa.data.prepare.common import Say, run_all, say_classes, some, write_if_new
 from afa.data.readers.tags import read_lines, xml_labels
 from afa.data.readers.voc import listed_name, split_list
-from afa.data.transforms import IGNORE
 from afa.data.visualize import save_mask
 from afa.errors import UserError
 

@@ -1,0 +1,35 @@
+"""`afa prepare`: make a data set ready to train on."""
+
+from __future__ import annotations
+
+import argparse
+
+from afa.commands.common import say
+from afa.data import prepare
+from afa.errors import UserError, did_you_mean
+from afa.files import check_writable
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run `afa prepare` with its parsed options."""
+    folder, masks, progress = options.folder, options.train_masks, not options.quiet
+    kinds = ("voc", "coco", "own")
+    if options.kind not in kinds:
+        raise UserError(
+            f"afa prepare knows {', '.join(kinds)}, not '{options.kind}'{did_you_mean(options.kind, kinds)}"
+        )
+    if options.sbd is not None and options.kind != "voc":
+        raise UserError(f"--sbd belongs to `afa prepare voc`, not to {options.kind}")
+    try:
+        if options.kind != "own" and folder.is_dir():
+            check_writable(folder, "the data folder")
+        if options.kind == "voc":
+            root = prepare.prepare_voc(folder, sbd=options.sbd, train_masks=masks, progress=progress, say=say)
+        elif options.kind == "coco":
+            root = prepare.prepare_coco(folder, train_masks=masks, progress=progress, say=say)
+        else:
+            root = prepare.prepare_own(folder, progress=progress, say=say)
+    except KeyboardInterrupt:
+        say("stopped", "what is written is whole; run the same command again to go on")
+        raise
+    say("next", f"afa train {options.kind} data.root={root}")

@@ -1,0 +1,143 @@
+"""The one place that makes labels: targets for training, rows for evaluation, files for export."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afa.config import Config
+from afa.labeling.cam import ClassSet, pack_host_tags
+from afa.labeling.inference import ScaleOutputs, infer
+from afa.labeling.labels import Thresholds, cam_labels, par_labels, par_weights, walk_labels, walked_cam_labels
+from afa.model.network import AFANet
+
+SOURCES = ("seg", "walk", "par", "cam")
+"""seg: the segmentation. walk: the CAM walked by the affinity. par: the CAM refined by PAR. cam: the CAM itself."""
+
+
+@dataclass
+class Labels:
+    """Labels of one batch, and what they were made from."""
+
+    maps: dict[str, Tensor]
+    """Source -> int64 [B, H, W]: 0 background, class number + 1, 255 ignored."""
+    cams: Tensor
+    """[B, K, H, W] in [0, 1] of the tagged classes."""
+    classes: ClassSet
+    class_logits: Tensor | None
+    """[B, C], if asked for."""
+    seg_logits: Tensor | None
+    """[B, C+1, H, W] of all classes, or [B, K+1, H, W] of the tagged ones (-inf where there are fewer); background
+    first. None without the source seg."""
+
+
+@dataclass(frozen=True)
+class LabelMaker:
+    """The rule by which labels are made; `for_training` and `for_evaluation` give the two that are used."""
+
+    config: Config
+    thresholds: Thresholds
+    """Background scores of CAM and PAR labels."""
+    walk_thresholds: Thresholds
+    walk_scale: float
+    """Image scale whose affinity the walk uses."""
+    refine_walk: bool
+    """Whether walk labels are refined by PAR."""
+    tagged_only: bool
+    """Whether the source seg chooses among the tagged classes only."""
+
+    @classmethod
+    def for_training(cls, config: Config, *, ignore: bool = True) -> LabelMaker:
+        """Labels as training learns from them; ignore=False replaces both background scores by the one that evaluation
+        uses, so that no pixel is ignored."""
+        labels = config.labels
+        both = (labels.low, labels.high)
+        return cls(
+            config,
+            thresholds=both if ignore else (labels.cam_threshold,) * 2,
+            walk_thresholds=both if ignore else (labels.walk_threshold,) * 2,
+            walk_scale=max(labels.cam_scales),
+            refine_walk=True,
+            tagged_only=True,
+        )
+
+    @classmethod
+    def for_evaluation(cls, config: Config) -> LabelMaker:
+        """Labels as evaluation scores them: one background score each, since an ignored pixel can't be scored; the walk
+        with the affinity of labels.walk_scale and without PAR."""
+        return cls(
+            config,
+            thresholds=(config.labels.cam_threshold,) * 2,
+            walk_thresholds=(config.labels.walk_threshold,) * 2,
+            walk_scale=config.labels.walk_scale,
+            refine_walk=False,
+            tagged_only=False,
+        )
+
+    @torch.no_grad()
+    def from_outputs(
+        self,
+        images: Tensor,
+        outputs: ScaleOutputs,
+        classes: ClassSet,
+        sources: Collection[str],
+        *,
+        box: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Labels by source (cam, par, walk) and the CAMs [B, K, H, W].
+
+        images uint8 [B, 3, H, W]; box [B, 4]: the valid part of padded crops, None for whole images. The walk needs
+        `outputs.affinity`.
+        """
+        settings = self.config.labels
+        cams = outputs.class_activation_maps(classes)
+        whole_walk = "walk" in sources and self.refine_walk and box is None
+        weights = par_weights(images, settings) if "par" in sources or whole_walk else None
+        maps: dict[str, Tensor] = {}
+        if "cam" in sources:
+            maps["cam"] = cam_labels(cams, classes, self.thresholds)
+        if "par" in sources:
+            maps["par"] = par_labels(
+                images, cams, classes, settings, thresholds=self.thresholds, box=box, weights=weights
+            )
+        if "walk" in sources:
+            assert outputs.affinity is not None and outputs.grid is not None
+            walk = (cams, outputs.affinity, outputs.grid, classes, settings)
+            maps["walk"] = (
+                walk_labels(
+                    images,
+                    *walk,
+                    thresholds=self.walk_thresholds,
+                    box=box,
+                    weights=weights if box is None else None,
+                )
+                if self.refine_walk
+                else walked_cam_labels(*walk, self.walk_thresholds)
+            )
+        return maps, cams
+
+    @torch.inference_mode()
+    def from_images(self, model: AFANet, images: Tensor, tags: Tensor, sources: Collection[str] = SOURCES) -> Labels:
+        """Labels of uint8 images [B, 3, H, W] with tags [B, C] on the CPU, from the model in evaluation mode."""
+        classes = pack_host_tags(tags, images.device)
+        want = {"class", "cam", "seg"} if "seg" in sources else {"class", "cam"}
+        scale = self.walk_scale if "walk" in sources else None
+        found = infer(model, images, self.config, want, affinity_scale=scale)
+        maps, cams = self.from_outputs(images, found.outputs, classes, sources)
+        logits = found.seg_logits
+        if logits is not None:
+            if self.tagged_only:
+                logits = _among_tagged(logits, classes)
+            choice = logits.max(1).indices
+            maps["seg"] = classes.labels(choice) if self.tagged_only else choice
+        return Labels(maps, cams, classes, found.outputs.class_logits, logits)
+
+
+def _among_tagged(logits: Tensor, classes: ClassSet) -> Tensor:
+    """[B, C+1, H, W] -> [B, K+1, H, W]: background and the tagged classes, -inf where there are fewer."""
+    own = logits[:, 1:].take_along_dim(classes.index[:, :, None, None], dim=1)
+    own = own.masked_fill(~classes.valid[:, :, None, None], -torch.inf)
+    return torch.cat([logits[:, :1], own], 1)
