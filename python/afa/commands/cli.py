@@ -20,7 +20,7 @@ Weakly-supervised semantic segmentation: learn masks from image tags alone
 
   afa train demo                    train on the embedded data set and measure
   afa prepare voc FOLDER            make the downloaded PASCAL VOC 2012 ready
-  afa train voc data.root=FOLDER    the published recipe on it
+  afa train voc data.root=FOLDER    the recipe of the paper on it
   afa train own data.root=photos    your own pictures, tagged or in one folder a class
   afa predict runs/demo photo.jpg   masks for pictures of your own
 """
@@ -61,7 +61,7 @@ the classifier's F1 is measured.
 
 examples:
   afa evaluate runs/voc
-  afa evaluate runs/voc eval.scales=1,0.5,0.75 eval.flip=true eval.crf=true     as published
+  afa evaluate runs/voc eval.longer_side=512 eval.scales=1,0.5,0.75 eval.flip=true eval.crf=true   as published
   afa evaluate runs/voc eval.scales=1,0.5,1.5 eval.flip=true eval.fusion=mean
   afa evaluate runs/voc data.root=/elsewhere/VOC2012 data.val_split=val
   torchrun --nproc-per-node 4 -m afa evaluate runs/voc                      on four GPUs
@@ -241,7 +241,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     pseudo.add_argument("--out", type=_path, metavar="DIR", required=True, help="folder to write to")
     pseudo.add_argument("--split", metavar="NAME", help="split list to label (default: the run's data.train_split)")
     pseudo.add_argument("--source", metavar="SOURCE", default="seg", help="seg (default), walk, par or cam")
-    pseudo.add_argument("--no-ignore", action="store_true", help="one background score, labels.cam_threshold, not two")
+    pseudo.add_argument(
+        "--no-ignore",
+        action="store_true",
+        help="one background score (labels.cam_threshold, for walk labels.walk_threshold), not two",
+    )
     pseudo.add_argument("--cams", action="store_true", help="also write cams/NAME.npz (classes, cams)")
     pseudo.add_argument("--shard", metavar="I/N", default="1/1", help="write the I-th of N parts, I from 1")
     common(pseudo, "settings that differ from the run's, such as eval.crf=true")

@@ -17,9 +17,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"afa config has the actions {', '.join(ACTIONS)}, not '{options.action}'{hint}")
     if options.action == "schema":
         if options.config is not None:
-            raise UserError(
-                f"afa config schema takes no configuration, got '{options.config}'"
-            )
+            raise UserError(f"afa config schema takes no configuration, got '{options.config}'")
         print(json_schema())
         return
     if options.config is None:

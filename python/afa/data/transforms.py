@@ -15,9 +15,6 @@ from PIL import Image, ImageOps, PngImagePlugin
 from afa.data.classes import IGNORE
 from afa.errors import UserError
 
-MEAN_COLOUR = (124, 116, 104)
-"""ImageNet's mean RGB, the padding of crops: close to 0 once normalised."""
-
 # Editors put whole thumbnails, histories and profiles into a PNG's text; Pillow's own limit is 1 MiB a chunk.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 
@@ -210,7 +207,8 @@ def random_crop(
     """A random `size` x `size` crop of the randomly scaled and mirrored image, uint8 [size, size, 3].
 
     Also its valid box (y0, y1, x0, x1): where picture lies and not padding. A scaled image smaller than the
-    crop is put at a random place on the mean colour (AFA, CVPR 2022). Only the part that stays is resampled.
+    crop is put at a random place on black, as in the published code (AFA, CVPR 2022). Only the part that stays is
+    resampled.
     """
     # Every draw happens whatever the image, so that a sample's numbers do not depend on its neighbours'.
     draws = rng.random(4)
@@ -230,9 +228,7 @@ def random_crop(
     if flip and draws[3] < 0.5:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         x0, x1 = size - x1, size - x0
-    crop = np.empty((size, size, 3), np.uint8)
-    # Whole rows are copied twenty times as fast as single pixels.
-    crop[:] = np.tile(np.array(MEAN_COLOUR, np.uint8), (size, 1))
+    crop = np.zeros((size, size, 3), np.uint8)
     crop[y0:y1, x0:x1] = np.asarray(part)
     return crop, (y0, y1, x0, x1)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,15 +94,3 @@ def _strips(height: int, width: int) -> Iterator[slice]:
     """Strips of rows of about a hundred thousand pixels: drawing takes a hundred times the bytes of the picture."""
     rows = max(1, 100_000 // max(1, width))
     return (slice(top, min(height, top + rows)) for top in range(0, height, rows))
-
-
-def data_uri(picture: Picture, longest: int = 320) -> str:
-    """The picture as a `data:` address, made smaller when its longer side exceeds `longest` pixels.
-
-    JPEG at quality 92 without chroma subsampling: a tenth of a PNG, and class borders stay sharp.
-    """
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=92, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,15 +1,14 @@
-"""Charts of the training log, as SVG."""
+"""Charts of the training log: coordinates for the template that draws them as SVG."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from afa.report.tables import ROWS
+from afa.report.tables import ROWS, View
 
 LOSSES = {
     "loss_cls": ("Classification", "tags of the whole image", "--cam"),
@@ -23,26 +22,22 @@ _WIDTH, _HEIGHT = 330, 216
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 20, 24
 
 
-def curves(log: Sequence[Mapping[str, Any]]) -> str:
-    """One panel a loss, and the validation scores when they were measured more than once."""
+def curves(log: Sequence[Mapping[str, Any]]) -> list[View]:
+    """One panel per loss, and the validation scores if they were measured more than once; empty without a log."""
     if not log:
-        return '<p class="note">This run has no log of its training.</p>'
+        return []
     panels = []
-    for key, (name, text, colour) in LOSSES.items():
+    for key, (name, text, color) in LOSSES.items():
         points = [(int(row["iteration"]), float(row[key])) for row in log if _active(row, key)]
-        panels.append(_panel(f"{name} loss", text, {colour: points}, log, noisy=True))
+        panels.append(_panel(f"{name} loss", {color: points}, log, noisy=True, text=text))
     scores = {
         f"--{row}": [(int(line["iteration"]), float(line[f"val_{row}_miou"])) for line in log if _measured(line, row)]
         for row in ROWS
     }
     if any(len(points) > 1 for points in scores.values()):
-        key = "".join(f'<span><i class="dash {row}"></i>{ROWS[row][0]}</span>' for row in ROWS if scores[f"--{row}"])
-        panels.append(_panel("Validation mIoU", f'<span class="key">{key}</span>', scores, log, noisy=False))
-    note = (
-        '<p class="note">Thin: as logged; thick: smoothed. Shaded: the phase, by what the segmentation learns from. '
-        "Values above the 99th percentile are cut.</p>"
-    )
-    return f'{note}<div class="panels">{"".join(panels)}</div>'
+        rows = [{"key": row, "name": ROWS[row][0]} for row in ROWS if scores[f"--{row}"]]
+        panels.append(_panel("Validation mIoU", scores, log, noisy=False, key=rows))
+    return panels
 
 
 def _measured(line: Mapping[str, Any], row: str) -> bool:
@@ -78,9 +73,15 @@ Points = Sequence[tuple[int, float]]
 
 
 def _panel(
-    title: str, text: str, series: Mapping[str, Points], log: Sequence[Mapping[str, Any]], *, noisy: bool
-) -> str:
-    """One chart in its card; `series` maps a CSS colour variable to (iteration, value) points.
+    title: str,
+    series: Mapping[str, Points],
+    log: Sequence[Mapping[str, Any]],
+    *,
+    noisy: bool,
+    text: str = "",
+    key: Sequence[View] = (),
+) -> View:
+    """One chart; `series` maps a CSS color variable to (iteration, value) points.
 
     Noisy series are drawn as logged and smoothed, others as they are, with a dot at each value.
     """
@@ -96,50 +97,65 @@ def _panel(
     def y(value: float) -> float:
         return _TOP + (1 - min(max(value / top, 0.0), 1.0)) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)} by iteration">']
+    def path(points: Points) -> str:
+        return "M" + "L".join(f"{x(i):.1f} {y(value):.1f}" for i, value in _thin(points))
+
+    phases = []
     for number, (phase, start, end) in enumerate(_phases(log)):
-        width = x(end) - x(start)
-        parts.append(
-            f'<rect class="phase-{number % 3}" x="{x(start):.1f}" y="{_TOP}" width="{width:.1f}" '
-            f'height="{_HEIGHT - _TOP - _BOTTOM}"/>'
+        width, label = x(end) - x(start), PHASES.get(phase, phase)
+        phases.append(
+            {
+                "number": number % 3,
+                "x": f"{x(start):.1f}",
+                "width": f"{width:.1f}",
+                "label": label if width > 5.2 * len(label) else None,
+                "label_x": f"{x(start) + 3:.1f}",
+            }
         )
-        label = PHASES.get(phase, phase)
-        if width > 5.2 * len(label):
-            parts.append(f'<text class="phase" x="{x(start) + 3:.1f}" y="{_TOP - 6}">{html.escape(label)}</text>')
-    for tick in y_ticks:
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-            f'<text class="axis" x="{_LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick:g}</text>'
-        )
-    for tick in x_ticks:
-        label = f"{tick / 1000:g}k" if last >= 10000 and tick else f"{tick:g}"
-        parts.append(f'<text class="axis" x="{x(tick):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{label}</text>')
-    for colour, points in series.items():
+    lines = []
+    for color, points in series.items():
         if not points:
             continue
         line = _smooth(points) if noisy else points
-        if noisy:
-            drawn = _path((x(i), y(value)) for i, value in _thin(points))
-            parts.append(f'<path class="raw" stroke="var({colour})" d="{drawn}"/>')
-        drawn = _path((x(i), y(value)) for i, value in _thin(line))
-        # Several lines differ by their dashes too, for eyes that can't tell the colours.
-        dash = f" {colour[2:]}" if len(series) > 1 else ""
-        parts.append(f'<path class="curve{dash}" stroke="var({colour})" d="{drawn}"/>')
-        for i, value in [line[-1]] if noisy else line:
-            parts.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" fill="var({colour})"/>')
-        if len(series) == 1:
-            label_y = max(y(line[-1][1]) - 8, _TOP + 10)
-            parts.append(
-                f'<text class="end" x="{x(line[-1][0]) - 2:.1f}" y="{label_y:.1f}" text-anchor="end">'
-                f"{line[-1][1]:.3g}</text>"
-            )
-    if not values:
-        parts.append(
-            f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT / 2}" text-anchor="middle">'
-            "not in use during this run</text>"
+        end_x, end_y = x(line[-1][0]), y(line[-1][1])
+        lines.append(
+            {
+                "color": color,
+                "raw": path(points) if noisy else None,
+                "path": path(line),
+                # Several lines differ by their dashes too, for eyes that can't tell the colors apart.
+                "dash": f" {color[2:]}" if len(series) > 1 else "",
+                "dots": [{"x": f"{x(i):.1f}", "y": f"{y(value):.1f}"} for i, value in ([line[-1]] if noisy else line)],
+                "end": {
+                    "x": f"{end_x - 2:.1f}",
+                    "y": f"{max(end_y - 8, _TOP + 10):.1f}",
+                    "text": f"{line[-1][1]:.3g}",
+                }
+                if len(series) == 1
+                else None,
+            }
         )
-    chart = "".join([*parts, "</svg>"])
-    return f'<div class="panel card"><h3>{html.escape(title)}</h3><p>{text}</p>{chart}</div>'
+    return {
+        "title": title,
+        "text": text,
+        "key": key,
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "left": _LEFT,
+        "right": _WIDTH - _RIGHT,
+        "top": _TOP,
+        "plot_height": _HEIGHT - _TOP - _BOTTOM,
+        "middle": (_LEFT + _WIDTH - _RIGHT) / 2,
+        "phases": phases,
+        "y_ticks": [
+            {"y": f"{y(tick):.1f}", "text_y": f"{y(tick) + 3.5:.1f}", "label": f"{tick:g}"} for tick in y_ticks
+        ],
+        "x_ticks": [
+            {"x": f"{x(tick):.1f}", "label": f"{tick / 1000:g}k" if last >= 10000 and tick else f"{tick:g}"}
+            for tick in x_ticks
+        ],
+        "lines": lines,
+    }
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -152,15 +168,11 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def _path(points: Iterable[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-
-
-def _thin(points: Points, most: int = 400) -> list[tuple[float, float]]:
-    """At most `most` points, each the mean of its neighbours."""
-    if len(points) <= most:
+def _thin(points: Points, max_points: int = 400) -> list[tuple[float, float]]:
+    """At most max_points points, each the mean of its neighbors."""
+    if len(points) <= max_points:
         return [(float(i), v) for i, v in points]
-    groups = np.array_split(np.asarray(points, np.float64), most)
+    groups = np.array_split(np.asarray(points, np.float64), max_points)
     middle = [(float(group[:, 0].mean()), float(group[:, 1].mean())) for group in groups[1:-1]]
     # The ends stay where they are: a curve must reach the edges of its phase.
     return [(float(points[0][0]), points[0][1]), *middle, (float(points[-1][0]), points[-1][1])]

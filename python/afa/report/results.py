@@ -73,7 +73,9 @@ def save_result(
         "iterations": config.train.iterations,
         "batch_size": config.train.batch_size,
         "crop_size": config.data.crop_size,
-        "test_time": {name: to_dict(config)["eval"][name] for name in ("scales", "flip", "fusion", "crf")},
+        "test_time": {
+            name: to_dict(config)["eval"][name] for name in ("longer_side", "scales", "flip", "fusion", "crf")
+        },
         **facts,
     }
     write_json(run / METRICS, metrics)
@@ -156,8 +158,10 @@ def _test_time(settings: Mapping[str, Any]) -> str:
     text = "one scale" if scales == [1.0] else "scales " + ", ".join(f"{scale:g}" for scale in scales)
     if settings.get("flip"):
         text += " and flips"
-    if scales != [1.0] or settings.get("flip"):
+    if scales != [1.0]:
         text += f", fused by {settings.get('fusion', 'max')}"
+    if settings.get("longer_side"):
+        text += f", longer side {settings['longer_side']} px"
     return text + (", dense CRF" if settings.get("crf") else ", no CRF")
 
 

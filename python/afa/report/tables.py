@@ -1,8 +1,7 @@
-"""Tiles, tables and bars of the scores."""
+"""What the report's tiles, tables and bars show, as plain data for the templates."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,21 +9,23 @@ from typing import Any
 from afa.data.visualize import class_colour
 
 ROWS = {
-    "cam": ("CAM", "where the classifier looked, cut at one threshold; knows the image's tags"),
-    "walk": ("Walk", "the CAM spread by the learnt affinity; knows the tags"),
-    "par": ("PAR label", "the CAM refined by colour; what training starts from; knows the tags"),
-    "seg": ("Segmentation", "the decoder's own answer; sees the image alone"),
-    "crf": ("Segmentation + CRF", "the same, its borders drawn along colours by a dense CRF"),
+    "cam": ("CAM", "where the classifier looked, cut at one threshold; uses the image-level tags"),
+    "walk": ("Walk", "the CAM spread by the learned affinity; uses the tags"),
+    "par": ("PAR label", "the CAM refined by color; what training starts from; uses the tags"),
+    "seg": ("Segmentation", "the decoder's own prediction, from the image only"),
+    "crf": ("Segmentation + CRF", "the same, its borders drawn along colors by a dense CRF"),
 }
 """Row of the table -> its name and what it is."""
 
 Metrics = Mapping[str, Mapping[str, Any]]
-_MOST_CLASSES = 24
+View = dict[str, Any]
+"""What a template macro takes."""
+_MAX_CLASSES = 24
 """A larger confusion matrix is not drawn: only its largest entries are listed."""
 
 
 def final_row(metrics: Metrics) -> str:
-    """The row that is the run's answer: the last one."""
+    """The row that is the run's result: the last one."""
     return list(metrics)[-1]
 
 
@@ -33,119 +34,111 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def swatch(index: int) -> str:
-    """A square in the colour of the class."""
-    return f'<i class="swatch" style="background:{class_colour(index)}"></i>'
-
-
-def tiles(metrics: Metrics, f1: float, images: int, has_masks: bool) -> str:
+def tiles(metrics: Metrics, f1: float, images: int, has_masks: bool) -> list[View]:
     """The few numbers to see first."""
     if not has_masks:
-        return _tiles([("main", number(f1), "F1 of the image tags"), ("", f"{images:,}", "images, none with a mask")])
-    last = final_row(metrics)
-    best, cam = metrics[last]["miou"], metrics["cam"]["miou"]
-    label = max(("cam", "walk", "par"), key=lambda row: _worst_if_nan(metrics[row]["miou"]))
-    return _tiles(
-        [
+        rows = [("main", number(f1), "F1 of the image tags"), ("", f"{images:,}", "images, none with a mask")]
+    else:
+        last = final_row(metrics)
+        best, cam = metrics[last]["miou"], metrics["cam"]["miou"]
+        label = max(("cam", "walk", "par"), key=lambda row: _worst_if_nan(metrics[row]["miou"]))
+        rows = [
             ("main", number(best), "mIoU of the segmentation" + (", with CRF" if last == "crf" else "")),
             ("", f"{best - cam:+.3f}" if math.isfinite(best - cam) else "–", "over its own CAM"),
             ("", number(metrics[label]["miou"]), f"best of its labels: {ROWS[label][0]}"),
             ("", number(metrics[last]["pixel_acc"]), "of all pixels right"),
             ("", number(f1), "F1 of the image tags"),
         ]
-    )
+    return [{"kind": kind, "value": value, "text": text} for kind, value, text in rows]
 
 
-def _tiles(rows: Sequence[tuple[str, str, str]]) -> str:
-    return "".join(
-        f'<div class="tile card {kind}"><b>{value}</b><span>{text}</span></div>' for kind, value, text in rows
-    )
+def scores(metrics: Metrics) -> list[View]:
+    """One entry per row, the run's result last."""
+    return [
+        {
+            "key": key,
+            "name": ROWS[key][0],
+            "text": ROWS[key][1],
+            "width": _percent(row["miou"]),
+            "miou": number(row["miou"]),
+            "pixels": number(row["pixel_acc"]),
+            "classes": number(row["mean_acc"]),
+        }
+        for key, row in metrics.items()
+    ]
 
 
-def scores(metrics: Metrics) -> str:
-    """One row a kind of label, the run's answer last."""
-    rows = []
-    for key, row in metrics.items():
-        name, text = ROWS[key]
-        bar = f'<div class="fill" style="width:{_percent(row["miou"])};background:var(--{key})"></div>'
-        rows.append(
-            f'<tr class="{"main" if key == final_row(metrics) else ""}"><th scope="row"><b>{name}</b><small>{text}'
-            f'</small></th><td class="bar"><div class="track">{bar}</div></td>'
-            f'<td class="n"><b>{number(row["miou"])}</b></td><td class="n">{number(row["pixel_acc"])}</td>'
-            f'<td class="n">{number(row["mean_acc"])}</td></tr>'
-        )
-    head = (
-        '<tr><th scope="col">Row</th><th class="bar"></th><th class="n" scope="col">mIoU</th>'
-        '<th class="n" scope="col">pixels</th><th class="n" scope="col">classes</th></tr>'
-    )
-    return f'<table class="score"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
-
-
-def class_bars(metrics: Metrics, names: Sequence[str]) -> str:
-    """IoU of each class: a bar for the run's answer, a tick for each of the others."""
+def class_bars(metrics: Metrics, names: Sequence[str]) -> View:
+    """IoU of each class: a bar for the run's result, a tick for each of the others."""
     last = final_row(metrics)
     others = [row for row in metrics if row != last]
-    key = (
-        f'<div class="key"><span><i style="background:var(--{last})"></i>{ROWS[last][0]}</span>'
-        + "".join(f'<span><i class="tick" style="background:var(--{row})"></i>{ROWS[row][0]}</span>' for row in others)
-        + "</div>"
-    )
     bars = []
     for index, name in enumerate(names):
-        value = metrics[last]["iou"][index]
-        ticks = "".join(
-            f'<i title="{ROWS[row][0]} {number(metrics[row]["iou"][index])}" '
-            f'style="left:{_percent(metrics[row]["iou"][index])};background:var(--{row})"></i>'
+        iou = {row: metrics[row]["iou"][index] for row in metrics}
+        ticks = [
+            {"key": row, "title": f"{ROWS[row][0]} {number(iou[row])}", "left": _percent(iou[row])}
             for row in others
-            if not math.isnan(metrics[row]["iou"][index])
-        )
+            if not math.isnan(iou[row])
+        ]
         bars.append(
-            f'<div class="class"><div class="name">{swatch(index)}<span>{html.escape(name)}</span></div>'
-            f'<div class="iou"><div class="fill" style="width:{_percent(value)};background:var(--{last})"></div>{ticks}'
-            f'</div><div class="value">{number(value)}</div></div>'
+            {
+                "name": name,
+                "color": class_colour(index),
+                "width": _percent(iou[last]),
+                "value": number(iou[last]),
+                "ticks": ticks,
+            }
         )
-    return f'{key}<div class="card classes">{"".join(bars)}</div>'
+    return {
+        "final": {"key": last, "name": ROWS[last][0]},
+        "others": [{"key": row, "name": ROWS[row][0]} for row in others],
+        "bars": bars,
+    }
 
 
-def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
-    """Which class is taken for which: the matrix when it is small, and its largest entries off the diagonal."""
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> View:
+    """The confusion matrix, if it is small enough to draw, and its largest entries off the diagonal.
+
+    counts: pixels by true (row) and predicted class (column).
+    """
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    colors = [class_colour(index) for index in range(len(names))]
     pairs = sorted(((shares[t][p], t, p) for t in range(len(names)) for p in range(len(names)) if t != p), reverse=True)
-    rows = "".join(
-        f'<tr><td class="n">{share:.1%}</td><td>{swatch(t)}{html.escape(names[t])}</td>'
-        f"<td>{swatch(p)}{html.escape(names[p])}</td></tr>"
-        for share, t, p in pairs[:10]
-        if share >= 0.001
-    )
-    listed = (
-        '<div class="card wide confused"><h3>Most often taken for another</h3><table><thead><tr>'
-        '<th class="n" scope="col">share</th><th scope="col">of</th><th scope="col">taken for</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
-    if len(names) > _MOST_CLASSES:
-        return f'<div class="pair">{listed}</div>'
-    heads = "".join(f'<th scope="col"><span>{html.escape(name)}</span></th>' for name in names)
-    body = "".join(
-        f'<tr><th scope="row"><span>{swatch(t)}<b>{html.escape(name)}</b></span></th>'
-        + "".join(_share(shares[t][p], names[t], names[p]) for p in range(len(names)))
-        + "</tr>"
+    matrix = [
+        {
+            "name": name,
+            "color": colors[t],
+            "cells": [_cell(shares[t][p], names[t], names[p]) for p in range(len(names))],
+        }
         for t, name in enumerate(names)
-    )
-    matrix = (
-        '<div class="card wide"><table class="matrix"><thead><tr><td></td>'
-        f"{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-    return f'<div class="pair">{matrix}{listed}</div>'
+    ]
+    return {
+        "names": names,
+        "matrix": matrix if len(names) <= _MAX_CLASSES else None,
+        "pairs": [
+            {
+                "share": f"{share:.1%}",
+                "true": names[t],
+                "true_color": colors[t],
+                "predicted": names[p],
+                "predicted_color": colors[p],
+            }
+            for share, t, p in pairs[:10]
+            if share >= 0.001
+        ],
+    }
 
 
-def _share(share: float, true: str, predicted: str) -> str:
+def _cell(share: float, true: str, predicted: str) -> View:
     percent = round(100 * share)
-    text = str(percent) if percent else ""
     # The eye compares squares of lightness: the root keeps small shares visible.
     depth = round(100 * math.sqrt(share))
-    dark = " deepest" if depth > 83 else " deep" if depth > 65 else ""
-    title = html.escape(f"{share:.1%} of {true} taken for {predicted}")
-    return f'<td class="cell{dark}" style="--depth:{depth}%" title="{title}">{text}</td>'
+    return {
+        "depth_class": " deepest" if depth > 83 else " deep" if depth > 65 else "",
+        "depth": depth,
+        "title": f"{share:.1%} of {true} predicted as {predicted}",
+        "text": str(percent) if percent else "",
+    }
 
 
 def _worst_if_nan(value: float) -> float:

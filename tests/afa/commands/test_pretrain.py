@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from afa.commands import pretrain
 from afa.config import load_config
-from afa.model.backbone import Backbone, load_backbone_weights
+from afa.model.backbone import Backbone
+from afa.model.weights import load_backbone_weights
 
 SMALL = ["--crop", "32", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from afa.errors import UserError
-from afa.model.backbone import Backbone, load_backbone_weights
+from afa.model.backbone import Backbone
+from afa.model.weights import load_backbone_weights
 
 PVT: dict[str, Any] = {
     "embed_dims": (8, 16, 24, 32),

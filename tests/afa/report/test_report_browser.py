@@ -17,7 +17,7 @@ from PIL import Image
 from afa.config import Config
 from afa.evaluation.evaluate import EvalResult
 from afa.report.results import save_result
-from afa.training.snapshots import FOLDER
+from afa.run import SNAPSHOTS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
@@ -76,7 +76,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if i % 2000 == 0:
             lines.append({"iteration": i, **{f"val_{key}_miou": i / 40000 for key in ("cam", "walk", "par", "seg")}})
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / FOLDER).mkdir()
+    (run / SNAPSHOTS).mkdir()
     for iteration, phase in ((2000, "classify"), (6000, "par"), (20000, "walk")):
         about = [{"name": f"2008_{i:06d}", "tags": CLASSES[:2], "phase": phase} for i in range(2)]
         arrays = {
@@ -84,7 +84,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(2)
             for key in ("image", "cam", "par", "walk", "prediction")
         }
-        np.savez(run / FOLDER / f"{iteration:08d}.npz", about=np.array(json.dumps(about)), **arrays)
+        np.savez(run / SNAPSHOTS / f"{iteration:08d}.npz", about=np.array(json.dumps(about)), **arrays)
     save_result(run, result, CLASSES, Config(), {"seconds": 33240.0, "config": "voc", "date": "2026-01-02T03:04:05"})
     return run / "report.html"
 
