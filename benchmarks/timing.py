@@ -7,7 +7,6 @@ timed by events with the second-level cache flushed before each; CPU rounds by t
 from __future__ import annotations
 
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 import afa_ext
+from afa.machine import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 FLUSH_BYTES = 256 << 20
@@ -118,12 +118,6 @@ def limits(device: torch.device, values: int = 1 << 28, side: int = 8192) -> Lim
     return Limits(2 * source.nbytes / seconds["copy"], side**3 / seconds["product"])
 
 
-def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -137,7 +131,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     info = afa_ext.build_info()
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor_name(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "commit": _commit(),

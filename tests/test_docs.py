@@ -20,6 +20,7 @@ NAMES = (
     "docs/backbones.md",
     "docs/own_data.md",
     "docs/evaluation.md",
+    "docs/recipe.md",
 )
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 OPERATORS = PAGES["docs/operators.md"]

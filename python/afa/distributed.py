@@ -21,7 +21,7 @@ from afa.errors import UserError
 WAIT = timedelta(hours=2)
 """Longest wait for another process: rank 0 may be checking a large data set alone."""
 BUCKET_BYTES = 32 << 20
-"""Gradients are summed in pieces of about this size: few messages, and little memory besides."""
+"""Gradients are summed in buckets of about this size: few messages, and little memory besides."""
 
 
 def launched() -> bool:
@@ -130,33 +130,33 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace the gradients by their mean over all processes.
 
     Done once, after the last backward pass of a step, rather than by DistributedDataParallel's hooks during it: which
-    parameters get a gradient differs from phase to phase, here simply those without one are left out, and the pieces
+    parameters get a gradient differs from phase to phase, here simply those without one are left out, and the buckets
     (so the order of sums) are the same in a resumed run. They are the same everywhere as long as every process runs the
     same phase.
     """
     if not _together():
         return
-    pieces: list[list[Tensor]] = []
+    buckets: list[list[Tensor]] = []
     size = 0
     for parameter in parameters:
         grad = parameter.grad
         if grad is None:
             continue
-        if not pieces or size >= BUCKET_BYTES or grad.dtype != pieces[-1][0].dtype:
-            pieces.append([])
+        if not buckets or size >= BUCKET_BYTES or grad.dtype != buckets[-1][0].dtype:
+            buckets.append([])
             size = 0
-        pieces[-1].append(grad)
+        buckets[-1].append(grad)
         size += grad.numel() * grad.element_size()
     sent = []
-    for piece in pieces:
-        flat = torch.cat([grad.reshape(-1) for grad in piece])
-        sent.append((piece, flat, dist.all_reduce(flat, async_op=True)))
-    for piece, flat, work in sent:
+    for bucket in buckets:
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in sent:
         assert work is not None
         work.wait()
         flat /= world_size()
-        parts = flat.split([grad.numel() for grad in piece])
-        torch._foreach_copy_(piece, [part.view(grad.shape) for part, grad in zip(parts, piece, strict=True)])
+        parts = flat.split([grad.numel() for grad in bucket])
+        torch._foreach_copy_(bucket, [part.view(grad.shape) for part, grad in zip(parts, bucket, strict=True)])
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -196,7 +196,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return out.to(input.dtype)
 
 
-def synchronise_batch_norm(model: nn.Module) -> None:
+def synchronize_batch_norm(model: nn.Module) -> None:
     """Turn every BatchNorm2d of `model` into a SyncBatchNorm2d, in place: its tensors and their names stay."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from afa.config import Config
@@ -91,19 +90,7 @@ def voc_root(make_voc_tree: MakeTree) -> Path:
     return make_voc_tree()
 
 
-Golden = Callable[[str], dict[str, torch.Tensor]]
 TinyConfig = Callable[..., Config]
-
-
-@pytest.fixture(scope="session")
-def golden() -> Golden:
-    """golden("name") -> arrays of tests/golden/name.npz: recorded inputs and outputs of published implementations."""
-
-    def load(name: str) -> dict[str, torch.Tensor]:
-        with np.load(Path(__file__).parent.parent / "golden" / f"{name}.npz") as file:
-            return {key: torch.from_numpy(file[key]) for key in file.files}
-
-    return load
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "python" / "afa"
 LAYERS = (
-    ("errors", "files", "run", "distributed"),
+    ("errors", "files", "run", "machine", "distributed"),
     ("config",),
     ("data",),
     ("model",),

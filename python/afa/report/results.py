@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -20,6 +19,7 @@ from afa.config import Config, to_dict
 from afa.errors import UserError
 from afa.evaluation.result import ROWS, EvalResult, Example
 from afa.files import atomic_path, write_json, write_text
+from afa.machine import processor_name
 from afa.report.page import write_report
 from afa.run import CLASS_TABLE, CONFUSION, EVALUATION_FILES, IMAGE_TABLE, METRICS, SAMPLES
 
@@ -29,7 +29,7 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+        hardware = f"{processor_name()}, {torch.get_num_threads()} threads"
     versions = {name: _version(name) for name in ("afa-ext", "torch", "timm", "numpy", "pillow")}
     return {
         "device": device.type,
@@ -255,12 +255,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or f"{os.cpu_count()} cores"

@@ -1,8 +1,8 @@
 """Losses of AFA (CVPR 2022).
 
 Segmentation and affinity loss divide sums over pixels or pairs by their counts over a whole batch. Where that batch is
-divided among processes or pieces, each part's loss is computed with the `counts` of the whole, and the parts add up to
-the loss of the whole batch; the published code instead takes each process's images for a batch of their own.
+divided among processes or micro-batches, each part's loss is computed with the `counts` of the whole, and the parts add
+up to the loss of the whole batch; the published code instead treats each process's images as a batch of their own.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class TrainStep:
         if self._divided:
             share_dropout(self.model)
             if train.sync_batch_norm:
-                distributed.synchronise_batch_norm(self.model)
+                distributed.synchronize_batch_norm(self.model)
             distributed.broadcast_model(self.model)
         if train.compile:
             compile_network(self.model)

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from afa.commands.cli import main
-from afa.config import ready_names
+from afa.config import from_dict, load_config, ready_names
+from afa.data import TaggedDataset
+from afa.model import Backbone
 
 MakeTree = Callable[..., Path]
 
@@ -25,8 +28,8 @@ model:
   weights: null
   decoder_width: 16
   backbone_args: {{depths: [1, 1, 1, 1], embed_dims: [8, 16, 40, 64]}}
-labels: {{cam_scales: [1], par_iterations: 1}}
-train: {{tensorboard: false, iterations: 3, classify_until: 1, par_until: 2, batch_size: 2, log_every: 1, warmup: 1}}
+labels: {{cam_scales: [1], par_iterations: 1, walk_radius: 1}}
+train: {{tensorboard: false, iterations: 3, classify_until: 0, par_until: 1, batch_size: 2, log_every: 1, warmup: 1}}
 eval: {{report_images: 2}}
 """
 
@@ -250,3 +253,54 @@ def test_status_and_stderr_of_the_process(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "nonsense.key" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_config_show_prints_what_train_would_use(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", "small.yaml", "train.lr=1e-4", "eval.scales=1,0.5"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["train"]["lr"] == 1e-4 and shown["train"]["iterations"] == 3 and shown["eval"]["scales"] == [1.0, 0.5]
+    assert from_dict(shown) == load_config("small.yaml", ["train.lr=1e-4", "eval.scales=1,0.5"])
+
+
+def test_config_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == {"data", "model", "labels", "train", "eval"}
+    assert schema["$defs"]["TrainConfig"]["properties"]["lr"]["exclusiveMinimum"] == 0
+
+
+def test_wrong_config_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'show'?" in _error(capsys, "config", "shw", "voc")
+    assert "needs a configuration" in _error(capsys, "config", "show")
+    assert "takes no configuration" in _error(capsys, "config", "schema", "voc")
+    assert "2 settings are wrong" in _error(capsys, "config", "show", "voc", "train.lr=fast", "data.flip=2")
+
+
+def test_data_are_opened_and_the_model_is_built_once(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[str] = []
+    for kind in (TaggedDataset, Backbone):
+        real = kind.__init__
+
+        def counted(self: Any, *args: Any, real: Any = real, kind: Any = kind, **options: Any) -> None:
+            made.append(kind.__name__)
+            real(self, *args, **options)
+
+        monkeypatch.setattr(kind, "__init__", counted)
+    run = str(tmp_path / "runs/small")
+    assert main(["train", "small.yaml", "--quiet", "--device=cpu"]) == 0
+    assert made == ["TaggedDataset", "TaggedDataset", "Backbone"]
+    made.clear()
+    assert main(["evaluate", run, "--quiet", "--device=cpu"]) == 0
+    assert made == ["TaggedDataset", "Backbone"]
+    made.clear()
+    assert main(["pseudo-labels", run, "--out", str(tmp_path / "labels"), "--quiet", "--device=cpu"]) == 0
+    assert made == ["TaggedDataset", "Backbone"]
+    assert "note" not in capsys.readouterr().out
+
+
+def test_settings_that_are_rarely_meant_are_noted(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "small.yaml", "labels.walk_radius=8", "--quiet", "--device=cpu"]
+    assert main(arguments) == 0
+    assert "note     the window of labels.walk_radius=8 holds 100% of a crop's 2 x 2 tokens" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from afa.evaluation.evaluate import evaluate
 from afa.evaluation.metrics import SegmentationMetrics
 from afa.labeling.inference import infer
 from afa.labeling.label_maker import SOURCES, LabelMaker
-from afa.model import AFANet, build_model
+from afa.model import AFANet, Backbone, build_model
 from afa.model.network import save_model
 from afa.training.loop import train
 from afa.training.snapshots import load_snapshots, snapshot
@@ -269,3 +269,39 @@ def test_predict_names_bad_scales(run: Path, voc_root: Path, capsys: pytest.Capt
         photo = str(voc_root / "JPEGImages/t0.jpg")
         assert main(["predict", str(run), photo, "--scales", scales, "--device=cpu", "--quiet"]) == 2
         assert "eval.scales" in capsys.readouterr().err
+
+
+def test_predict_runs_each_scale_and_direction_once(
+    run: Path, voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes, CAM and segmentation of a scale come from one forward; with --flip both directions from one batch."""
+    sizes: list[tuple[int, int]] = []
+    real = Backbone.forward
+
+    def counted(self: Backbone, images: torch.Tensor, record: bool = False) -> Any:
+        sizes.append((len(images), images.shape[3]))
+        return real(self, images, record)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    picture = str(voc_root / "JPEGImages/t0.jpg")
+    command = ["predict", str(run), picture, "--out", str(tmp_path / "out"), "--device=cpu", "--quiet"]
+    assert main(command) == 0
+    # CAM scales 1, 0.5 and 1.5 with mirror images; at scale 1 the classes and the segmentation of the image as well.
+    assert sizes == [(1, 64), (1, 64), (2, 32), (2, 96)]
+    sizes.clear()
+    assert main([*command, "--scales", "0.5,1.5", "--flip"]) == 0
+    assert sizes == [(1, 64), (1, 64), (2, 32), (2, 96)]
+
+
+def test_rules_of_training_and_of_evaluation() -> None:
+    """Published: two scores, 0.35 and 0.55, to learn from; 0.45 for CAM and PAR and 0.35 for the walk to be scored."""
+    config = Config()
+    learned, scored = LabelMaker.for_training(config), LabelMaker.for_evaluation(config)
+    assert (learned.thresholds, learned.walk_thresholds) == ((0.35, 0.55), (0.35, 0.55))
+    assert (scored.thresholds, scored.walk_thresholds) == ((0.45, 0.45), (0.35, 0.35))
+    assert (learned.walk_scale, scored.walk_scale) == (1.5, 1.0)
+    assert learned.refine_walk and not scored.refine_walk
+    plain = LabelMaker.for_training(config, ignore=False)
+    assert (plain.thresholds, plain.walk_thresholds) == (scored.thresholds, scored.walk_thresholds)
+    config.labels.walk_scale = 1.5
+    assert LabelMaker.for_evaluation(config).walk_scale == 1.5

@@ -81,7 +81,7 @@ def test_ready_names_and_paths_resolve(tmp_path: Path) -> None:
         ("eval.scales=1", "eval", "scales", (1.0,)),
         ("data.scale_range=0.5,1", "data", "scale_range", (0.5, 1.0)),
         ("model.backbone_args={depths: [1, 1]}", "model", "backbone_args", {"depths": [1, 1]}),
-        ("model.backbone_args.depths=[1, 1]", "model", "backbone_args", {"depths": [1, 1]}),
+        ("model.backbone_args.depths=[1, 1]", "model", "backbone_args", {"drop_path_rate": 0.1, "depths": [1, 1]}),
     ],
 )
 def test_overrides_take_the_type_of_the_field(override: str, section: str, name: str, value: object) -> None:

@@ -38,7 +38,7 @@ model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2
 model = model.double().to(memory_format=torch.channels_last)
 d.broadcast_model(model)
 whole = copy.deepcopy(model)
-d.synchronise_batch_norm(model)
+d.synchronize_batch_norm(model)
 assert type(model[1]) is d.SyncBatchNorm2d and list(model.state_dict()) == list(whole.state_dict())
 torch.manual_seed(7)
 images = torch.rand(6, 3, 9, 9, dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_batch_norm_alone_is_batch_norm() -> None:
     torch.manual_seed(0)
     x = torch.rand(2, 3, 4, 4)
     plain, synchronised = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))
-    distributed.synchronise_batch_norm(synchronised)
+    distributed.synchronize_batch_norm(synchronised)
     assert torch.equal(plain(x), synchronised(x))
     assert torch.equal(plain.running_var, synchronised[0].running_var)
 

@@ -17,6 +17,8 @@ import afa.training.loop
 from afa.config import Config, TrainConfig, load_config
 from afa.errors import UserError
 from afa.model import build_model, load_model
+from afa.model.precision import tf32
+from afa.training.checkpoint import best_model, forget_later_best, save_if_best
 from afa.training.loop import train
 from afa.training.schedule import learning_rate_factor, parameter_groups, phase_of
 from afa.training.snapshots import load_snapshots
@@ -201,6 +203,39 @@ def test_bf16_is_near_fp32(tiny_config: Any) -> None:
     torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0.05, atol=0.01)
 
 
+def test_heads_are_counted_by_adam_from_the_start(tiny_config: Any) -> None:
+    """As published, where they are in the graph with a loss weight of 0; the first gradients then make larger steps."""
+    config = tiny_config()
+    config.train.weight_decay = 0.0
+    torch.manual_seed(0)
+    train_step = TrainStep(build_model(config.model, 3), config)
+    before = train_step.model.decoder.predict.weight.clone()
+    for iteration in range(4):
+        train_step.update(batch_of(), iteration)
+    assert torch.equal(train_step.model.decoder.predict.weight, before), "a gradient of 0 moves nothing"
+    for parameter in (train_step.model.decoder.predict.weight, train_step.model.affinity_head.weight):
+        state = train_step.optimizer.state[parameter]
+        assert float(state["step"]) == 4 and not state["exp_avg_sq"].any()
+
+
+def test_tf32_is_on_during_a_step_only(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    with tf32(False):
+        assert [backend.fp32_precision for backend in backends] == before
+    with tf32(True):
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "tf32"]
+    assert [backend.fp32_precision for backend in backends] == before
+    # On a CPU the setting changes nothing.
+    losses = []
+    for name in ("fp32", "tf32"):
+        config = tiny_config()
+        config.train.precision = name
+        torch.manual_seed(0)
+        losses.append(TrainStep(build_model(config.model, 3), config).update(batch_of(), 7).losses)
+    assert torch.equal(*losses)
+
+
 class TestRun:
     def test_files_and_log(self, config: Config, tmp_path: Path) -> None:
         seen: list[Any] = []
@@ -317,6 +352,43 @@ class TestRun:
         measured = [record for record in records if "val_seg_miou" in record]
         assert [record["iteration"] for record in measured] == [4, 8]
         assert all(0 <= record[f"val_{row}_miou"] <= 1 for record in measured for row in ("cam", "walk", "par", "seg"))
+
+    def test_keeps_the_best(self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The evaluation after iteration 3 is made the best: its weights are saved, whatever comes later."""
+        config.train.eval_every, config.train.checkpoint_every, config.train.keep_best = 3, 3, "seg"
+        config.train.ema = 0.5
+        real, calls = afa.training.loop.evaluate, []
+
+        def evaluated(*args: Any, **options: Any) -> Any:
+            result = real(*args, **options)
+            result.seg["miou"] = [0.9, 0.4, 0.8][len(calls)]
+            calls.append(1)
+            return result
+
+        monkeypatch.setattr(afa.training.loop, "evaluate", evaluated)
+        run = tmp_path / "run"
+        model = train(config, run, device="cpu", progress=False)
+        assert len(calls) == 3, "the last iteration is evaluated too"
+        (best,) = (run / "best").iterdir()
+        assert best.name == "00000003_0.900000.safetensors"
+        saved = load_file(run / "model.safetensors")
+        assert_equal(saved, load_file(best))
+        assert_equal(saved, dict(model.state_dict()))
+
+    def test_no_best_without_masks(self, config: Config, tmp_path: Path) -> None:
+        for path in (Path(config.data.root) / "SegmentationClass").glob("v*.png"):
+            path.unlink()
+        config.train.keep_best = "walk"
+        with pytest.raises(UserError, match=r"train\.keep_best is walk, but the split 'val' has no masks"):
+            train(config, tmp_path / "run", device="cpu", progress=False)
+
+    def test_a_best_model_that_is_repeated_is_forgotten(self, config: Config, tmp_path: Path) -> None:
+        train_step = TrainStep(build_model(config.model, 3), config)
+        for iteration, score in ((3, 0.5), (6, 0.4), (9, 0.7)):
+            save_if_best(tmp_path, train_step, ["a", "b", "c"], iteration, score)
+        assert best_model(tmp_path)[1:] == (9, 0.7)
+        forget_later_best(tmp_path, 6)
+        assert best_model(tmp_path) is None
 
     def test_bad_backbone_leaves_the_folder_alone(self, config: Config, tmp_path: Path) -> None:
         config.model.backbone, config.model.backbone_args = "resnet18", {}

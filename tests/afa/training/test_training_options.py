@@ -1,4 +1,4 @@
-"""Half precision, pieces, processes, averages, clipping, compiling, TensorBoard: what the defaults leave off."""
+"""Half precision, micro-batches, processes, averages, clipping, compiling, TensorBoard: what the defaults leave off."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batch_of(images: int = 4, side: int = 64) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     tags = torch.zeros(images, 3)
     tags[torch.arange(images), torch.arange(images) % 3] = 1
-    tags[0] = 1  # packs of classes differ between pieces
+    tags[0] = 1  # packs of classes differ between micro-batches
     box = torch.tensor([[0, side, 0, side]] * images)
     box[1] = torch.tensor([4, side, 0, side - 10])
     return {
@@ -103,23 +103,23 @@ def test_dropout_of_parts_is_that_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("phase", ["classify", "par", "walk"])
-def test_pieces_give_the_gradients_of_the_whole_batch(config: Config, phase: str) -> None:
-    """Exactly, to rounding: losses, labels, dropout. Batch norm, which knows only a piece, is set to evaluate."""
+def test_micro_batches_give_the_gradients_of_the_whole_batch(config: Config, phase: str) -> None:
+    """Exactly, to rounding: losses, labels, dropout. Batch norm, which sees only a micro-batch, is set to evaluate."""
     iteration = {"classify": 1, "par": 4, "walk": 7}[phase]
     config.train.batch_size = 4
     found = {}
-    for pieces in (1, 2, 4):
-        config.train.accumulate = pieces
+    for micro_batches in (1, 2, 4):
+        config.train.accumulate = micro_batches
         train_step = train_step_of(config)
         train_step.model.decoder.norm.eval()
         step = train_step.update(batch_of(), iteration)
         gradients = {n: p.grad.clone() for n, p in train_step.model.named_parameters() if p.grad is not None}
-        found[pieces] = (step.losses, step.grad_norm, gradients)
-    for pieces in (2, 4):
-        torch.testing.assert_close(found[pieces][0], found[1][0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found[pieces][1], found[1][1], rtol=1e-4, atol=0)
-        assert found[pieces][2].keys() == found[1][2].keys()
-        for name, gradient in found[pieces][2].items():
+        found[micro_batches] = (step.losses, step.grad_norm, gradients)
+    for micro_batches in (2, 4):
+        torch.testing.assert_close(found[micro_batches][0], found[1][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[micro_batches][1], found[1][1], rtol=1e-4, atol=0)
+        assert found[micro_batches][2].keys() == found[1][2].keys()
+        for name, gradient in found[micro_batches][2].items():
             scale = float(found[1][2][name].abs().max())
             torch.testing.assert_close(gradient, found[1][2][name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
 
@@ -132,7 +132,7 @@ def test_a_batch_that_can_not_be_divided(config: Config, tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"train.batch_size is 3 .* among 2 processes; set it to a multiple of 2"):
         train(config, tmp_path / "run", progress=False)
     config.train.accumulate = 3
-    with pytest.raises(UserError, match=r"2 processes x 3 pieces; set it to a multiple of 6"):
+    with pytest.raises(UserError, match=r"2 processes x 3 micro-batches; set it to a multiple of 6"):
         train(config, tmp_path / "run", progress=False)
 
 
