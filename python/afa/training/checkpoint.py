@@ -30,7 +30,7 @@ from afa.training.step import TrainStep
 
 FREE = (
     *("data.root", "data.workers", "train.log_every", "train.eval_every", "train.checkpoint_every"),
-    *("train.keep_checkpoints", "train.tensorboard"),
+    *("train.keep_checkpoints", "train.keep_best", "train.tensorboard"),
 )
 """Settings that a resumed run may have otherwise; and all of eval."""
 SUMS = "sha256.json"

@@ -16,6 +16,7 @@ from afa.data import TaggedDataset
 from afa.data.transforms import read_image
 from afa.errors import UserError
 from afa.files import atomic_path
+from afa.labeling.cam import pack_host_tags
 from afa.labeling.inference import infer
 from afa.labeling.label_maker import LabelMaker
 from afa.model.network import AFANet
@@ -54,14 +55,15 @@ def snapshot(
             except UserError:
                 continue
             pixels = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None].to(device)
-            labels = maker.from_images(model, pixels, dataset.tags[number][None], ("par", "walk"))
-            found = infer(model, pixels, config, {"seg"})
+            found = infer(model, pixels, config, {"cam", "seg"}, affinity_scale=maker.walk_scale)
             assert found.seg_logits is not None
+            classes = pack_host_tags(dataset.tags[number][None], device)
+            labels, cams = maker.from_outputs(pixels, found.outputs, classes, ("par", "walk"))
             maps = {
                 "image": picture,
-                "cam": (255 * labels.cams[0].amax(0)).cpu().numpy(),
-                "par": labels.maps["par"][0].cpu().numpy(),
-                "walk": labels.maps["walk"][0].cpu().numpy(),
+                "cam": (255 * cams[0].amax(0)).cpu().numpy(),
+                "par": labels["par"][0].cpu().numpy(),
+                "walk": labels["walk"][0].cpu().numpy(),
                 "prediction": found.seg_logits[0].argmax(0).cpu().numpy(),
             }
             for key, values in maps.items():

@@ -24,7 +24,7 @@ def test_affinity_golden(golden: Any) -> None:
     assert (labels == 0).sum() + 1 == gold["neg_count"]
 
     loss = affinity_loss(affinity, labels)
-    torch.testing.assert_close(loss, gold["loss"].float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, torch.tensor(gold["loss"]), rtol=1e-4, atol=0)
     loss.backward()
     for tensor, name in ((attention, "grad_attn"), (weight, "grad_weight"), (bias, "grad_bias")):
         expected = gold[name]
@@ -70,7 +70,7 @@ def test_segmentation_golden(golden: Any) -> None:
     gold = golden("loss_metric")
     logits = gold["logits"].requires_grad_()
     loss = segmentation_loss(logits, gold["labels"])
-    torch.testing.assert_close(loss, gold["seg_loss"].float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, torch.tensor(gold["seg_loss"]), rtol=1e-5, atol=0)
     loss.backward()
     torch.testing.assert_close(logits.grad, gold["grad_logits"], rtol=1e-4, atol=1e-8)
 

@@ -167,7 +167,7 @@ def test_drop_path_is_active_in_the_forwards_that_make_labels(tiny_config: Any) 
     torch.manual_seed(0)
     train_step = TrainStep(build_model(config.model, 3), config)
     train_step.model.classifier.weight.data.normal_()
-    first, second = (train_step.losses(batch_of(), "walk")[0] for _ in range(2))
+    first, second = (train_step.losses(batch_of(), "par")[0] for _ in range(2))
     assert not torch.equal(first.labels, second.labels)
     assert not torch.equal(first.losses, second.losses)
     assert all(module.training for module in train_step.model.modules())
@@ -252,7 +252,9 @@ class TestRun:
         assert [r["phase"] for r in records] == ["classify", "classify", "par", "walk", "walk"]
         assert [record["loss_seg"] is None for record in records[:2]] == [True, True]
         for record in records[2:]:
-            assert record["loss_seg"] > 0 and record["loss_aff"] > 0 and record["images_per_s"] > 0
+            # Walk labels of a model that has learned nothing may ignore every pixel.
+            least = 0 if record["phase"] == "walk" else 1e-6
+            assert record["loss_seg"] >= least and record["loss_aff"] > 0 and record["images_per_s"] > 0
             assert 0 <= record["label_ignored"] <= 1 and 0 <= record["pairs_same"] <= 1
         assert records[0]["lr"] == pytest.approx(config.train.lr * learning_rate_factor(config.train, 1))
         model, classes, _ = load_model(run / "model.safetensors")

@@ -126,7 +126,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(config: Config, pha
 
 def test_a_batch_that_can_not_be_divided(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    with pytest.raises(UserError, match=r"train.accumulate must be a divisor of train.batch_size \(3\), got 2"):
+    with pytest.raises(UserError, match=r"train.accumulate .* must be a divisor of train.batch_size \(3\), got 2"):
         load_config(tmp_path / "c.yaml", ["train.accumulate=2"])
     monkeypatch.setattr("afa.distributed.world_size", lambda: 2)
     with pytest.raises(UserError, match=r"train.batch_size is 3 .* among 2 processes; set it to a multiple of 2"):
@@ -190,7 +190,7 @@ def test_half_precision_learns(config: Config, precision: str) -> None:
     losses = torch.stack([step.losses for step in steps])
     assert losses.isfinite().all()
     assert losses[17:20, 0].mean() < 0.6 * losses[0, 0]
-    assert losses[37:, 1].mean() < losses[20, 1]
+    assert losses[37:, 1].mean() < losses[21, 1]
     assert train_step.scaler.is_enabled() == (precision == "fp16")
     # What is learnt stays in float32.
     assert {p.dtype for p in train_step.model.parameters()} == {torch.float32}
@@ -370,7 +370,9 @@ def test_tensorboard(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
     tags = events.Tags()
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     for tag, key in (("loss/cls", "loss_cls"), ("loss/seg", "loss_seg"), ("train/lr", "lr"), ("val/seg_miou", None)):
-        expected = [(r["iteration"], r[key or "val_seg_miou"]) for r in records if r.get(key or "val_seg_miou")]
+        expected = [
+            (r["iteration"], r[key or "val_seg_miou"]) for r in records if r.get(key or "val_seg_miou") is not None
+        ]
         assert [(e.step, e.value) for e in events.Scalars(tag)] == [
             (i, pytest.approx(v, rel=1e-6)) for i, v in expected
         ]
