@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 4) par_rings_kernel(const __grid_con
 
 }  // namespace
 
-const char* par_affinity_cuda(const ParAffinityParams& p, void* stream) {
+const char* launch_par_affinity(const ParAffinityParams& p, void* stream) {
   const dim3 grid = grid_for(p.height * p.width, p.batch);
   const bool rings = p.stencil.size == kRings * kRing && p.height * p.width <= kMaxPlane;
   with_type(p.kind, [&](auto type) {

@@ -524,7 +524,7 @@ void launch_steps(const StencilParams& p, void* stream) {
 
 }  // namespace
 
-const char* stencil_group_cuda(const StencilParams& p, void* stream) {
+const char* launch_stencil_group(const StencilParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((group_kernel<decltype(type)>),
                grid_for(p.height * p.width, p.batch * ceil_div(p.classes, kGroup)), kThreads, stream, p);
@@ -532,7 +532,7 @@ const char* stencil_group_cuda(const StencilParams& p, void* stream) {
   return launch_error();
 }
 
-const char* stencil_ring_cuda(const StencilParams& p, void* stream) {
+const char* launch_stencil_ring(const StencilParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) < 8) {
@@ -547,17 +547,17 @@ const char* stencil_ring_cuda(const StencilParams& p, void* stream) {
   return launch_error();
 }
 
-const char* stencil_step_cuda(const StencilParams& p, void* stream) {
+const char* launch_stencil_step(const StencilParams& p, void* stream) {
   launch_steps<false>(p, stream);
   return launch_error();
 }
 
-const char* stencil_adjoint_cuda(const StencilParams& p, void* stream) {
+const char* launch_stencil_adjoint(const StencilParams& p, void* stream) {
   launch_steps<true>(p, stream);
   return launch_error();
 }
 
-const char* stencil_weight_grad_cuda(const StencilParams& p, void* stream) {
+const char* launch_stencil_weight_grad(const StencilParams& p, void* stream) {
   const dim3 grid = grid_for(p.height * p.width, p.batch * ceil_div(p.stencil.size, kNeighbours));
   if (p.kind == Kind::f64) {
     AFA_LAUNCH((weight_grad_kernel<double>), grid, kThreads, stream, p);

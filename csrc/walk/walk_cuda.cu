@@ -675,7 +675,7 @@ dim3 node_grid(const WalkParams& p) {
 
 }  // namespace
 
-const char* walk_transition_cuda(const WalkParams& p, void* stream) {
+const char* launch_walk_transition(const WalkParams& p, void* stream) {
   StepTiles s;
   if (p.layout != Layout::by_offset && find_tiles(p, 4, 0, kStepThreads, s)) {
     with_type(p.kind, [&](auto type) {
@@ -693,14 +693,14 @@ const char* walk_transition_cuda(const WalkParams& p, void* stream) {
   return launch_error();
 }
 
-const char* walk_transition_backward_cuda(const WalkParams& p, void* stream) {
+const char* launch_walk_transition_backward(const WalkParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((walk_transition_backward_kernel<decltype(type)>), node_grid(p), kThreads, stream, p);
   });
   return launch_error();
 }
 
-const char* walk_step_cuda(const WalkStepParams& p, void* stream) {
+const char* launch_walk_step(const WalkStepParams& p, void* stream) {
   const auto variant = static_cast<WalkStepVariant>(p.variant);
   const int threads = variant == WalkStepVariant::tiled128   ? 128
                       : variant == WalkStepVariant::tiled160 ? 160
@@ -724,7 +724,7 @@ const char* walk_step_cuda(const WalkStepParams& p, void* stream) {
   return launch_error();
 }
 
-const char* walk_transpose_cuda(const WalkParams& p, void* stream) {
+const char* launch_walk_transpose(const WalkParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((walk_transpose_kernel<decltype(type)>),
                grid_for(p.height * p.width, p.batch * p.stencil.runs), kThreads, stream, p);

@@ -85,11 +85,12 @@ def compile_operators(sanitize: bool, registration: Sequence[str]) -> tuple[list
     extra = SANITIZE if sanitize else []
     flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DAFA_SIMD=baseline", *extra]
     flags += [f"-isystem{path}" for path in include_paths()]
-    sources = sorted({*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu"), *RUNTIME} - {CSRC / "ops.cpp"})
+    registering = [CSRC / "ops.cpp", CSRC / "module.cpp"]
+    sources = sorted({*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu"), *RUNTIME} - {*registering})
     flags.append("-DAFA_CUDA_ON_HOST")
     objects = compile_objects(sources, folder, flags)
     kind = folder / ("library" if LIBRARY in registration else "module")
-    objects += compile_objects([CSRC / "ops.cpp"], kind, [*flags, *registration])
+    objects += compile_objects(registering, kind, [*flags, *registration])
     folders = [f"-L{path}" for path in library_paths()]
     return objects, kind, ["-shared", *extra, "-Wl,-Bsymbolic", *folders, "-ltorch_cpu", "-lc10"]
 
