@@ -599,7 +599,8 @@ Tensor pseudo_labels_cuda(const Tensor& images, const Tensor& cams, const Tensor
           AFA_CUDA_LAUNCH("pseudo_labels", launch_shrink(shrink, scope.stream()));
           affinity = par_affinity_cuda(small, dilations, w1, w2);
         }
-        maps = par_propagate_cuda(affinity, maps, dilations, num_iter, part_of(packed.mask, first, count));
+        maps = stencil_propagate_cuda("pseudo_labels", ring_stencil(dilations), affinity, maps, num_iter,
+                                      part_of(packed.mask, first, count), std::nullopt, false);
       }
     }
     choice.maps = maps.const_data_ptr();
@@ -688,7 +689,7 @@ Tensor refine_labels_cuda(const Tensor& images, const Tensor& scores, const std:
         affinity = par_affinity_within_cuda(small, dilations, w1, w2, extent);
       }
       maps = stencil_propagate_cuda("refine_labels", ring_stencil(dilations), affinity, maps, num_iter, mask,
-                                    extent);
+                                    extent, false);
     }
     choice.maps = maps.const_data_ptr();
     choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr()) + first * height * width;

@@ -34,6 +34,8 @@ void position_weights(const std::vector<int64_t>& dilations, double w1, double w
     const double distance = static_cast<double>(dilations[i]);
     p.edge[i] = w2 * std::exp(logit(distance) - top) / sum;
     p.corner[i] = w2 * std::exp(logit(distance * corner) - top) / sum;
+    p.edge32[i] = static_cast<float>(p.edge[i]);
+    p.corner32[i] = static_cast<float>(p.corner[i]);
   }
 }
 

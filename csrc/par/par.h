@@ -28,6 +28,7 @@ struct ParAffinityParams {
   // neighbours.
   double edge[kMaxDilations] = {};
   double corner[kMaxDilations] = {};
+  float edge32[kMaxDilations] = {}, corner32[kMaxDilations] = {};  // CUDA: the same for sums in float32
 };
 
 // Rows `begin` to `end` of the batch's B * H rows; float32 and float64.

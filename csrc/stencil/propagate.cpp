@@ -406,7 +406,7 @@ Tensor stencil_weights_backward_cpu(const char* op, const Stencil& stencil, cons
 
 Tensor stencil_propagate_cuda(const char* op, const Stencil& stencil, const Tensor& weights,
                               const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask,
-                              const std::optional<Tensor>& extent) {
+                              const std::optional<Tensor>& extent, bool zero_masked) {
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
   check_steps(op, steps);
@@ -418,6 +418,7 @@ Tensor stencil_propagate_cuda(const char* op, const Stencil& stencil, const Tens
   StencilParams p = make_params(stencil, s, w);
   p.steps = static_cast<int32_t>(steps);
   p.class_mask = device_mask(mask);
+  p.zero_masked = zero_masked;
   p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
   propagate_cuda(op, p, false, torch::stable::contiguous(planes), out, scope);
   return out;

@@ -42,7 +42,7 @@ Tensor stencil_propagate_cpu(const char* op, const Stencil& stencil, const Tenso
 // is undefined.
 Tensor stencil_propagate_cuda(const char* op, const Stencil& stencil, const Tensor& weights,
                               const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask,
-                              const std::optional<Tensor>& extent = std::nullopt);
+                              const std::optional<Tensor>& extent = std::nullopt, bool zero_masked = true);
 // The gradient with respect to planes of <grad, stencil_propagate(...)>.
 Tensor stencil_propagate_backward_cpu(const char* op, const Stencil& stencil, const Tensor& grad,
                                       const Tensor& weights, int64_t steps,

@@ -54,6 +54,7 @@ struct StencilParams {
   Planes out;                             // [B * C] planes
   void* grad_weights = nullptr;           // [B, K, H, W] contiguous, in the type sums are formed in
   const bool* class_mask = nullptr;       // CUDA: [B, C] on the device, or null for all
+  bool zero_masked = true;                // CUDA: false leaves the output of classes that are off undefined
   const int64_t* extent = nullptr;        // CUDA, steps alone: [B, 2], see stencil_propagate
   const int64_t* active = nullptr;        // CPU: the active planes, in order
   const int64_t* active_begin = nullptr;  // CPU: [B + 1] where each image's begin
