@@ -398,12 +398,15 @@ Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& pre
   const ScalarType type = sum_type(cams);
   const Kind kind = kind_of_sums(cams);
   AxisTables tables[4];
+  const auto axis = [&](int i, int64_t from, int64_t to) {
+    return cuda ? Axis{from, to} : tables[i].fill(from, to, kind);
+  };
   ScoreParams score;
   score.thresholds = high > low ? 2 : 1;
   score.background[0] = high;
   score.background[1] = low;
-  score.rows = tables[0].fill(height, whole.small_height, kind);
-  score.columns = tables[1].fill(width, whole.small_width, kind);
+  score.rows = axis(0, height, whole.small_height);
+  score.columns = axis(1, width, whole.small_width);
 
   std::optional<PackedClasses> packed;
   Tensor source = cams;
@@ -432,8 +435,8 @@ Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& pre
   choice.map_height = whole.small_height;
   choice.map_width = whole.small_width;
   choice.ignore = static_cast<int32_t>(ignore_index);
-  choice.rows = tables[2].fill(whole.small_height, height, kind);
-  choice.columns = tables[3].fill(whole.small_width, width, kind);
+  choice.rows = axis(2, whole.small_height, height);
+  choice.columns = axis(3, whole.small_width, width);
 
   const int64_t most = packed->classes.most, maps_of_image = most * score.thresholds;
   const int64_t weight_planes = 8 * static_cast<int64_t>(dilations.size()) + images.size(1);
