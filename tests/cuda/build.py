@@ -91,6 +91,8 @@ def compile_objects(sources: Sequence[Path], target_folder: Path, flags: Sequenc
         depends = target.with_suffix(".d")
         unfinished, known = target.with_suffix(".new"), target.with_suffix(".command")
         command = [*common, "-O2", *flags]
+        if source.suffix == ".cpp":
+            command += ZEROED
         if source.suffix == ".cu":
             command += ["-DAFA_CUDA_ON_HOST"]
             command += CHECKED if not set(SANITIZE) & set(flags) else []
@@ -177,7 +179,7 @@ def build_package(sanitize: bool = False) -> Path:
     import pybind11
     import torch
     extra = SANITIZE if sanitize else []
-    flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DAFA_SIMD=baseline", "-DAFA_WITH_CUDA", *extra, *ZEROED]
+    flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DAFA_SIMD=baseline", "-DAFA_WITH_CUDA", *extra]
     flags += [*torch_includes(), f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     flags += [
         '-DAFA_BUILD_COMPILER="GNU 0.0 (CUDA kernels on the CPU)"',

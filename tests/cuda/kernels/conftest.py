@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,43 +9,62 @@ import pytest
 import torch
 from torch import Tensor
 
-from . import build
+from afa_ext import _native
+
+from .. import device
 
 ORDERS = ("forward", "backward", "1", "2")
+C = _native._C
 
 
 def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(torch.uint8) if t.numel() > 0 else t
 
 
-class Kernels:
-    """Every operator, computed by the CUDA kernels on CPU tensors: in several orders of threads and blocks, which
-    must give the same result to the last bit."""
+def to(place: str, value: Any) -> Any:
+    """The same on another device. The strides stay, and where in a vector's alignment it begins."""
+    if not isinstance(value, Tensor) or value.device.type == place:
+        return value
+    size = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    offset = value.storage_offset() % 16
+    if value.numel() == 0:
+        return value.to(place)
+    whole = torch.empty(offset + size, dtype=value.dtype, device=place)
+    return torch.as_strided(whole, value.shape, value.stride(), offset).copy_(value)
 
-    def __init__(self, library: Any, operators: Any) -> None:
-        self.library, self.operators = library, operators
+
+class Kernels:
+    """Every operator on the stand-in GPU, with arguments and result on the CPU: in several orders of threads and
+    blocks, which must give the same result to the last bit."""
+
+    def __init__(self) -> None:
+        self.set_order = ctypes.CDLL(C.__file__).cuda_on_host_order
 
     @contextmanager
     def forced(self, kernel: str, variant: str) -> Iterator[None]:
         """Launches this variant of the kernel, whatever the plan. Fails if the kernel is never launched."""
-        force, times_chosen = self.library.cuda_on_host_force, self.library.cuda_on_host_times_chosen
-        force.restype, times_chosen.restype = ctypes.c_bool, ctypes.c_int64
-        before = times_chosen(kernel.encode())
-        assert force(kernel.encode(), variant.encode())
+
+        def times_chosen() -> int:
+            return next(entry["times_chosen"] for entry in C.launch_plans() if entry["kernel"] == kernel)
+
+        before = times_chosen()
+        C.set_launch_plan(kernel, variant)
         try:
             yield
         finally:
-            assert force(kernel.encode(), None)
-        assert times_chosen(kernel.encode()) > before, f"nothing here launches {kernel}"
+            C.set_launch_plan(kernel, None)
+        assert times_chosen() > before, f"nothing here launches {kernel}"
 
     def __getattr__(self, name: str) -> Any:
-        operator = getattr(self.operators, name)
+        operator = getattr(torch.ops.afa_ext, name)
 
         def call(*arguments: Any) -> Tensor:
+            given = [to("cuda", value) for value in arguments]
             results = []
             for order in ORDERS:
-                self.library.cuda_on_host_order(order.encode())
-                results.append(operator(*arguments))
+                self.set_order(order.encode())
+                results.append(operator(*given).cpu())
+            self.set_order(b"any")
             for order, result in zip(ORDERS[1:], results[1:], strict=True):
                 same = torch.equal(bits(result), bits(results[0]))
                 assert same, f"{name}: the order {order} of threads and blocks gives another result than {ORDERS[0]}"
@@ -57,8 +75,6 @@ class Kernels:
 
 @pytest.fixture(scope="session")
 def kernels() -> Kernels:
-    if build.cuda_headers() is None:
-        pytest.skip("the CUDA toolkit's headers (cuda_fp16.h) are not installed")
-    library = build.build_library(sanitize=bool(os.environ.get("AFA_CUDA_ON_HOST_SANITIZE")))
-    torch.ops.load_library(str(library))
-    return Kernels(ctypes.CDLL(str(library)), torch.ops.afa_ext_cuda_on_host)
+    if not device.active:
+        pytest.skip("runs on the stand-in GPU: python -m tests.cuda.run")
+    return Kernels()

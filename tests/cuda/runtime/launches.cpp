@@ -131,6 +131,13 @@ cudaError_t check_limits(const Description& d) {
   return cudaSuccess;
 }
 
+// Not a number: neither a small one, nor an int of less than 2^24 with padding that holds half of an address.
+// Device memory begins 2^24 bytes after a multiple of 2^32, and a device's part ends before the next one.
+bool looks_like_a_pointer(const void* at) {
+  const auto bits = reinterpret_cast<uintptr_t>(at);
+  return bits >> 47 == 0 && bits >> 40 != 0 && (bits & 0xffffffff) >> 24 != 0;
+}
+
 // What only the stand-in sees: device, stream and pointers. Adds the blocks that the arguments point to.
 cudaError_t check_arguments(const Description& d, Stream& stream, const std::vector<stand_in_span>& parameters,
                             std::vector<Span>& blocks) {
@@ -149,10 +156,10 @@ cudaError_t check_arguments(const Description& d, Stream& stream, const std::vec
     for (size_t i = 0; i + sizeof(void*) <= parameter.size; i += sizeof(void*)) {
       const char* at;
       __builtin_memcpy(&at, parameter.begin + i, sizeof(at));
+      if (!looks_like_a_pointer(at)) continue;
       const int owner = device_of(at);
       if (owner < 0) {
-        if (reinterpret_cast<uintptr_t>(at) >> 47 == 0 && reinterpret_cast<uintptr_t>(at) >> 40 != 0 &&
-            is_mapped_host_memory(at))
+        if (is_mapped_host_memory(at))
           return fault(cudaErrorIllegalAddress, "launch of %s with a pointer to host memory, %p", name_of(d).c_str(), at);
         continue;
       }

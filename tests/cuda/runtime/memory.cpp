@@ -40,7 +40,7 @@ struct State {
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
     if (at != wanted) std::abort();
     for (int device = 0; device < kMaxDevices; ++device) {
-      next[device] = static_cast<char*>(at) + device * kDeviceRange + kGap;
+      next[device] = static_cast<char*>(at) + device * kDeviceRange + kDeviceStart;
     }
   }
 };
