@@ -19,12 +19,12 @@ def affinity(kind, images, dilations):
 
 
 @st.composite
-def images(draw, dtype=torch.float64):
-    """[B, C, H, W] of any small size, in [0, 1], in part flat."""
+def images(draw, dtype=torch.float64, flat=True):
+    """[B, C, H, W] of any small size, in [0, 1], in part flat where `flat`."""
     shape = [draw(st.integers(1, most)) for most in (2, 4, 9, 37)]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     values = torch.rand(*shape, dtype=torch.float64, generator=generator)
-    levels = draw(st.sampled_from([2, 5, 256, 10**9]))
+    levels = draw(st.sampled_from([2, 5, 256, 10**9] if flat else [10**9]))
     return ((values * levels).floor() / levels).to(dtype)
 
 
@@ -49,7 +49,8 @@ def test_weights_of_pamr_sum_to_one(device, image, dilations):
 @KINDS
 @FAST
 @given(
-    image=images(),
+    # Where the neighbours of one pixel are all equal and it is not, logits of 1e15 leave no digits to compare.
+    image=images(flat=False),
     dilations=DILATIONS,
     gain=st.floats(0.1, 10).flatmap(lambda g: st.sampled_from([g, -g])),
     offset=st.floats(-5, 5),
