@@ -216,7 +216,7 @@ STAND_IN_API void stand_in_trace(stand_in_event event, int device, void* pointer
     if (found != all.allocations.end()) found->second.segment = true;
     return;
   }
-  Stream* const stream = stream_of(handle);
+  Stream* const stream = stream_of(handle, device);
   if (stream == nullptr) return;
   if (event == stand_in_allocated) {
     Block block;

@@ -74,7 +74,8 @@ struct Item {
   uint64_t number = 0;  // its place in its stream
 };
 
-Stream* stream_of(cudaStream_t handle);  // nullptr, with a fault, if it is none
+// nullptr, with a fault, if it is none. Each device has a default stream.
+Stream* stream_of(cudaStream_t handle, int device = current_device());
 int device_of(const Stream& stream);
 Graph* captured_by(const Stream& stream);
 // Queues work, or adds a node to the graph that captures the stream.

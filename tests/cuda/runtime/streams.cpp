@@ -166,8 +166,8 @@ std::vector<Stream*>& all_streams() {
   return *streams;
 }
 
-Stream* stream_of(cudaStream_t handle) {
-  if (handle == nullptr || handle == cudaStreamLegacy) return default_stream(current_device());
+Stream* stream_of(cudaStream_t handle, int device) {
+  if (handle == nullptr || handle == cudaStreamLegacy) return default_stream(device);
   Stream* const stream = reinterpret_cast<Stream*>(handle);
   const auto& all = all_streams();
   if (std::find(all.begin(), all.end(), stream) != all.end()) return stream;
