@@ -63,7 +63,7 @@ struct ShrinkParams {
 struct ScoreParams {
   Kind kind = Kind::f32;  // of the CAMs; maps are float64 for float64, else float32
   int64_t batch = 0, thresholds = 0;
-  double background[kMaxThresholds];  // highest first
+  double background[kMaxThresholds] = {};  // highest first
   const void* cams = nullptr;         // [B, C, H, W]; CPU: unit stride in x, in the type of the maps
   int64_t cam_stride_b = 0, cam_stride_c = 0, cam_stride_y = 0, cam_stride_x = 1;
   Classes classes;
@@ -76,7 +76,7 @@ struct ScoreParams {
 struct PlaceParams {
   Kind kind = Kind::f32;  // of the scores; CPU and maps: the type sums are formed in
   int64_t batch = 0, thresholds = 0, planes = 0, height = 0, width = 0, downscale = 1;
-  const void* scores[kMaxThresholds];  // [B, planes, grid_height, grid_width], background first
+  const void* scores[kMaxThresholds] = {};  // [B, planes, grid_height, grid_width], background first
   int64_t grid_height = 0, grid_width = 0;
   Classes classes;
   void* maps = nullptr;  // [B, (most + 1) * thresholds, map_height, map_width], in the top left corner

@@ -137,8 +137,8 @@ struct RingParams {
   int64_t image_stride_b, image_stride_c;
   int64_t batch;
   int32_t channels, height, width, image_stride_y;
-  int32_t dilation[kRings];
-  float edge[kRings], corner[kRings];
+  int32_t dilation[kRings] = {};
+  float edge[kRings] = {}, corner[kRings] = {};
   float gain;  // makes of scaled differences such whose logits are to the base 2, the mean over the channels
   float w1;
 };

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from . import build
+from .. import build
 from .conftest import ORDERS
 
 # How the bug of each kernel shows, first in the build whose every access is checked (memory_check.cpp), then under
@@ -58,7 +58,7 @@ BUGS = {
 def planted_bugs(sanitize: bool) -> Path:
     if build.cuda_headers() is None:
         pytest.skip("the CUDA toolkit's headers (cuda_fp16.h) are not installed")
-    return build.build_program(build.HERE / "planted_bugs.cu", sanitize)
+    return build.build_program(build.KERNELS / "planted_bugs.cu", sanitize)
 
 
 @pytest.fixture(scope="session")
