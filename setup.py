@@ -29,6 +29,7 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "AFA_EXT_CUDA": os.environ.get("AFA_EXT_CUDA", "auto"),
             "AFA_EXT_TORCH_VERSION": torch.__version__,
+            "AFA_EXT_TORCH_CUDA": torch.version.cuda or "",
             "AFA_EXT_TORCH_INCLUDE_DIRS": ";".join(include_paths()),
             "AFA_EXT_TORCH_LIBRARY_DIRS": ";".join(library_paths()),
             "AFA_EXT_OUTPUT_DIR": target.parent,

@@ -44,7 +44,7 @@ def check_images(images: Tensor) -> None:
         raise TypeError(f"images must be floating-point, got {_describe(images)}; pass images.float() / 255")
     check_float_tensor("images", images, "[B, 3, H, W]")
     if images.shape[1] < 1:
-        raise ValueError(f"images must have at least one colour channel, got shape {tuple(images.shape)}")
+        raise ValueError(f"images must have at least one color channel, got shape {tuple(images.shape)}")
 
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -310,7 +310,7 @@ def _check_label_images(images: Tensor) -> None:
     else:
         check_float_tensor("images", images, "[B, 3, H, W]")
     if images.shape[1] < 1:
-        raise ValueError(f"images must have at least one colour channel, got shape {tuple(images.shape)}")
+        raise ValueError(f"images must have at least one color channel, got shape {tuple(images.shape)}")
 
 
 def _check_label_settings(

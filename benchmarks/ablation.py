@@ -29,7 +29,7 @@ import torch
 from tqdm import trange
 
 from afa.config import Config, load_config
-from afa.data import VOCDataset, open_dataset, train_loader
+from afa.data import TaggedDataset, open_dataset, train_loader
 from afa.data.synthetic import make_dataset
 from afa.evaluate import evaluate
 from afa.files import write_text
@@ -93,7 +93,7 @@ def _trainer(config: Config, device: torch.device) -> Trainer:
     return Trainer(build_model(config.model, len(_split(config, train=True).classes)), config, device)
 
 
-def _split(config: Config, *, train: bool) -> VOCDataset:
+def _split(config: Config, *, train: bool) -> TaggedDataset:
     data = config.data
     split = data.train_split if train else data.val_split
     return open_dataset(data, split, train=train, with_mask=not train)

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from afa.config import Config, load_config
-from afa.data import VOCDataset, open_dataset, train_loader
+from afa.data import TaggedDataset, open_dataset, train_loader
 from afa.data.synthetic.backgrounds import TRAIN_PHOTOGRAPHS, photograph
 from afa.data.transforms import check_image, read_image
 from benchmarks.timing import RESULTS, print_table, write_results
@@ -50,7 +50,7 @@ def draw(root: Path, count: int, size: tuple[int, int]) -> None:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def load_rate(dataset: VOCDataset, batch_size: int, workers: int, seconds: float) -> float:
+def load_rate(dataset: TaggedDataset, batch_size: int, workers: int, seconds: float) -> float:
     """Crops a second, as fast as they come; the start of the workers does not count."""
     batches = train_loader(dataset, batch_size, seed=0, workers=workers)
     # What was prefetched while nobody looked would come for nothing.
@@ -63,7 +63,7 @@ def load_rate(dataset: VOCDataset, batch_size: int, workers: int, seconds: float
     return count / (time.perf_counter() - started)
 
 
-def wait_share(dataset: VOCDataset, batch_size: int, workers: int, step: float, seconds: float) -> float:
+def wait_share(dataset: TaggedDataset, batch_size: int, workers: int, step: float, seconds: float) -> float:
     """Share of the time spent waiting by a consumer that takes `step` seconds a batch elsewhere."""
     batches = train_loader(dataset, batch_size, seed=0, workers=workers)
     next(batches)

@@ -15,7 +15,8 @@ import afa_ext
 
 PACKAGE = Path(afa_ext.__file__).parent
 LIBRARY = Path(afa_ext._native._C.__file__)
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -70,10 +71,68 @@ def test_library_binds_to_no_particular_torch():
     needed = set(re.findall(r"Shared library: \[(.*?)\]", dynamic))
     system = r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so.*|ld-linux.*"
     torch_libraries = {name for name in needed if not re.fullmatch(system, name)}
-    assert torch_libraries <= {"libtorch_cpu.so", "libc10.so"}
+    # libtorch.so: it brings libtorch_cuda.so along where torch is a CUDA build.
+    assert torch_libraries == {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
     symbols = subprocess.run(["nm", "-DC", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     foreign = [line for line in symbols.splitlines() if re.search(r" U (at|c10|torch)::", line)]
     assert not foreign, "symbols outside torch's stable ABI"
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a CPU build of torch has no CUDA streams")
+def test_library_finds_the_current_stream_of_a_cuda_build_of_torch():
+    """The symbol is weak: unresolved, every CUDA call would fail with "this torch has no CUDA support"."""
+    code = (
+        "import ctypes, afa_ext; "
+        "library = ctypes.CDLL(afa_ext._native._C.__file__); "
+        "print(bool(library.aoti_torch_get_current_cuda_stream))"
+    )
+    assert run_python(code).stdout.strip() == "True"
+
+
+ARCHITECTURES = ROOT / "csrc" / "cuda_architectures.cmake"
+NVCC_13 = "75;80;86;87;88;89;90;100;103;110;120;121"
+USUAL = "80-real;86-real;89-real;90-real;100;120"
+
+
+@pytest.mark.parametrize(
+    ("requested", "known", "visible", "expected", "message"),
+    [
+        ("", NVCC_13, "", USUAL, ""),
+        ("", "75;80;86;87;89;90", "", "80-real;86-real;89-real;90", ""),
+        ("", NVCC_13, "90;90", "90-real", ""),
+        ("", NVCC_13, "75;86", "86-real", "capability 75 can't run the kernels"),
+        ("", "75;80;86;87;89;90", "120", "90", ""),
+        ("8.0;9.0a 12.0+PTX", NVCC_13, "86", "80-real;90a-real;120", ""),
+        ("Ampere,Hopper", NVCC_13, "", "80-real;86;90", ""),
+        ("7.0 7.5 8.6", NVCC_13, "", "86-real", "7.5 is left out"),
+        ("Volta", NVCC_13, "", USUAL, "7.0+PTX is left out"),
+    ],
+)
+def test_cuda_architectures(tmp_path, requested, known, visible, expected, message):
+    returned, output = run_architectures(tmp_path, requested, known, visible)
+    assert returned == 0, output
+    assert f"result: {expected}\n" in output
+    assert message in " ".join(output.split())
+
+
+@pytest.mark.parametrize("requested", ["Amper", "80", "8.0+SASS"])
+def test_cuda_architecture_that_is_not_one(tmp_path, requested):
+    returned, output = run_architectures(tmp_path, requested, NVCC_13, "")
+    assert returned != 0
+    assert f"got '{requested}'" in " ".join(output.split())
+
+
+def run_architectures(folder: Path, requested: str, known: str, visible: str) -> tuple[int, str]:
+    script = folder / "script.cmake"
+    script.write_text(
+        f'include("{ARCHITECTURES}")\n'
+        f'afa_cuda_architectures(result "{requested}" "{known}" "{visible}")\n'
+        'message("result: ${result}")\n'
+    )
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert cmake is not None, "cmake is a requirement of the build"
+    result = subprocess.run([cmake, "-P", str(script)], capture_output=True, text=True, check=False)
+    return result.returncode, result.stdout + result.stderr
 
 
 def copy_package(folder: Path, library: bytes | None) -> Path:

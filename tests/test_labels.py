@@ -372,7 +372,7 @@ W = torch.rand(2, 48, 4, 4)
         ((IMAGES[0], CAMS, LABELS), {}, ValueError, "images must have 4 dimensions .*uint8 tensor of shape"),
         ((IMAGES[0].float(), CAMS, LABELS), {}, ValueError, "images must have 4 dimensions"),
         ((IMAGES.int(), CAMS, LABELS), {}, TypeError, "images must be uint8 or floating-point, .*torch.int32"),
-        ((IMAGES[:, :0], CAMS, LABELS), {}, ValueError, "images must have at least one colour channel"),
+        ((IMAGES[:, :0], CAMS, LABELS), {}, ValueError, "images must have at least one color channel"),
         ((IMAGES, CAMS[0], LABELS), {}, ValueError, "cams must have 4 dimensions"),
         ((IMAGES, CAMS.long(), LABELS), {}, TypeError, "cams must be float32"),
         ((IMAGES[:1], CAMS, LABELS), {}, ValueError, r"images must have size 2 in dimension 0 \(the batch of cams"),

@@ -309,7 +309,7 @@ W = torch.rand(2, 48, 4, 4)
     [
         ((IMAGES[0], SCORES, LABELS), {}, ValueError, "images must have 4 dimensions"),
         ((IMAGES.int(), SCORES, LABELS), {}, TypeError, "images must be uint8 or floating-point"),
-        ((IMAGES[:, :0], SCORES, LABELS), {}, ValueError, "images must have at least one colour channel"),
+        ((IMAGES[:, :0], SCORES, LABELS), {}, ValueError, "images must have at least one color channel"),
         ((IMAGES, SCORES[0], LABELS), {}, ValueError, "scores must have 4 dimensions"),
         ((IMAGES, SCORES.long(), LABELS), {}, TypeError, "scores must be float32"),
         ((IMAGES[:1], SCORES, LABELS), {}, ValueError, r"images must have size 2 in dimension 0 \(the batch of scores"),

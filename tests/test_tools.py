@@ -17,7 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from afa.data import VOCDataset  # noqa: E402
+from afa.data import TaggedDataset  # noqa: E402
 from benchmarks.timing import Limits, limits  # noqa: E402
 from tools import blocks, cutout_tree, gpu_check, kernel_report  # noqa: E402
 from tools.kernel_report import GPUS, TARGETS, Instructions, Kernel, Usage, estimate  # noqa: E402
@@ -430,8 +430,8 @@ def test_cutout_tree_keeps_the_splits_apart(tmp_path):
     command = [str(out), "--objects", f"red={tmp_path / 'red'}", "--objects", f"blue={tmp_path / 'blue'}"]
     cutout_tree.main([*command, "--backgrounds", str(tmp_path / "scenes"), "--train", "8", "--val", "6"])
 
-    splits = {"train": VOCDataset(out, "train", train=False, with_mask=False)}
-    splits["val"] = VOCDataset(out, "val", train=False, with_mask=True)
+    splits = {"train": TaggedDataset(out, "train", train=False, with_mask=False)}
+    splits["val"] = TaggedDataset(out, "val", train=False, with_mask=True)
     assert [len(data) for data in splits.values()] == [8, 6] and splits["val"].classes == ["red", "blue"]
     for name, data in splits.items():
         for sample in (data[index] for index in range(len(data))):

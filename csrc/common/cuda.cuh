@@ -9,9 +9,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-// Kernels are launched through these alone; a template's name goes in parentheses: AFA_LAUNCH((f<float, 4>),
-// ...). SHARED: with so many bytes of dynamic shared memory. COOPERATIVE: the same, with all blocks running
-// at once, so that they can meet at grid_sync(); no more blocks than resident_blocks says.
+// Every kernel is launched through one of these; a template's name goes in parentheses: AFA_LAUNCH((f<float,
+// 4>), ...). SHARED: with so many bytes of dynamic shared memory. COOPERATIVE: the same, with all blocks
+// running at once, so that they can meet at grid_sync(); no more blocks than resident_blocks says. It is true
+// if the kernel was launched, and false if the driver does not grant the launch (see launch_cooperative).
 #define AFA_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define AFA_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
@@ -24,6 +25,8 @@
   type* const name = reinterpret_cast<type*>(afa_dynamic_shared)
 #endif
 
+#include <map>
+#include <mutex>
 #include <tuple>
 #include <type_traits>
 
@@ -105,22 +108,50 @@ void with_type(Kind kind, const F& f) {
   }
 }
 
+// What the driver says of a kernel on a device does not change: it is asked once, as the question costs a
+// microsecond or more and a launch not much above it.
+struct KernelQuestion {
+  const void* kernel;
+  int device, threads;
+  size_t shared_bytes;
+  bool operator<(const KernelQuestion& other) const {
+    return std::tie(kernel, device, threads, shared_bytes) <
+           std::tie(other.kernel, other.device, other.threads, other.shared_bytes);
+  }
+};
+template <typename F>
+int64_t asked_once(const KernelQuestion& question, const F& ask) {
+  static std::mutex writing;
+  static std::map<KernelQuestion, int64_t> answers;
+  const std::lock_guard<std::mutex> lock(writing);
+  const auto known = answers.find(question);
+  if (known != answers.end()) return known->second;
+  return answers[question] = ask();
+}
+
+inline int current_device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int value = 0;
+  cudaDeviceGetAttribute(&value, attribute, current_device());
+  return value;
+}
+
 // Beyond this much, dynamic shared memory has to be asked for, kernel by kernel.
 constexpr size_t kFreeSharedBytes = 48 << 10;
 
 template <typename... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
   if (bytes <= kFreeSharedBytes) return;
-  cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       static_cast<int>(bytes));
-}
-
-// The most dynamic shared memory that a block can have on the current device.
-inline size_t most_shared_bytes() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return static_cast<size_t>(bytes);
+  const void* address = reinterpret_cast<const void*>(kernel);
+  asked_once({address, current_device(), 0, bytes}, [&] {
+    cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    return 0;
+  });
 }
 
 // How many blocks of a kernel the current device can run at once in a cooperative launch; 0 if not one fits,
@@ -128,14 +159,13 @@ inline size_t most_shared_bytes() {
 template <typename... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
   allow_shared(kernel, shared_bytes);
-  int device = 0, cooperative = 0, processors = 0, blocks = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
-  if (cooperative == 0) return 0;
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads,
-                                                shared_bytes);
-  return int64_t{processors} * blocks;
+  const void* address = reinterpret_cast<const void*>(kernel);
+  return asked_once({address, current_device(), threads, shared_bytes}, [&]() -> int64_t {
+    if (device_attribute(cudaDevAttrCooperativeLaunch) == 0) return 0;
+    int blocks = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, address, threads, shared_bytes);
+    return int64_t{device_attribute(cudaDevAttrMultiProcessorCount)} * blocks;
+  });
 }
 
 #ifdef AFA_CUDA_ON_HOST
@@ -153,18 +183,25 @@ void launch_shared(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
+// A device may offer cooperative launches and still refuse one, under MPS or in a green context that leaves a
+// process part of its SMs. Such a refusal is cleared, and the caller launches once per step instead. Any
+// other error stays for launch_error.
 template <typename... Parameters, typename... Arguments>
-void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+bool launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                         void* stream, const Arguments&... arguments) {
   allow_shared(kernel, shared_bytes);
   std::tuple<std::remove_cv_t<Parameters>...> values(arguments...);
-  std::apply(
+  const cudaError_t status = std::apply(
       [&](auto&... value) {
         void* pointers[] = {&value...};
-        cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
-                                    shared_bytes, static_cast<cudaStream_t>(stream));
+        return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
+                                           shared_bytes, static_cast<cudaStream_t>(stream));
       },
       values);
+  const bool refused = status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorNotSupported ||
+                       status == cudaErrorNotPermitted;
+  if (refused) cudaGetLastError();
+  return !refused;
 }
 #endif
 

@@ -195,10 +195,10 @@ inline int64_t choice_scratch(const ChoiceParams& p) {
 }
 
 // CUDA: return nullptr, or an error's text.
-const char* label_pack_cuda(const PackParams& p, void* stream);
-const char* shrink_cuda(const ShrinkParams& p, void* stream);
-const char* label_scores_cuda(const ScoreParams& p, void* stream);
-const char* label_place_cuda(const PlaceParams& p, void* stream);
-const char* label_choices_cuda(const ChoiceParams& p, void* stream);
+const char* launch_label_pack(const PackParams& p, void* stream);
+const char* launch_shrink(const ShrinkParams& p, void* stream);
+const char* launch_label_scores(const ScoreParams& p, void* stream);
+const char* launch_label_place(const PlaceParams& p, void* stream);
+const char* launch_label_choices(const ChoiceParams& p, void* stream);
 
 }  // namespace afa

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.errors import UserError, did_you_mean
+from afa.errors import UserError, did_you_mean, printable
 
 # torch and all that needs it are imported by the commands, so that --help answers at once.
 if TYPE_CHECKING:
     import torch
 
     from afa.config import Config
-    from afa.data import VOCDataset
+    from afa.data import TaggedDataset
     from afa.eval_store import EvalStore
     from afa.evaluate import EvalResult
 
@@ -114,14 +115,20 @@ example:
   afa report runs/demo
 """
 
+EXTRAS = frozenset({"PIL", "filelock", "safetensors", "scipy", "skimage", "sklearn", "timm", "tqdm", "yaml"})
+"""Packages that `pip install afa-ext` leaves out."""
 NAMES = {"cam": "CAM", "walk": "walk", "par": "PAR label", "seg": "segmentation", "crf": "+ dense CRF"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser, commands = _parsers()
+    for stream in (sys.stdout, sys.stderr):
+        # A file name may hold what the terminal's encoding does not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        parser, commands = _parsers()
         if not arguments or arguments[0] not in commands:
             if arguments and not arguments[0].startswith("-"):
                 hint = did_you_mean(arguments[0], commands)
@@ -136,8 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command(options)
         return 0
     except UserError as error:
-        print("afa: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _error(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        return _error(f"the package {package} is not installed: pip install 'afa-ext[train]'")
     except KeyboardInterrupt:
         print("afa: stopped", file=sys.stderr)
         return 130
@@ -145,6 +156,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) went away; without this Python complains once more while closing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # What reads or writes a file of the user's says more; this is for whatever is left.
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return _error(f"{name}{error.strerror or error}")
+
+
+def _error(sentence: str) -> int:
+    line = " ".join(sentence.split())
+    print(f"afa: error: {printable(line)}", file=sys.stderr)
+    return 2
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -168,9 +189,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     prepare = add("prepare", "make a data set ready to train on", PREPARE, _prepare)
     prepare.add_argument("kind", metavar="KIND", help="voc, coco or own")
-    prepare.add_argument("folder", type=Path, metavar="FOLDER", help="where it was unpacked, or your pictures")
+    prepare.add_argument("folder", type=_path, metavar="FOLDER", help="where it was unpacked, or your pictures")
     prepare.add_argument(
-        "--sbd", type=Path, metavar="DIR", help="voc: where SBD is (default: looked for beside FOLDER)"
+        "--sbd", type=_path, metavar="DIR", help="voc: where SBD is (default: looked for beside FOLDER)"
     )
     prepare.add_argument(
         "--train-masks", action="store_true", help="also write masks of training images, which training never opens"
@@ -182,22 +203,28 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument(
         "--run",
         "--run-dir",  # torchrun takes --run for one of its own options, shortened
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="folder to write to (default: runs/NAME, or the run given); say --run-dir under torchrun",
     )
-    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.add_argument(
+        "--resume", action="store_true", help="resume from the last checkpoint, or extend a finished run"
+    )
     common(train, "settings that differ from CONFIG")
 
     evaluate = add("evaluate", "measure a trained run again", EVALUATE, _evaluate)
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    evaluate.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     common(evaluate, "settings that differ from the run's, such as eval.flip=true")
 
     predict = add("predict", "segment pictures with a trained run", PREDICT, _predict)
-    predict.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    predict.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     predict.add_argument("paths", nargs="+", metavar="PATH", help="picture, folder or 'pattern*'")
     predict.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("predictions"), help="folder to write to (default: predictions)"
+        "--out",
+        type=_path,
+        metavar="DIR",
+        default=Path("predictions"),
+        help="folder to write to (default: predictions)",
     )
     predict.add_argument(
         "--largest-side",
@@ -212,8 +239,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     common(predict, "")
 
     pseudo = add("pseudo-labels", "write a training set's pseudo labels", PSEUDO, _pseudo_labels)
-    pseudo.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
-    pseudo.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write to")
+    pseudo.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
+    pseudo.add_argument("--out", type=_path, metavar="DIR", required=True, help="folder to write to")
     pseudo.add_argument("--split", metavar="NAME", help="split list to label (default: the run's data.train_split)")
     pseudo.add_argument("--source", metavar="SOURCE", default="seg", help="seg (default), walk, par or cam")
     pseudo.add_argument("--no-ignore", action="store_true", help="one background score, labels.cam_threshold, not two")
@@ -222,7 +249,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     common(pseudo, "settings that differ from the run's, such as eval.crf=true")
 
     report = add("report", "write a run's report.html anew", REPORT, _report)
-    report.add_argument("run", type=Path, metavar="RUN", help="folder that `afa train` wrote")
+    report.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     return parser, {
         "prepare": prepare,
         "train": train,
@@ -238,6 +265,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 def _prepare(options: argparse.Namespace) -> None:
     from afa.data import prepare
+    from afa.files import check_writable
 
     folder, masks, progress = options.folder, options.train_masks, not options.quiet
     kinds = ("voc", "coco", "own")
@@ -248,6 +276,8 @@ def _prepare(options: argparse.Namespace) -> None:
     if options.sbd is not None and options.kind != "voc":
         raise UserError(f"--sbd belongs to `afa prepare voc`, not to {options.kind}")
     try:
+        if options.kind != "own" and folder.is_dir():
+            check_writable(folder, "the data folder")
         if options.kind == "voc":
             root = prepare.prepare_voc(folder, sbd=options.sbd, train_masks=masks, progress=progress, say=_say)
         elif options.kind == "coco":
@@ -263,8 +293,10 @@ def _prepare(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     from afa.config import load_config, resolve
+    from afa.paths import with_absolute_paths
+    from afa.run_folder import check_run, lock_run
 
-    config = load_config(options.config, options.overrides)
+    config = with_absolute_paths(load_config(options.config, options.overrides))
     path = resolve(options.config)
     # The settings of an earlier run are all called config.yaml: its folder is their name, and where it goes on.
     of_run = path.name == "config.yaml"
@@ -277,6 +309,8 @@ def _train(options: argparse.Namespace) -> None:
     with _processes(options.device) as (device, main):
         say = _say if main else _hush
         progress = not options.quiet and main
+        if main:
+            check_run(run)
         # What costs least is checked first: lists and tags, then the model, then, when they are made here, the images.
         if not _to_be_made(config):
             _datasets(config, progress)
@@ -290,6 +324,7 @@ def _train(options: argparse.Namespace) -> None:
             f"{config.data.root}: {len(train_set):,} images to train on, {len(val_set):,} to measure, "
             f"{len(train_set.classes)} classes",
         )
+        say("classes", train_set.class_counts())
         from afa.data import check_dataset
         from afa.train import Stopped, train
 
@@ -300,11 +335,13 @@ def _train(options: argparse.Namespace) -> None:
                 say("note", _no_masks(config, val_set) + ": only the classifier's F1 will be")
             check_dataset(train_set, progress)
             check_dataset(val_set, progress)
+            for note in [*val_set.notes, *val_set.mask_notes()]:
+                say("note", note)
         distributed.barrier()
         where = f"{distributed.world_size()} processes on {device.type}" if distributed.world_size() > 1 else device
         say("run", f"{run}: {config.train.iterations:,} iterations of {config.train.batch_size} crops on {where}")
         try:
-            train(config, run, resume=options.resume, device=device, progress=progress)
+            new = train(config, run, resume=options.resume, device=device, progress=progress)
         except KeyboardInterrupt:
             if (run / "checkpoints").is_dir():
                 say("stopped", f"go on with: afa train {run} --resume")
@@ -312,13 +349,16 @@ def _train(options: argparse.Namespace) -> None:
         except Stopped as stopped:
             say(
                 "stopped",
-                f"by SIGTERM; the checkpoint of iteration {stopped.iteration:,} is written, go on with: "
-                f"afa train {run} --resume",
+                f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else 'SIGTERM'}; the checkpoint of iteration "
+                f"{stopped.iteration:,} is written, resume with: afa train {run} --resume",
             )
             # As the shell reports a process that the signal itself ended.
-            raise SystemExit(128 + signal.SIGTERM) from None
-        trained = time.perf_counter() - started
-        _measure(config, run, val_set, device, progress, {"config": name, "train_seconds": trained}, started)
+            raise SystemExit(128 + stopped.signal) from None
+        facts = {"config": name, "train_seconds": time.perf_counter() - started} if new else _training_facts(run)
+        if not new:
+            say("finished", f"{run} was trained before; extend it by a larger train.iterations")
+        with lock_run(run) if main else nullcontext():
+            _measure(config, run, val_set, device, progress, facts, started if new else None)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -326,28 +366,37 @@ def _evaluate(options: argparse.Namespace) -> None:
     from afa.crf import check_installed
     from afa.data import check_dataset, open_dataset
     from afa.eval_store import EvalStore, evaluation_key
+    from afa.paths import with_absolute_paths
+    from afa.run_folder import check_run, lock_run
 
     _need_run(options.run)
-    config = load_config(options.run / "config.yaml", options.overrides)
+    config = with_absolute_paths(load_config(options.run / "config.yaml", options.overrides))
     if config.eval.crf:
         check_installed()
-    kept: dict[str, Any] = {}
-    if (options.run / "metrics.json").is_file():
-        from afa.results import load_result
-
-        # What training took stays true however often the run is measured.
-        before = load_result(options.run)[2]
-        kept = {key: before[key] for key in ("config", "seconds", "train_seconds") if key in before}
+    kept = _training_facts(options.run)
     with _processes(options.device) as (device, first):
         progress = first and not options.quiet
         with _first_alone(first):
+            if first:
+                check_run(options.run)
             _make_data(config, progress)
             val_set = open_dataset(config.data, config.data.val_split, train=False, with_mask=True, progress=progress)
             if first:
                 _say_skipped(val_set)
                 check_dataset(val_set, progress)
-        store = EvalStore(options.run / "evaluation", evaluation_key(options.run / "model.safetensors", config))
-        _measure(config, options.run, val_set, device, progress, kept, None, store)
+        with lock_run(options.run) if first else nullcontext():
+            store = EvalStore(options.run / "evaluation", evaluation_key(options.run / "model.safetensors", config))
+            _measure(config, options.run, val_set, device, progress, kept, None, store)
+
+
+def _training_facts(run: Path) -> dict[str, Any]:
+    """What training took, which stays true however often the run is measured."""
+    if not (run / "metrics.json").is_file():
+        return {}
+    from afa.results import load_result
+
+    before = load_result(run)[2]
+    return {key: before[key] for key in ("config", "seconds", "train_seconds") if key in before}
 
 
 @contextmanager
@@ -379,6 +428,7 @@ def _first_alone(first: bool) -> Iterator[None]:
 def _predict(options: argparse.Namespace) -> None:
     from afa.config import apply_override, validate
     from afa.crf import check_installed
+    from afa.files import check_writable
     from afa.model import load_model
     from afa.predict import find_images, predict
 
@@ -386,6 +436,7 @@ def _predict(options: argparse.Namespace) -> None:
     if options.largest_side < 32:
         raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
     images = find_images(options.paths)
+    check_writable(options.out, "--out")
     model, classes, config = load_model(options.run / "model.safetensors", _device(options.device))
     if options.scales is not None:
         apply_override(config, f"eval.scales={options.scales}")
@@ -395,18 +446,33 @@ def _predict(options: argparse.Namespace) -> None:
     if config.eval.crf:
         check_installed()
     names = ["background", *classes]
-    results = predict(
-        model, classes, config, images, options.out, largest_side=options.largest_side, progress=not options.quiet
-    )
     from tqdm import tqdm
 
+    bad: list[str] = []
+    results = predict(
+        model,
+        classes,
+        config,
+        images,
+        options.out,
+        largest_side=options.largest_side,
+        progress=not options.quiet,
+        bad=bad.append,
+    )
+
     width = min(max(map(len, images)), 40)
+    done = 0
     for result in results:
+        done += 1
         found = ", ".join(f"{_square(i)}{names[i]} {_share(share)}" for i, share in result.shares.items())
         # Above the bar and not through it.
-        tqdm.write(f"{result.name:<{width}}  {found or 'background alone'}")
-    plural = "s" if len(images) > 1 else ""
-    _say("written", f"{len(images)} picture{plural} to {options.out}/masks, overlays and cams")
+        tqdm.write(f"{printable(result.name):<{width}}  {found or 'only background'}")
+    plural = "" if done == 1 else "s"
+    _say("written", f"{done} picture{plural} to {options.out}/masks, overlays and cams")
+    for reason in bad:
+        _say("skipped", reason.rpartition(";")[0])
+    if bad:
+        raise UserError(f"{len(bad):,} of {len(images):,} pictures can't be read, as listed above; fix or remove them")
 
 
 def _pseudo_labels(options: argparse.Namespace) -> None:
@@ -421,12 +487,15 @@ def _pseudo_labels(options: argparse.Namespace) -> None:
     from afa.crf import check_installed
     from afa.data import open_dataset
     from afa.eval_store import weights_id
+    from afa.files import check_writable
     from afa.model import load_model
+    from afa.paths import with_absolute_paths
     from afa.pseudo_labels import export_labels
 
-    config = load_config(options.run / "config.yaml", options.overrides)
+    config = with_absolute_paths(load_config(options.run / "config.yaml", options.overrides))
     if config.eval.crf and options.source == "seg":
         check_installed()
+    check_writable(options.out, "--out")
     split = options.split or config.data.train_split
     with _processes(options.device) as (device, first):
         progress = first and not options.quiet
@@ -493,7 +562,7 @@ def _need_run(run: Path) -> None:
         )
 
 
-def _need_classes(run: Path, classes: list[str], config: Config, dataset: VOCDataset) -> None:
+def _need_classes(run: Path, classes: list[str], config: Config, dataset: TaggedDataset) -> None:
     if classes != dataset.classes:
         raise UserError(
             f"the run {run} knows the classes {', '.join(classes)}, but {config.data.root} has "
@@ -543,7 +612,7 @@ def _make_data(config: Config, progress: bool) -> None:
         make_dataset(root, progress=progress)
 
 
-def _datasets(config: Config, progress: bool) -> tuple[VOCDataset, VOCDataset]:
+def _datasets(config: Config, progress: bool) -> tuple[TaggedDataset, TaggedDataset]:
     from afa.data import open_dataset
 
     data = config.data
@@ -551,9 +620,9 @@ def _datasets(config: Config, progress: bool) -> tuple[VOCDataset, VOCDataset]:
     return train_set, open_dataset(data, data.val_split, train=False, with_mask=True, progress=progress)
 
 
-def _say_skipped(dataset: VOCDataset) -> None:
+def _say_skipped(dataset: TaggedDataset) -> None:
     for reason in dataset.skipped[:10]:
-        _say("skipped", reason.partition(";")[0])  # without the advice, which has been taken
+        _say("skipped", reason.rpartition(";")[0])  # without the advice, which has been taken
     if len(dataset.skipped) > 10:
         _say("skipped", f"and {len(dataset.skipped) - 10:,} more of '{dataset.split}'")
 
@@ -561,7 +630,7 @@ def _say_skipped(dataset: VOCDataset) -> None:
 def _measure(
     config: Config,
     run: Path,
-    val_set: VOCDataset,
+    val_set: TaggedDataset,
     device: torch.device,
     progress: bool,
     facts: dict[str, Any],
@@ -598,7 +667,7 @@ def _measure(
     _say("report", str(page))
 
 
-def _no_masks(config: Config, val_set: VOCDataset) -> str:
+def _no_masks(config: Config, val_set: TaggedDataset) -> str:
     return (
         f"the split '{config.data.val_split}' has no masks in {val_set.mask_folder}, so neither the "
         "segmentation nor the labels can be measured against the truth"
@@ -615,6 +684,7 @@ def _table(result: EvalResult, images: int) -> str:
         bar = full * filled + empty * (24 - filled)
         line = f"{name:<16}{scores['miou']:>7.3f}  {bar}{scores['pixel_acc']:>8.3f}{scores['mean_acc']:>9.3f}"
         lines.append(f"\033[1m{line}\033[0m" if row == list(result.rows)[-1] and _coloured() else line)
+    lines += [f"note: {note}" for note in result.notes]
     return "\n".join([*lines, f"F1 of the tags {result.f1:.3f}", ""])
 
 
@@ -636,12 +706,17 @@ def _square(index: int) -> str:
     return f"\033[38;2;{red};{green};{blue}m■\033[0m "
 
 
+def _path(text: str) -> Path:
+    """A path given on the command line; the shell leaves the ~ of --run=~/x as it is."""
+    return Path(text).expanduser()
+
+
 def _hush(what: str, text: str) -> None:
     """`_say` in all processes of a run but the first."""
 
 
 def _say(what: str, text: str) -> None:
-    print(f"{what:<8} {text}", flush=True)
+    print(f"{what:<8} {printable(text)}", flush=True)
 
 
 def _version() -> str:

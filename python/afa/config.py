@@ -378,6 +378,7 @@ def validate(config: Config) -> None:
         need(getattr(train, key) >= 0, f"train.{key}", "0 or more")
     for key in ("head_lr_factor", "norm_lr_factor", "poly_power"):
         need(getattr(train, key) >= 0, f"train.{key}", "0 or more")
+    need(train.seed < 2**63, "train.seed", "at most 2^63 - 1 (9223372036854775807)")
     need(train.lr > 0, "train.lr", "above 0")
     need(
         train.par_until >= train.classify_until,
@@ -410,7 +411,11 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue  # <<: its keys give way to those written beside it
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float | bool | None):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
         seen.add(key)

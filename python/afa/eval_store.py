@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from afa.config import Config, to_dict
-from afa.files import atomic_path, sha256
+from afa.files import atomic_path, remove_tree, sha256
 
 _FORMAT = 1
 _IRRELEVANT = ("batch_size", "report_images", "crf_workers")
@@ -34,7 +33,7 @@ class EvalStore:
         if self.folder.parent.is_dir():
             for other in self.folder.parent.iterdir():
                 if other != self.folder:
-                    shutil.rmtree(other, ignore_errors=True)
+                    remove_tree(other)
         # A name may have folders in it.
         files = (path for path in self.folder.rglob("*.png") if not path.name.startswith("."))
         names = {path.relative_to(self.folder).as_posix()[: -len(".png")] for path in files}
@@ -57,7 +56,7 @@ class EvalStore:
 
     def clear(self) -> None:
         """Remove everything: the evaluation is complete, and a later one measures anew."""
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        remove_tree(self.folder.parent)
 
     def _whole(self, name: str) -> bool:
         try:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from afa.cam import multi_scale_cam, pack_classes
 from afa.config import Config, EvalConfig
 from afa.crf import CrfPool, CrfSettings, dense_crf
-from afa.data import VOCDataset, eval_loader, share
+from afa.data import TaggedDataset, eval_loader, share
 from afa.data.transforms import image_size
 from afa.distributed import all_reduce_sum_, broadcast, gather, is_main, rank, world_size
 from afa.eval_store import EvalStore
@@ -67,6 +67,8 @@ class EvalResult:
     best: list[Sample] = field(default_factory=list)
     worst: list[Sample] = field(default_factory=list)
     """Samples of the images with the largest and the smallest `image_iou`, the most extreme first."""
+    notes: list[str] = field(default_factory=list)
+    """What makes the scores say less than they seem to, such as masks without any class."""
 
     @property
     def rows(self) -> dict[str, Scores]:
@@ -91,7 +93,7 @@ class Measured:
 
 def evaluate(
     model: AFANet,
-    dataset: VOCDataset,
+    dataset: TaggedDataset,
     config: Config,
     *,
     progress: bool = True,
@@ -134,13 +136,14 @@ def evaluate(
         image_iou=image_iou,
         best=best,
         worst=worst,
+        notes=dataset.mask_notes() if dataset.with_mask else [],
     )
 
 
 class _Measurement:
     """Counts over one process's share of a split."""
 
-    def __init__(self, model: AFANet, dataset: VOCDataset, config: Config, store: EvalStore | None) -> None:
+    def __init__(self, model: AFANet, dataset: TaggedDataset, config: Config, store: EvalStore | None) -> None:
         self.model, self.dataset, self.config = model, dataset, config
         self.device = next(model.parameters()).device
         self.has_masks = dataset.with_mask and dataset.has_masks
@@ -287,7 +290,7 @@ def crf_settings(settings: EvalConfig) -> CrfSettings:
 
 
 def _samples(
-    model: AFANet, dataset: VOCDataset, config: Config, keep: int, image_iou: Mapping[str, float]
+    model: AFANet, dataset: TaggedDataset, config: Config, keep: int, image_iou: Mapping[str, float]
 ) -> tuple[list[Sample], list[Sample], list[Sample]]:
     """Samples evenly spread, of the best and of the worst images, computed once more: which images are the best is
     known only at the end, and of an evaluation that was resumed nothing but labels is left."""
@@ -303,7 +306,7 @@ def _samples(
     return take(dataset.names[number] for number in spread), take(best), take(worst)
 
 
-def _sample(model: AFANet, dataset: VOCDataset, number: int, config: Config, iou: float) -> Sample:
+def _sample(model: AFANet, dataset: TaggedDataset, number: int, config: Config, iou: float) -> Sample:
     item = dataset[number]
     image = item["image"].permute(1, 2, 0).contiguous().numpy()
     device = next(model.parameters()).device

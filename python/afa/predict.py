@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,13 @@ from tqdm import tqdm
 from afa.cam import multi_scale_cam
 from afa.config import Config
 from afa.crf import dense_crf
-from afa.data.lists import IMAGE_SUFFIXES
-from afa.data.transforms import image_size, read_image
+from afa.data.listing import IMAGE_SUFFIXES, visible_files
+from afa.data.transforms import read_image
 from afa.errors import UserError
 from afa.evaluate import crf_settings, segment
+from afa.files import check_writable, is_output, mark_output
 from afa.model import AFANet, normalize
+from afa.upsample import upsampled_labels
 from afa.visualize import heat, overlay, save_mask, save_picture
 
 
@@ -52,9 +54,9 @@ def find_images(arguments: Sequence[str]) -> dict[str, Path]:
 
 
 def _expand(argument: str) -> Iterator[tuple[str, Path]]:
-    path = Path(argument)
+    path = Path(argument).expanduser()
     if path.is_dir():
-        inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        inside = list(visible_files(path, IMAGE_SUFFIXES))
         if not inside:
             raise UserError(f"the folder {path} holds no picture ({', '.join(IMAGE_SUFFIXES)})")
         yield from ((file.relative_to(path).with_suffix("").as_posix(), file) for file in inside)
@@ -63,7 +65,7 @@ def _expand(argument: str) -> Iterator[tuple[str, Path]]:
     else:
         matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True)) if Path(match).is_file()]
         if not matches:
-            raise UserError(f"'{argument}' is no file, no folder and matches nothing; give pictures to predict")
+            raise UserError(f"'{argument}' is neither a file nor a folder and matches nothing; give pictures")
         yield from ((match.stem, match) for match in matches)
 
 
@@ -76,31 +78,35 @@ def predict(
     *,
     largest_side: int = 1024,
     progress: bool = True,
+    bad: Callable[[str], None],
 ) -> Iterator[Prediction]:
     """Write out/masks/<name>.png (VOC palette), out/overlays/<name>.png and out/cams/<name>.png; yields as it goes.
 
     The segmentation is that of the configuration's eval section (scales, flip, fusion, crf). The CAM shown is the
     largest over the classes that the classifier or the mask finds. Pictures longer than `largest_side` pixels are
-    computed at that size and the mask is brought back to the picture's.
+    computed at that size and the scores are brought back to the picture's. A picture that can't be read is left out,
+    and `bad` is told why.
+
+    UserError when `out` can't be written, or holds pictures in one of its three folders that this did not write.
     """
-    out = Path(out)
+    out = _claim(Path(out))
     device = next(model.parameters()).device
-    for path in images.values():
-        image_size(path)  # a file that is no picture is named before any is computed
     for name, path in tqdm(images.items(), desc="predicting", unit="img", disable=not progress, leave=False):
-        image = read_image(path)
+        try:
+            image = read_image(path)
+        except UserError as error:
+            bad(str(error))
+            continue
         small = image.copy()
         small.thumbnail((largest_side, largest_side), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(small).transpose(2, 0, 1)[None].copy()).to(device)
         logits = segment(model, pixels, config)[0]
         if config.eval.crf:
             probabilities = logits.softmax(0).cpu().numpy()
-            found = dense_crf(np.array(small), probabilities, crf_settings(config.eval)).argmax(0)
-        else:
-            found = logits.argmax(0).cpu().numpy()
-        mask = found.astype(np.uint8)
+            logits = torch.from_numpy(dense_crf(np.array(small), probabilities, crf_settings(config.eval)))
+        mask = logits.argmax(0).to(torch.uint8).cpu().numpy()
         cam = _cam(model, pixels, mask, config)
-        labels = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
+        labels = upsampled_labels(logits, image.height, image.width)
         picture = np.asarray(image)
         save_mask(out / "masks" / f"{name}.png", labels)
         save_picture(out / "overlays" / f"{name}.png", overlay(picture, labels))
@@ -109,6 +115,17 @@ def predict(
         counts = np.bincount(labels.reshape(-1), minlength=len(classes) + 1) / labels.size
         order = [int(index) for index in np.argsort(-counts) if index and counts[index] > 0]
         yield Prediction(path, name, {index: float(counts[index]) for index in order})
+
+
+def _claim(out: Path) -> Path:
+    """Make the folder and mark those inside as output, so that no command takes them for input."""
+    check_writable(out, "--out")
+    for folder in (out / "masks", out / "overlays", out / "cams"):
+        if not is_output(folder) and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds files that `afa predict` did not write; give another --out")
+        check_writable(folder, "--out")
+        mark_output(folder)
+    return out
 
 
 @torch.inference_mode()

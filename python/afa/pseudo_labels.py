@@ -29,12 +29,12 @@ from tqdm import tqdm
 from afa.cam import ClassSet, multi_scale_cam, pack_classes
 from afa.config import Config, to_dict
 from afa.crf import CrfPool
-from afa.data import VOCDataset, eval_loader, share
+from afa.data import TaggedDataset, eval_loader, share
 from afa.data.transforms import image_size, read_mask
 from afa.distributed import all_reduce_sum_, barrier, is_main, rank, world_size
 from afa.errors import UserError
 from afa.evaluate import crf_settings, fuse_segmentation, precision
-from afa.files import atomic_path, write_json
+from afa.files import atomic_path, mark_output, write_json
 from afa.labels import par_labels, threshold_labels, walk_labels
 from afa.metrics import IGNORE, SegmentationMetrics
 from afa.model.network import AFANet, normalize
@@ -113,7 +113,7 @@ class Export:
 
 def export_labels(
     model: AFANet,
-    dataset: VOCDataset,
+    dataset: TaggedDataset,
     config: Config,
     out: str | Path,
     *,
@@ -166,7 +166,9 @@ def export_labels(
 class _Writer:
     """Makes labels batch by batch; threads encode and write them, processes do the CRF."""
 
-    def __init__(self, model: AFANet, dataset: VOCDataset, config: Config, out: Path, source: str, cams: bool) -> None:
+    def __init__(
+        self, model: AFANet, dataset: TaggedDataset, config: Config, out: Path, source: str, cams: bool
+    ) -> None:
         self.model, self.dataset, self.config = model, dataset, config
         self.out, self.source, self.cams = out, source, cams
         self.device = next(model.parameters()).device
@@ -267,7 +269,9 @@ def _there(out: Path, name: str, cams: bool) -> bool:
     return True
 
 
-def _score(dataset: VOCDataset, out: Path, indices: Iterable[int]) -> tuple[SegmentationMetrics, int, tuple[int, int]]:
+def _score(
+    dataset: TaggedDataset, out: Path, indices: Iterable[int]
+) -> tuple[SegmentationMetrics, int, tuple[int, int]]:
     """Labels against the masks that are there, over the labelled pixels: counts, how many images, and of all pixels
     with a true class how many are labelled, and how many there are."""
     metrics = SegmentationMetrics(len(dataset.classes) + 1)
@@ -288,7 +292,7 @@ def _score(dataset: VOCDataset, out: Path, indices: Iterable[int]) -> tuple[Segm
     return metrics, measured, (known, pixels)
 
 
-def _description(config: Config, dataset: VOCDataset, source: str, weights_id: str) -> dict[str, Any]:
+def _description(config: Config, dataset: TaggedDataset, source: str, weights_id: str) -> dict[str, Any]:
     """All that a label depends on."""
     content = to_dict(config)
     used = ("scales", "flip", "fusion", "crf", "crf_iterations", "crf_gaussian", "crf_bilateral")
@@ -310,6 +314,7 @@ def _claim(out: Path, description: dict[str, Any]) -> None:
         if out.is_dir() and next(out.glob("*.png"), None) is not None:
             raise UserError(f"{out} holds pictures that `afa pseudo-labels` did not write; give another --out")
         write_json(path, description)
+        mark_output(out)
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))

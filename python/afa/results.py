@@ -67,6 +67,7 @@ def save_result(
         "images": result.images,
         "split": config.data.val_split,
         "has_masks": result.has_masks,
+        "notes": result.notes,
         "per_class": {row: dict(zip(names, scores[row]["iou"], strict=True)) for row in scores},
         "pixel_acc": {row: scores[row]["pixel_acc"] for row in scores},
         "mean_acc": {row: scores[row]["mean_acc"] for row in scores},
@@ -126,6 +127,7 @@ def load_result(run: str | Path) -> tuple[EvalResult, list[str], dict[str, Any]]
             samples=groups["samples"],
             best=groups["best"],
             worst=groups["worst"],
+            notes=metrics.get("notes", []),
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from afa.config import Config
-from afa.data import VOCDataset
+from afa.data import TaggedDataset
 from afa.data.transforms import read_image
 from afa.errors import UserError
 from afa.evaluate import segment
@@ -32,7 +32,7 @@ Snapshot = dict[str, Any]
 
 @torch.no_grad()
 def snapshot(
-    model: AFANet, dataset: VOCDataset, config: Config, run: str | Path, iteration: int, *, count: int = 4
+    model: AFANet, dataset: TaggedDataset, config: Config, run: str | Path, iteration: int, *, count: int = 4
 ) -> Path:
     """Write run/snapshots/<iteration>.npz: image, CAM, PAR label, walk label and segmentation of `count` images spread
     evenly over `dataset` (a training set will do: no mask is opened). Returns its path.

@@ -11,8 +11,8 @@ from the same; after train.par_until the segmentation learns from walk labels. T
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,20 +21,26 @@ from tqdm import tqdm
 from afa import distributed
 from afa.config import Config, to_yaml
 from afa.data import open_dataset, train_loader
-from afa.data.voc import Sample
+from afa.data.dataset import Sample
 from afa.errors import UserError
 from afa.evaluate import evaluate
-from afa.files import write_text
-from afa.model.network import build_model, save_checkpoint_weights
+from afa.files import check_space, write_text
+from afa.model.network import build_model
+from afa.paths import with_absolute_paths
 from afa.results import RESULTS
+from afa.run_folder import bring_back, lock_run, put_aside
 from afa.snapshots import FOLDER as SNAPSHOTS
 from afa.snapshots import snapshot
 from afa.training.board import PICTURES, open_board
-from afa.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from afa.training.checkpoint import find_checkpoint, finish, is_finished, load_checkpoint, save_checkpoint
 from afa.training.log import Record, RunLog, summary, trim_log
 from afa.training.schedule import PHASES, learning_rate_factor, parameter_groups, phase_of
 from afa.training.stopping import Stopped, StopRequest
 from afa.training.trainer import Trainer
+
+OWN_FILES = ("checkpoints", "log.jsonl", "tensorboard", SNAPSHOTS, "config.yaml")
+RESULT_FILES = ("model.safetensors", "evaluation", *RESULTS)
+"""What a run writes into its folder. The model says that it is finished, the checkpoints that it can be resumed."""
 
 __all__ = ["PHASES", "Stopped", "Trainer", "learning_rate_factor", "parameter_groups", "phase_of", "train"]
 
@@ -47,21 +53,34 @@ def train(
     on_log: Callable[[Record], None] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> None:
+) -> bool:
     """Train into the folder `run`: config.yaml, log.jsonl, checkpoints/, and model.safetensors once done.
 
-    resume: go on from the newest whole checkpoint in `run`; on one machine the weights come out as if never stopped.
-    Without it, what an earlier run left in `run` is moved to run/previous. on_log: called with every record of
-    log.jsonl.
+    resume: go on from the newest whole checkpoint in `run`; on one machine the weights come out as if never stopped. A
+    finished run stays as it is, or is extended by a larger train.iterations; its old model and results then move to
+    run/previous. Without it, what an earlier run left in `run` is moved to run/previous/<number>. on_log: called with
+    every record of log.jsonl.
 
     Under torchrun every process calls this with the same arguments: each takes its share of every batch, and rank 0
     alone writes. `run` and the data must be on a disk that all of them see.
 
-    UserError for anything the configuration or the data has wrong, before the first iteration, and for a loss that
-    is not finite. Stopped after SIGTERM, once a checkpoint is written.
+    UserError for anything the configuration or the data has wrong, before the first iteration, for a folder that
+    another process is working in, and for a loss that is not finite. Stopped after SIGTERM or Ctrl-C, once a checkpoint
+    is written. Returns False when the run was finished already and nothing was to be done.
     """
-    run = Path(run)
     device = distributed.setup(device)
+    with lock_run(run) if distributed.is_main() else nullcontext():
+        return _train(with_absolute_paths(config), Path(run), resume, on_log, device, progress)
+
+
+def _train(
+    config: Config,
+    run: Path,
+    resume: bool,
+    on_log: Callable[[Record], None] | None,
+    device: torch.device,
+    progress: bool,
+) -> bool:
     processes, main = distributed.world_size(), distributed.is_main()
     progress = progress and main
     settings = config.train
@@ -72,7 +91,11 @@ def train(
     if settings.eval_every < settings.iterations:
         validation = open_dataset(data, data.val_split, train=False, with_mask=True, progress=progress)
     torch.manual_seed(settings.seed)
-    checkpoint = find_checkpoint(run, config) if resume else None
+    if resume and main:
+        bring_back(run)
+    checkpoint = find_checkpoint(run, config, dataset.classes) if resume else None
+    if resume and checkpoint is None:
+        return False
     # A resumed run's weights come from its checkpoint.
     model = build_model(config.model, len(dataset.classes))
     trainer = Trainer(model, config, device)
@@ -83,9 +106,14 @@ def train(
     if main:
         if checkpoint is not None:
             trim_log(run / "log.jsonl", start)
+            if is_finished(run):  # and now extended
+                put_aside(run, RESULT_FILES)
         else:
-            _put_aside(run)
-        run.mkdir(parents=True, exist_ok=True)
+            put_aside(run, [*OWN_FILES, *RESULT_FILES])
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        # Weights and both of Adam's moments, for each that is kept, for the one being written, and the model.
+        copies = (4 if trainer.ema is not None else 3) * (settings.keep_checkpoints + 1) + 1
+        check_space(run, copies * size, "the checkpoints")
         write_text(run / "config.yaml", to_yaml(config))
     board = open_board(settings.tensorboard, run, start) if main else None
     listeners = [on_log] if on_log is not None else []
@@ -122,7 +150,7 @@ def train(
                 if main:
                     save_checkpoint(run, trainer, dataset.classes, iteration)
                 distributed.barrier()
-                raise Stopped(iteration)
+                raise Stopped(iteration, stop.signal)
             assert batch is not None
             step = trainer.step(batch, iteration)
             log.add(iteration, step, trainer, batches.wait_seconds - before)
@@ -153,10 +181,9 @@ def train(
     if board is not None:
         board.close()
     if main:
-        save_checkpoint_weights(run / "model.safetensors", trainer.measured, config, dataset.classes)
-        # The finished model replaces the checkpoints: there is nothing left to resume.
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        finish(run, trainer, dataset.classes)
     distributed.barrier()
+    return True
 
 
 def _check_division(config: Config) -> None:
@@ -169,17 +196,3 @@ def _check_division(config: Config) -> None:
             f"train.batch_size is {config.train.batch_size} images for all processes together, and can't be divided "
             f"evenly among {parts}; set it to a multiple of {processes * pieces}"
         )
-
-
-def _put_aside(run: Path) -> None:
-    """Move what an earlier run left here to run/previous, so that no old file passes for a new one."""
-    own = ("config.yaml", "log.jsonl", "checkpoints", "tensorboard", "model.safetensors", SNAPSHOTS, "evaluation")
-    old = [run / name for name in (*own, *RESULTS)]
-    old = [path for path in old if path.exists()]
-    if not old:
-        return
-    previous = run / "previous"
-    shutil.rmtree(previous, ignore_errors=True)
-    previous.mkdir(parents=True)
-    for path in old:
-        path.rename(previous / path.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,33 +51,50 @@ def save_picture(path: str | Path, picture: Picture) -> None:
 def overlay(picture: Picture, mask: NDArray[np.integer], strength: float = 0.6) -> Picture:
     """The picture with the classes of mask [H,W] laid over it: outlined, background dimmed, ignored pixels hatched."""
     mask = np.asarray(mask)
+    result = np.empty(picture.shape, np.uint8)
+    for rows in _strips(*mask.shape):
+        result[rows] = _overlay_rows(picture[rows], mask, rows, strength)
+    return result
+
+
+def _overlay_rows(picture: Picture, whole: NDArray[np.integer], rows: slice, strength: float) -> NDArray[np.float64]:
+    mask = whole[rows]
     base = picture.astype(np.float64)
     grey = base.mean(-1, keepdims=True)
     colours = SCREEN_COLOURS[np.clip(mask, 0, 255)].astype(np.float64)
     # Half of the photograph's own colour goes, so that the class's is seen and not a mixture.
     result = (1 - strength) * (0.5 * base + 0.5 * grey) + strength * colours
     result = np.where((mask == 0)[..., None], 0.62 * (0.35 * base + 0.65 * grey), result)
-    y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
+    y, x = np.mgrid[rows, : mask.shape[1]]
     hatch = np.where((x + y) % 6 < 3, 215.0, 160.0)[..., None]
     result = np.where((mask == IGNORE)[..., None], 0.45 * grey + 0.55 * hatch, result)
     edge = np.zeros(mask.shape, bool)
-    edge[1:] |= mask[1:] != mask[:-1]
+    above = whole[max(0, rows.start - 1) : rows.stop - 1]
+    edge[len(mask) - len(above) :] |= mask[len(mask) - len(above) :] != above
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     result[edge] = 0.25 * result[edge] + 0.75 * 255
-    return result.clip(0, 255).astype(np.uint8)
+    return result.clip(0, 255)
 
 
 def heat(picture: Picture, cam: NDArray[np.floating]) -> Picture:
     """The CAM, float [H,W] or [C,H,W] (its maximum) in [0,1], as a heat map over the greyed picture."""
-    cam = np.asarray(cam, np.float64)
+    cam = np.asarray(cam)
     cam = cam.max(0) if cam.ndim == 3 else cam
-    cam = np.nan_to_num(cam).clip(0, 1)
-    place = cam * (len(_HEAT) - 1)
-    low = np.minimum(place.astype(int), len(_HEAT) - 2)
-    part = (place - low)[..., None]
-    colours = (1 - part) * _HEAT[low] + part * _HEAT[low + 1]
-    grey = picture.astype(np.float64).mean(-1, keepdims=True)
-    return (0.38 * grey + 0.72 * colours).clip(0, 255).astype(np.uint8)
+    result = np.empty(picture.shape, np.uint8)
+    for rows in _strips(*cam.shape):
+        place = np.nan_to_num(cam[rows].astype(np.float64)).clip(0, 1) * (len(_HEAT) - 1)
+        low = np.minimum(place.astype(int), len(_HEAT) - 2)
+        part = (place - low)[..., None]
+        colours = (1 - part) * _HEAT[low] + part * _HEAT[low + 1]
+        grey = picture[rows].astype(np.float64).mean(-1, keepdims=True)
+        result[rows] = (0.38 * grey + 0.72 * colours).clip(0, 255)
+    return result
+
+
+def _strips(height: int, width: int) -> Iterator[slice]:
+    """Strips of rows of about a hundred thousand pixels: drawing takes a hundred times the bytes of the picture."""
+    rows = max(1, 100_000 // max(1, width))
+    return (slice(top, min(height, top + rows)) for top in range(0, height, rows))
 
 
 def data_uri(picture: Picture, longest: int = 320) -> str:

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afa.data import VOCDataset, check_dataset, train_loader
+from afa.data import TaggedDataset, check_dataset, train_loader
 from afa.errors import UserError
 
 
 def _train(root: Path, split: str = "train") -> None:
-    check_dataset(VOCDataset(root, split, train=True, crop_size=32, with_mask=False), progress=False)
+    check_dataset(TaggedDataset(root, split, train=True, crop_size=32, with_mask=False), progress=False)
 
 
 def _val(root: Path) -> None:
-    check_dataset(VOCDataset(root, "val", train=False, with_mask=True), progress=False)
+    check_dataset(TaggedDataset(root, "val", train=False, with_mask=True), progress=False)
 
 
 def _truncate(path: Path) -> None:
@@ -46,7 +46,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], Callable[[Path], None], list
     "empty split list": (
         lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("\n\n"),
         _train,
-        ["Segmentation/train.txt", "empty", "one image name a line"],
+        ["Segmentation/train.txt", "empty", "one image name per line"],
     ),
     "no image folder": (
         lambda root: (root / "JPEGImages").rename(root / "images"),
@@ -189,7 +189,7 @@ def test_the_first_bad_file_is_named(voc_root: Path) -> None:
 
 
 def test_a_file_spoilt_while_running_is_still_one_sentence(voc_root: Path) -> None:
-    dataset = VOCDataset(voc_root, "train", train=True, crop_size=32, with_mask=False)
+    dataset = TaggedDataset(voc_root, "train", train=True, crop_size=32, with_mask=False)
     (voc_root / "JPEGImages/t1.jpg").write_text("hello")
     for workers in (0, 1):
         with pytest.raises(UserError) as caught:

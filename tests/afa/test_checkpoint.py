@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import afa.train
+from afa.cli import main
 from afa.config import Config, load_config, to_yaml
 from afa.errors import UserError
 from afa.files import sha256
+from afa.run_folder import lock_run
 from afa.train import Stopped, Trainer, train
 from afa.training import checkpoint
 
@@ -34,6 +36,12 @@ def config(tiny_config: Any, voc_root: Path) -> Config:
 def run_train(config: Config, run: Path, **options: Any) -> dict[str, torch.Tensor]:
     train(config, run, device="cpu", progress=False, **options)
     return load_file(run / "model.safetensors")
+
+
+def _found(run: Path, config: Config) -> Path:
+    found = checkpoint.find_checkpoint(run, config, ["square", "disc", "stripes"])
+    assert found is not None
+    return found
 
 
 def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -91,9 +99,9 @@ def test_damaged_is_named_and_the_one_before_used(
         victim.unlink()
     else:
         victim.write_bytes(content[: len(content) // 2])
-    assert checkpoint.find_checkpoint(cut, config).name == "00000004"
+    assert _found(cut, config).name == "00000004"
     said = capsys.readouterr().err
-    assert f"the checkpoint {newest} is damaged: {victim.name}" in said and "going on from 00000004" in said
+    assert f"the checkpoint {newest} is damaged: {victim.name}" in said and "resuming from 00000004" in said
     if harm == "one bit":
         whole = run_train(config, tmp_path / "whole")
         assert_equal(whole, run_train(config, cut, resume=True))
@@ -124,38 +132,39 @@ def test_no_pickle_is_executed(config: Config, cut: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("keep", [1, 3])
 def test_keeps_as_many_as_asked(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
     config.train.keep_checkpoints = keep
-    monkeypatch.setattr(afa.train.shutil, "rmtree", lambda *_, **__: None)  # the end's cleaning up
     config.train.checkpoint_every = 1
     with monkeypatch.context() as patch:
-        patch.setattr(afa.train, "save_checkpoint_weights", _full)
+        patch.setattr(afa.train, "finish", _full)
         with pytest.raises(OSError, match="disk full"):
             run_train(config, tmp_path / "run")
-    monkeypatch.undo()
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert len(names) >= keep and names[-1] == "00000008"
+    assert names == [f"{iteration:08d}" for iteration in range(9 - keep, 9)]
 
 
 def _full(*_: Any) -> None:
     raise OSError("disk full")
 
 
-def test_sigterm_saves_and_stops(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     whole = run_train(config, tmp_path / "whole")
     real = Trainer.step
 
     def told(self: Trainer, batch: Any, iteration: int) -> Any:
         if iteration == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real(self, batch, iteration)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", told)
         with pytest.raises(Stopped, match="after iteration 5") as stopped:
             run_train(config, run)
-    assert stopped.value.iteration == 5
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert stopped.value.iteration == 5 and stopped.value.signal == number
+    assert signal.getsignal(number) is before
     assert (run / "checkpoints/00000005").is_dir() and not (run / "model.safetensors").exists()
     assert_equal(whole, run_train(config, run, resume=True))
 
@@ -178,7 +187,8 @@ def attempt(longest):
     child = os.fork()
     if child == 0:
         try:
-            train(config, run, resume=any(run.glob("checkpoints/[0-9]*")), device="cpu", progress=False)
+            done = any(run.glob("checkpoints/[0-9]*")) or (run / "model.safetensors").exists()
+            train(config, run, resume=done, device="cpu", progress=False)
             os._exit(0)
         except BaseException as error:
             print(repr(error), flush=True)
@@ -192,11 +202,11 @@ def attempt(longest):
 started = time.monotonic()
 assert attempt(None) == 0
 whole = time.monotonic() - started
-(run / "model.safetensors").rename(run.parent / "whole.safetensors")
+run.rename(run.parent / "whole")
 killed = 0
 while killed < kills:
-    if not any(run.glob("checkpoints/[0-9]*")) and (run / "model.safetensors").exists():
-        (run / "model.safetensors").unlink()  # one got to the end: begin anew
+    if (run / "model.safetensors").exists():
+        run.rename(run.parent / f"finished{killed}")  # one got to the end: start again
     code = attempt(0.7 * whole)
     assert code in (0, -signal.SIGKILL), code
     killed += code != 0
@@ -215,7 +225,7 @@ def test_killed_at_any_moment(config: Config, tmp_path: Path) -> None:
     command = [sys.executable, str(script), "config.yaml", "run", "8", "seed"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "killed 8" in done.stdout, done.stdout + done.stderr
-    assert_equal(load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "run/model.safetensors"))
+    assert_equal(load_file(tmp_path / "whole/model.safetensors"), load_file(tmp_path / "run/model.safetensors"))
     assert load_config(tmp_path / "run/config.yaml") == config
     logged = [json.loads(line)["iteration"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert logged == list(range(1, 10))
@@ -243,3 +253,184 @@ def test_command_line_on_sigterm(config: Config, tmp_path: Path) -> None:
     saved = sorted((tmp_path / "runs/long/checkpoints").iterdir())[-1]
     assert f"by SIGTERM; the checkpoint of iteration {int(saved.name):,} is written" in out
     assert "afa train runs/long --resume" in out and "Traceback" not in err
+
+
+STEPS = """
+# A child is forked for every operation on files that saving, pruning and finishing do, and ends right before it.
+import os, shutil, sys
+from pathlib import Path
+
+import torch
+from afa.config import load_config, to_yaml
+from afa.model.network import build_model
+from afa.training import checkpoint
+from afa.training.trainer import Trainer
+from afa.run_folder import bring_back, put_aside
+
+torch.set_num_threads(1)
+config, start = load_config(sys.argv[1]), Path(sys.argv[2]).resolve()
+classes = ["square", "disc", "stripes"]
+torch.manual_seed(0)
+trainer = Trainer(build_model(config.model, 3), config, torch.device("cpu"))
+start.mkdir()
+(start / "config.yaml").write_text(to_yaml(config))
+(start / "log.jsonl").write_text("")
+checkpoint.save_checkpoint(start, trainer, classes, 1)
+checkpoint.save_checkpoint(start, trainer, classes, 2)
+WORK = {
+    "save": lambda run: checkpoint.save_checkpoint(run, trainer, classes, 3),
+    "finish": lambda run: checkpoint.finish(run, trainer, classes),
+    "aside": lambda run: put_aside(run, ["checkpoints", "log.jsonl", "config.yaml"]),
+}
+EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+counting = 0  # operations left until the end; 0: no counting
+
+def hook(event, arguments):
+    global counting
+    written = event == "open" and arguments[1] is not None and set("wax") & set(arguments[1])
+    if counting and (event in EVENTS or written):
+        counting -= 1
+        if counting == 0:
+            os._exit(9)
+
+sys.addaudithook(hook)
+for name, work in WORK.items():
+    for step in range(1, 1000):
+        run = start.with_name(f"{name}{step}")
+        shutil.copytree(start, run)
+        child = os.fork()
+        if child == 0:
+            counting = step
+            work(run)
+            counting = 0
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 9), (name, step, code)
+        bring_back(run)
+        if name == "aside" and not (run / "config.yaml").exists():
+            run = run / "previous/1"
+        found = checkpoint.find_checkpoint(run, config, classes)
+        if found is None:
+            assert name == "finish" and (run / "model.safetensors").exists(), (name, step)
+        else:
+            assert int(found.name) >= 2, (name, step, found)
+            # What a killed run resumes with: everything once more, and nothing is in the way.
+            if name == "finish":
+                checkpoint.finish(run, trainer, classes)
+                assert checkpoint.find_checkpoint(run, config, classes) is None, (name, step)
+            if name == "save":
+                checkpoint.save_checkpoint(run, trainer, classes, 3)
+                assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["00000002", "00000003"], (name, step)
+        shutil.rmtree(start.with_name(f"{name}{step}"))
+        if code == 0:
+            print(name, step)
+            break
+"""
+
+
+def test_killed_before_every_operation_on_files(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "steps.py").write_text(STEPS)
+    command = [sys.executable, "steps.py", "config.yaml", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = {name: int(step) for name, step in map(str.split, done.stdout.splitlines())}
+    # Each file written takes a few operations, and so does each file deleted.
+    assert steps["save"] > 15 and steps["finish"] > 20 and steps["aside"] > 4, steps
+
+
+def test_a_half_deleted_checkpoint_is_no_reason_to_lose_a_finished_run(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    whole = run_train(config, run)
+    (run / "checkpoints/00000009/state.pt").unlink()
+    assert_equal(whole, run_train(config, run, resume=True))
+    config.train.iterations = 12
+    with pytest.raises(UserError, match=r"finished, and no whole checkpoint .* its model stays as it is"):
+        run_train(config, run, resume=True)
+    assert_equal(whole, load_file(run / "model.safetensors"))
+
+
+def test_a_finished_run_stays_and_can_be_extended(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = run_train(config, run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000009"]
+    (run / "metrics.json").write_text("{}")
+    assert_equal(first, run_train(config, run, resume=True))
+    assert (run / "metrics.json").exists()
+    config.train.iterations = 12
+    longer = run_train(config, run, resume=True)
+    assert not torch.equal(first["classifier.weight"], longer["classifier.weight"])
+    assert_equal(first, load_file(run / "previous/1/model.safetensors"))
+    assert not (run / "metrics.json").exists() and (run / "previous/1/metrics.json").exists()
+    logged = [json.loads(line)["iteration"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert logged[-1] == 12 and logged == sorted(set(logged))
+    config.train.iterations = 10
+    with pytest.raises(UserError, match=r"train\.iterations is 10, but the run .* was started with 12"):
+        run_train(config, run, resume=True)
+
+
+def test_an_unfinished_run_is_not_extended(config: Config, cut: Path) -> None:
+    config.train.iterations = 12
+    with pytest.raises(UserError, match=r"train\.iterations is 12"):
+        run_train(config, cut, resume=True)
+
+
+def test_earlier_runs_are_numbered_and_never_deleted(config: Config, tmp_path: Path) -> None:
+    config.train.iterations, config.train.classify_until, config.train.par_until = 3, 1, 2
+    models = []
+    for seed in range(3):
+        config.train.seed = seed
+        models.append(run_train(config, tmp_path / "run"))
+    for number in (1, 2):
+        assert_equal(models[number - 1], load_file(tmp_path / f"run/previous/{number}/model.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "run/previous").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("change", ["rename", "reorder"])
+def test_resuming_with_other_classes_is_refused(config: Config, cut: Path, voc_root: Path, change: str) -> None:
+    path = voc_root / "classes.txt"
+    tags = voc_root / "tags.csv"
+    if change == "rename":
+        path.write_text("square\nround\nstripes\n")
+        tags.write_text(tags.read_text().replace("disc", "round"))
+    else:
+        path.write_text("disc\nsquare\nstripes\n")
+    before = {file: file.read_bytes() for file in cut.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"was started with the classes square, disc, stripes, but"):
+        run_train(config, cut, resume=True)
+    assert before == {file: file.read_bytes() for file in cut.rglob("*") if file.is_file()}
+
+
+def test_a_running_run_owns_its_folder(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Trainer.step
+    refused = []
+
+    def second(self: Trainer, batch: Any, iteration: int) -> Any:
+        if iteration == 1:
+            for resume in (False, True):
+                with pytest.raises(UserError, match="another process is working in the run's folder") as caught:
+                    train(config, tmp_path / "run", resume=resume, device="cpu", progress=False)
+                refused.append(str(caught.value))
+        return real(self, batch, iteration)
+
+    monkeypatch.setattr(Trainer, "step", second)
+    run_train(config, tmp_path / "run")
+    assert len(refused) == 2
+    monkeypatch.undo()
+    run_train(config, tmp_path / "run", resume=True)  # free again
+
+
+def test_old_runs_without_a_last_checkpoint_are_finished(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    whole = run_train(config, run)
+    (run / "checkpoints").rename(tmp_path / "away")
+    assert_equal(whole, run_train(config, run, resume=True))
+
+
+def test_evaluating_a_running_run_is_refused(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_train(config, tmp_path / "run")
+    with lock_run(tmp_path / "run"):
+        assert main(["evaluate", str(tmp_path / "run"), "--quiet", "--device", "cpu"]) == 2
+    assert "another process is working in the run's folder" in capsys.readouterr().err

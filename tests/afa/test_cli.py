@@ -64,7 +64,8 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
     assert main(["train", "small.yaml", "train.lr=1e-4", "--quiet", "train.seed=3", "--device", "cpu"]) == 0
     run = tmp_path / "runs/small"
     shown = capsys.readouterr().out
-    assert {path.name for path in run.iterdir()} == {
+    assert {path.name for path in run.iterdir() if path.name[0] != "."} == {
+        "checkpoints",
         "config.yaml",
         "confusion.csv",
         "images.csv",
@@ -152,7 +153,10 @@ def test_stop_and_resume(
     assert logged == [1, 2, 3]
     assert (run / "metrics.json").is_file()
     capsys.readouterr()
-    assert "finished" in _error(capsys, "train", "runs/small", "--resume", *options)
+    model = (tmp_path / "runs/small/model.safetensors").read_bytes()
+    assert main(["train", "runs/small", "--resume", *options]) == 0
+    assert "finished runs/small was trained before" in capsys.readouterr().out
+    assert (tmp_path / "runs/small/model.safetensors").read_bytes() == model
 
 
 def test_data_without_masks_trains_and_ends_with_what_can_be_measured(

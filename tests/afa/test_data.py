@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from afa.data import COCO_CLASSES, VOC_CLASSES, VOCDataset, check_dataset, eval_loader, share, train_loader
+from afa.data import COCO_CLASSES, VOC_CLASSES, TaggedDataset, check_dataset, eval_loader, share, train_loader
 
 MakeTree = Callable[..., Path]
 
 
-def _train(root: Path, **options: Any) -> VOCDataset:
-    return VOCDataset(root, "train", train=True, with_mask=False, **{"crop_size": 32, **options})
+def _train(root: Path, **options: Any) -> TaggedDataset:
+    return TaggedDataset(root, "train", train=True, with_mask=False, **{"crop_size": 32, **options})
 
 
 def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
@@ -39,12 +39,12 @@ def test_items(make_voc_tree: MakeTree, tags: str) -> None:
     assert (item["image"].dtype, tuple(item["image"].shape)) == (torch.uint8, (3, 32, 32))
     assert (item["box"].dtype, tuple(item["box"].shape)) == (torch.int64, (4,))
 
-    val = VOCDataset(root, "val", train=False, with_mask=True)
+    val = TaggedDataset(root, "val", train=False, with_mask=True)
     item = val[1]
     assert tuple(item["image"].shape) == (3, 48, 64)
     assert (item["mask"].dtype, tuple(item["mask"].shape)) == (torch.int64, (48, 64))
     assert set(item["mask"].unique().tolist()) == {0, 2, 255}
-    assert "mask" not in VOCDataset(root, "val", train=False, with_mask=False)[1]
+    assert "mask" not in TaggedDataset(root, "val", train=False, with_mask=False)[1]
 
 
 def test_voc_classes_without_classes_txt(make_voc_tree: MakeTree) -> None:
@@ -74,7 +74,7 @@ def test_split_lists_may_hold_paths(voc_root: Path) -> None:
     (voc_root / "ImageSets/Segmentation/aug.txt").write_text(
         "/JPEGImages/t0.jpg /SegmentationClassAug/t0.png\n\nt1\nt2.jpg\n"
     )
-    assert VOCDataset(voc_root, "aug", train=True, crop_size=16, with_mask=False).names == ["t0", "t1", "t2"]
+    assert TaggedDataset(voc_root, "aug", train=True, crop_size=16, with_mask=False).names == ["t0", "t1", "t2"]
 
 
 def test_batches_depend_on_seed_and_position_alone(voc_root: Path) -> None:
@@ -102,7 +102,7 @@ def test_eval_batches_keep_order_and_never_mix_sizes(voc_root: Path) -> None:
     small = Image.new("RGB", (30, 20))
     small.save(voc_root / "JPEGImages/v2.jpg")
     Image.new("L", (30, 20)).save(voc_root / "SegmentationClass/v2.png")
-    val = VOCDataset(voc_root, "val", train=False, with_mask=True)
+    val = TaggedDataset(voc_root, "val", train=False, with_mask=True)
     for workers in (0, 1):
         batches = list(eval_loader(val, 4, workers))
         assert [batch["name"] for batch in batches] == [["v0", "v1"], ["v2"], ["v3"]]
@@ -135,7 +135,7 @@ def test_processes_share_the_batches_of_one(voc_root: Path, world_size: int) -> 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_evaluation_is_shared_out_in_order_and_without_duplicates(voc_root: Path, world_size: int) -> None:
-    val = VOCDataset(voc_root, "val", train=False, with_mask=True)
+    val = TaggedDataset(voc_root, "val", train=False, with_mask=True)
     for size in (1, 3):
         shares = [list(eval_loader(val, size, rank=rank, world_size=world_size)) for rank in range(world_size)]
         names = [[name for batch in batches for name in batch["name"]] for batches in shares]
@@ -147,7 +147,7 @@ def test_evaluation_is_shared_out_in_order_and_without_duplicates(voc_root: Path
 
 
 def test_rank_outside_the_world_is_refused(voc_root: Path) -> None:
-    val = VOCDataset(voc_root, "val", train=False, with_mask=True)
+    val = TaggedDataset(voc_root, "val", train=False, with_mask=True)
     with pytest.raises(ValueError, match="got rank 2 of 2"):
         train_loader(_train(voc_root), 2, seed=0, rank=2, world_size=2)
     with pytest.raises(ValueError, match="got rank -1 of 1"):
@@ -157,13 +157,13 @@ def test_rank_outside_the_world_is_refused(voc_root: Path) -> None:
 def test_waiting_for_batches_is_counted(voc_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = train_loader(_train(voc_root), 2, seed=0)
     assert batches.wait_seconds == 0
-    item = VOCDataset.__getitem__
+    item = TaggedDataset.__getitem__
 
-    def slow(dataset: VOCDataset, key: Any) -> dict[str, Any]:
+    def slow(dataset: TaggedDataset, key: Any) -> dict[str, Any]:
         time.sleep(0.05)
         return item(dataset, key)
 
-    monkeypatch.setattr(VOCDataset, "__getitem__", slow)
+    monkeypatch.setattr(TaggedDataset, "__getitem__", slow)
     next(batches)
     assert batches.wait_seconds >= 0.1
     before = batches.wait_seconds
@@ -174,16 +174,16 @@ def test_waiting_for_batches_is_counted(voc_root: Path, monkeypatch: pytest.Monk
 def test_a_split_without_masks_has_nothing_to_count(voc_root: Path) -> None:
     for path in (voc_root / "SegmentationClass").glob("v*.png"):
         path.unlink()
-    val = VOCDataset(voc_root, "val", train=False, with_mask=True)
+    val = TaggedDataset(voc_root, "val", train=False, with_mask=True)
     assert not val.has_masks
     check_dataset(val, progress=False)
     assert (val[0]["mask"] == 255).all()
     assert val[0]["mask"].shape == val[0]["image"].shape[1:]
-    assert VOCDataset(voc_root, "train", train=False, with_mask=True).has_masks
+    assert TaggedDataset(voc_root, "train", train=False, with_mask=True).has_masks
     for path in (voc_root / "SegmentationClass").iterdir():
         path.unlink()
     (voc_root / "SegmentationClass").rmdir()
-    assert not VOCDataset(voc_root, "train", train=False, with_mask=False).has_masks
+    assert not TaggedDataset(voc_root, "train", train=False, with_mask=False).has_masks
 
 
 def test_class_lists() -> None:
@@ -235,7 +235,7 @@ def test_no_train_mask_is_ever_opened(voc_root: Path, opened: list[str]) -> None
     assert any("JPEGImages" in path for path in opened)  # the hook does see what is opened
     assert [path for path in opened if "SegmentationClass" in path] == []
     # Evaluation opens the masks of its own split and no other.
-    val = VOCDataset(voc_root, "val", train=False, with_mask=True)
+    val = TaggedDataset(voc_root, "val", train=False, with_mask=True)
     check_dataset(val, progress=False)
     masks = {Path(path).stem for path in opened if "SegmentationClass" in path}
     assert masks == {"v0", "v1", "v2", "v3"}
@@ -243,9 +243,9 @@ def test_no_train_mask_is_ever_opened(voc_root: Path, opened: list[str]) -> None
 
 def test_a_training_set_refuses_masks(voc_root: Path) -> None:
     with pytest.raises(ValueError, match="no masks"):
-        VOCDataset(voc_root, "train", train=True, crop_size=32, with_mask=True)
+        TaggedDataset(voc_root, "train", train=True, crop_size=32, with_mask=True)
     with pytest.raises(ValueError, match="crop_size"):
-        VOCDataset(voc_root, "train", train=True, with_mask=False)
+        TaggedDataset(voc_root, "train", train=True, with_mask=False)
 
 
 def test_small_images_load_by_the_hundred(make_voc_tree: MakeTree) -> None:
@@ -255,7 +255,7 @@ def test_small_images_load_by_the_hundred(make_voc_tree: MakeTree) -> None:
     assert len(train) / best > 150
 
 
-def _seconds(train: VOCDataset) -> float:
+def _seconds(train: TaggedDataset) -> float:
     start = time.perf_counter()
     for index in range(len(train)):
         train[index]

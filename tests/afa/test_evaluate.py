@@ -18,7 +18,7 @@ from afa.cam import multi_scale_cam
 from afa.cli import main
 from afa.config import Config, to_yaml
 from afa.crf import CrfSettings, dense_crf
-from afa.data.voc import VOCDataset
+from afa.data.dataset import TaggedDataset
 from afa.eval_store import EvalStore, evaluation_key
 from afa.evaluate import ROWS, EvalResult, Measured, evaluate, measure_batch, segment
 from afa.model import AFANet, build_model, normalize
@@ -26,20 +26,20 @@ from afa.model.network import save_checkpoint_weights
 
 
 @pytest.fixture
-def setting(tiny_config: Any, voc_root: Path) -> tuple[AFANet, VOCDataset, Config]:
+def setting(tiny_config: Any, voc_root: Path) -> tuple[AFANet, TaggedDataset, Config]:
     torch.manual_seed(0)
     config = tiny_config()
     model = build_model(config.model, 3).eval()
     model.classifier.weight.data.normal_()
     model.decoder.predict.weight.data.normal_()
-    return model, VOCDataset(voc_root, "val", train=False, with_mask=True), config
+    return model, TaggedDataset(voc_root, "val", train=False, with_mask=True), config
 
 
 def scores(result: EvalResult) -> list[Any]:
     return [getattr(result, row)["confusion"] for row in ROWS] + [result.f1]
 
 
-def test_rows_and_samples(setting: tuple[AFANet, VOCDataset, Config]) -> None:
+def test_rows_and_samples(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
     model, dataset, config = setting
     model.train()
     result = evaluate(model, dataset, config, progress=False, keep=3)
@@ -63,7 +63,7 @@ def test_rows_and_samples(setting: tuple[AFANet, VOCDataset, Config]) -> None:
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 1.5), (0.5,)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_batch_size_does_not_matter(
-    setting: tuple[AFANet, VOCDataset, Config], scales: tuple[float, ...], flip: bool
+    setting: tuple[AFANet, TaggedDataset, Config], scales: tuple[float, ...], flip: bool
 ) -> None:
     model, dataset, config = setting
     config.eval.scales, config.eval.flip = scales, flip
@@ -76,7 +76,7 @@ def test_batch_size_does_not_matter(
     assert one.f1 == three.f1
 
 
-def test_segmentation_is_the_largest_of_scales_and_flips(setting: tuple[AFANet, VOCDataset, Config]) -> None:
+def test_segmentation_is_the_largest_of_scales_and_flips(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
     model, dataset, config = setting
     config.eval.scales, config.eval.flip = (1.0, 1.5), True
     image = dataset[0]["image"][None]
@@ -93,7 +93,7 @@ def test_segmentation_is_the_largest_of_scales_and_flips(setting: tuple[AFANet, 
     torch.testing.assert_close(segment(model, image, config), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_tags_decide_the_label_rows(setting: tuple[AFANet, VOCDataset, Config]) -> None:
+def test_tags_decide_the_label_rows(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
     """Without tags every label row is background; the segmentation row does not look at them."""
     model, dataset, config = setting
     before = evaluate(model, dataset, config, progress=False)
@@ -106,7 +106,7 @@ def test_tags_decide_the_label_rows(setting: tuple[AFANet, VOCDataset, Config]) 
     assert np.array(before.cam["confusion"])[:, 1:].sum() > 0
 
 
-def test_cam_row_is_the_multi_scale_cam(setting: tuple[AFANet, VOCDataset, Config]) -> None:
+def test_cam_row_is_the_multi_scale_cam(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
     model, dataset, config = setting
     sample = evaluate(model, dataset, config, progress=False, keep=1).samples[0]
     item = dataset[0]
@@ -117,7 +117,7 @@ def test_cam_row_is_the_multi_scale_cam(setting: tuple[AFANet, VOCDataset, Confi
     assert (label.numpy() != sample["cam_label"]).sum() <= 1
 
 
-def test_mean_fusion_is_the_mean(setting: tuple[AFANet, VOCDataset, Config]) -> None:
+def test_mean_fusion_is_the_mean(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
     model, dataset, config = setting
     image = dataset[0]["image"][None]
 
@@ -134,7 +134,7 @@ def test_mean_fusion_is_the_mean(setting: tuple[AFANet, VOCDataset, Config]) -> 
     torch.testing.assert_close(logits((1.0,), True), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_image_scores_and_extremes(setting: tuple[AFANet, VOCDataset, Config]) -> None:
+def test_image_scores_and_extremes(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
     model, dataset, config = setting
     result = evaluate(model, dataset, config, progress=False, keep=3)
     assert list(result.image_iou) == dataset.names
@@ -151,7 +151,7 @@ def test_image_scores_and_extremes(setting: tuple[AFANet, VOCDataset, Config]) -
     assert [sample["name"] for sample in result.best] == order[-1:]
 
 
-def test_crf_row_is_the_crf_of_the_segmentation(setting: tuple[AFANet, VOCDataset, Config]) -> None:
+def test_crf_row_is_the_crf_of_the_segmentation(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
     pytest.importorskip("pydensecrf")
     model, dataset, config = setting
     without = evaluate(model, dataset, config, progress=False)
@@ -178,7 +178,7 @@ def test_crf_row_is_the_crf_of_the_segmentation(setting: tuple[AFANet, VOCDatase
 
 @pytest.mark.parametrize("crf", [False, True])
 def test_stopped_evaluation_goes_on(
-    setting: tuple[AFANet, VOCDataset, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crf: bool
+    setting: tuple[AFANet, TaggedDataset, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crf: bool
 ) -> None:
     if crf:
         pytest.importorskip("pydensecrf")
@@ -242,14 +242,16 @@ def test_the_store_knows_model_and_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("crf", [False, True])
-def test_without_masks_only_the_classifier_is_measured(setting: tuple[AFANet, VOCDataset, Config], crf: bool) -> None:
+def test_without_masks_only_the_classifier_is_measured(
+    setting: tuple[AFANet, TaggedDataset, Config], crf: bool
+) -> None:
     if crf:  # which the samples are then drawn with
         pytest.importorskip("pydensecrf")
     model, dataset, config = setting
     with_masks = evaluate(model, dataset, config, progress=False)
     for path in (dataset.root / "SegmentationClass").glob("v*.png"):
         path.unlink()
-    dataset = VOCDataset(dataset.root, "val", train=False, with_mask=True)
+    dataset = TaggedDataset(dataset.root, "val", train=False, with_mask=True)
     config.eval.crf = crf
     result = evaluate(model, dataset, config, progress=False, keep=3)
     assert not result.has_masks
@@ -262,7 +264,7 @@ def test_without_masks_only_the_classifier_is_measured(setting: tuple[AFANet, VO
 
 @pytest.mark.slow
 def test_two_processes_count_what_one_does(
-    setting: tuple[AFANet, VOCDataset, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    setting: tuple[AFANet, TaggedDataset, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command as torchrun starts it, over gloo; five images, so that the shares differ."""
     model, dataset, config = setting
@@ -312,7 +314,7 @@ exit(cli.main({arguments}) or cli.main({labels}))"""
 
 
 def test_everything_stored_computes_nothing(
-    setting: tuple[AFANet, VOCDataset, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: tuple[AFANet, TaggedDataset, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a measurement is stopped between its last image and its report; names may have folders in them."""
     model, dataset, config = setting

@@ -15,8 +15,8 @@ from PIL import Image
 
 from afa.cli import main
 from afa.config import DataConfig, load_config
-from afa.data import VOCDataset, check_dataset, open_dataset, train_loader
-from afa.data.own import read_own_folder
+from afa.data import TaggedDataset, check_dataset, open_dataset, train_loader
+from afa.data.readers.own import read_own_folder
 from afa.errors import UserError
 
 
@@ -38,8 +38,8 @@ def album(tmp_path: Path) -> Path:
     return root
 
 
-def _open(root: Path, split: str) -> VOCDataset:
-    return VOCDataset(root, split, train=False, with_mask=True)
+def _open(root: Path, split: str) -> TaggedDataset:
+    return TaggedDataset(root, split, train=False, with_mask=True)
 
 
 def test_tags_from_a_table(album: Path) -> None:
@@ -52,7 +52,7 @@ def test_tags_from_a_table(album: Path) -> None:
     assert not set(train.names) & set(val.names)
     assert sorted(train.names + val.names) == everything.names
     assert not val.has_masks
-    batch = next(train_loader(VOCDataset(album, "train", train=True, crop_size=16, with_mask=False), 4, seed=0))
+    batch = next(train_loader(TaggedDataset(album, "train", train=True, crop_size=16, with_mask=False), 4, seed=0))
     assert batch["image"].shape == (4, 3, 16, 16)
 
 

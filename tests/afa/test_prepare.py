@@ -19,7 +19,7 @@ from scipy.io import savemat
 
 from afa.cli import main
 from afa.config import load_config
-from afa.data import COCO_CLASSES, VOC_CLASSES, VOCDataset, check_dataset, open_dataset
+from afa.data import COCO_CLASSES, VOC_CLASSES, TaggedDataset, check_dataset, open_dataset
 from afa.data.prepare import coco as coco_module
 from afa.data.prepare import prepare_coco, prepare_voc
 from afa.errors import UserError
@@ -129,7 +129,7 @@ def test_voc_again_changes_nothing(devkit: Path, sbd: Path, said: Lines, say: An
     said.clear()
     prepare_voc(devkit / "VOC2012", train_masks=True, progress=False, say=say)
     assert _files(devkit) == before
-    assert {what for what, _ in said} == {"found", "kept"}
+    assert {what for what, _ in said} == {"found", "kept", "classes"}
 
 
 def test_voc_train_masks(devkit: Path, sbd: Path, say: Any) -> None:
@@ -140,7 +140,7 @@ def test_voc_train_masks(devkit: Path, sbd: Path, say: Any) -> None:
     image = Image.open(folder / "s2.png")
     assert image.mode == "P"
     assert np.unique(np.asarray(image)).tolist() == [0, 2]
-    train = VOCDataset(root, "train_aug", train=False, with_mask=True)
+    train = TaggedDataset(root, "train_aug", train=False, with_mask=True)
     check_dataset(train, progress=False)
     assert [train[i]["mask"].max().item() for i in range(5)] == [255, 255, 1, 2, 3]
     (folder / "s2.png").unlink()
@@ -207,7 +207,7 @@ def test_voc_without_sbd_is_ready_for_its_own_training_list(devkit: Path, say: A
         prepare_voc(devkit, progress=False, say=say)
     for word in ("2 training images", "data.train_split=train", "benchmark.tgz", "berkeley.edu", "--sbd"):
         assert word in str(caught.value)
-    assert len(VOCDataset(devkit / "VOC2012", "train", train=True, crop_size=16, with_mask=False)) == 2
+    assert len(TaggedDataset(devkit / "VOC2012", "train", train=True, crop_size=16, with_mask=False)) == 2
     assert not (devkit / "VOC2012/ImageSets/Segmentation/train_aug.txt").exists()
 
 
@@ -323,7 +323,7 @@ def test_coco_again_changes_nothing(coco: Path, said: Lines, say: Any) -> None:
     said.clear()
     prepare_coco(coco, progress=False, say=say)
     assert _files(coco) == before
-    assert {what for what, _ in said} == {"found", "reading", "kept"}
+    assert {what for what, _ in said} == {"found", "reading", "kept", "classes"}
     prepare_coco(coco, train_masks=True, progress=False, say=say)
     assert sorted({*_files(coco)} - {*before}) == [
         f"SegmentationClass/COCO_train2014_{number:012}.png" for number in (1, 2)
@@ -462,9 +462,9 @@ def test_command_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     for words in (
         "30 pictures, tagged by tags.csv, 2 classes",
-        "left out for want of a line in tags.csv: 1 of 31 pictures",
+        "left out because tags.csv has no line for them: 1 of 31 pictures",
         f"no masks in {root / 'masks'}: the classifier's F1 will be measured",
-        "left out, as no kind of picture that can be read: 1 .mov",
+        "left out because they are not pictures that can be read: 1 .mov",
         "1  zebar",
         "is this 'zebra'?",
         f"next     afa train own data.root={root}",
@@ -478,3 +478,80 @@ def test_command_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "2 of the 30 pictures" in captured.err
     assert "data.bad_images=skip" in captured.err
     assert [name in captured.out for name in ("3.jpg can't", "17.jpg can't")] == [True, True]
+
+
+# ---- oddities of annotations
+
+
+def _val(coco: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = coco / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]), "must hold polygons"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, "5", 6]]), "must hold polygons"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, float("nan"), 6]]), "must hold polygons"),
+        (lambda c: c["annotations"][0].update(segmentation="mask"), "must be polygons or run lengths"),
+        (lambda c: c["annotations"][0].update(segmentation=None), "must be polygons or run lengths"),
+        (lambda c: c["annotations"][2]["segmentation"].update(size=[20, 16]), "has the size"),
+        (lambda c: c["annotations"][2]["segmentation"].update(counts=3), "must hold run lengths"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "segmentation"),
+        (lambda c: c["annotations"][0].update(area=float("nan")), "area of annotation"),
+        (lambda c: c["annotations"][0].update(area=None), "can't be read"),
+        (lambda c: c["annotations"][0].update(image_id=77), "can't be read"),
+        (lambda c: c["annotations"][0].update(category_id=12), "can't be read"),
+        (lambda c: c["annotations"].append("x"), "can't be read"),
+        (lambda c: c["images"][0].update(height=None), "height of image"),
+        (lambda c: c["images"][0].update(width=0), "width of image"),
+        (lambda c: c["images"].append({**c["images"][0], "id": 99}), "2 times"),
+    ],
+)
+def test_coco_oddities_are_one_sentence(coco: Path, say: Any, change: Any, words: str) -> None:
+    _val(coco, change)
+    with pytest.raises(UserError, match=words) as caught:
+        prepare_coco(coco, progress=False, say=say)
+    assert "instances_val2014.json" in str(caught.value)
+    assert not (coco / "classes.txt").exists()
+
+
+def test_coco_oddities_that_are_read(coco: Path, say: Any) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            image["file_name"] = f"val2014/{image['file_name']}"
+        content["annotations"][3]["segmentation"] = [0, 0, 4, 0, 4, 4, 0, 4]  # without the list around it
+        content["annotations"][4]["segmentation"] = [[1, 1, 3, 3]]  # two points: no area
+
+    _val(coco, change)
+    prepare_coco(coco, progress=False, say=say)
+    assert _coco_mask(coco, 5).max() == 80
+    assert _coco_mask(coco, 6).max() == 0
+
+
+def test_a_former_file_is_kept_however_often_it_is_rewritten(devkit: Path, sbd: Path, say: Any) -> None:
+    path = devkit / "VOC2012/tags.csv"
+    for number in range(3):
+        path.write_text(f"someone's work {number}\n")
+        prepare_voc(devkit, progress=False, say=say)
+    kept = [path.with_name(f"tags.csv.old{suffix}").read_text() for suffix in ("", "2", "3")]
+    assert kept == [f"someone's work {number}\n" for number in range(3)]
+
+
+def test_voc_names_with_spaces_and_folders(voc_root: Path) -> None:
+    for old, new in (("t0", "my cat 1"), ("t1", "sub/t1"), ("t2", "a.b")):
+        target = voc_root / f"JPEGImages/{new}.jpg"
+        target.parent.mkdir(exist_ok=True)
+        (voc_root / f"JPEGImages/{old}.jpg").rename(target)
+    text = (voc_root / "tags.csv").read_text()
+    (voc_root / "tags.csv").write_text(text.replace("t0,", "my cat 1.jpg,").replace("t2,", "a.b,"))
+    lists = voc_root / "ImageSets/Segmentation"
+    (lists / "odd.txt").write_text(
+        "my cat 1\nsub/t1\na.b\nt3.jpg\n/JPEGImages/t4.jpg /SegmentationClass/t4.png\nmy cat 1\n"
+    )
+    odd = TaggedDataset(voc_root, "odd", train=False, with_mask=False)
+    assert odd.names == ["my cat 1", "sub/t1", "a.b", "t3", "t4"]
+    assert odd.tags.sum(1).tolist() == [2, 1, 2, 1, 2]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from afa.cli import main
 from afa.config import Config, to_yaml
-from afa.data import VOCDataset
+from afa.data import TaggedDataset
 from afa.evaluate import evaluate, segment
 from afa.metrics import SegmentationMetrics
 from afa.model import AFANet, build_model
@@ -38,11 +38,11 @@ def run(tiny_config: Any, voc_root: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def _loaded(run: Path) -> tuple[AFANet, Config, VOCDataset]:
+def _loaded(run: Path) -> tuple[AFANet, Config, TaggedDataset]:
     from afa.model import load_model
 
     model, _, config = load_model(run / "model.safetensors")
-    return model, config, VOCDataset(config.data.root, "train", train=False, with_mask=False)
+    return model, config, TaggedDataset(config.data.root, "train", train=False, with_mask=False)
 
 
 def _export(run: Path, out: Path, *more: str) -> dict[str, np.ndarray]:
@@ -179,7 +179,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_snapshot(run: Path, tmp_path: Path) -> None:
     model, config, _ = _loaded(run)
-    dataset = VOCDataset(config.data.root, "train", train=True, crop_size=64, with_mask=False)
+    dataset = TaggedDataset(config.data.root, "train", train=True, crop_size=64, with_mask=False)
     model.train()
     state = torch.get_rng_state()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -210,7 +210,7 @@ def test_snapshot(run: Path, tmp_path: Path) -> None:
 def test_cam_label_of_one_threshold_is_that_of_evaluation(run: Path) -> None:
     model, config, _ = _loaded(run)
     config.labels.low = config.labels.high = config.labels.cam_threshold
-    dataset = VOCDataset(config.data.root, "val", train=False, with_mask=True)
+    dataset = TaggedDataset(config.data.root, "val", train=False, with_mask=True)
     for sample in evaluate(model, dataset, config, progress=False, keep=4).samples:
         number = dataset.names.index(sample["name"])
         item = dataset[number]

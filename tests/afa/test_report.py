@@ -233,10 +233,10 @@ def test_failing_write_leaves_the_old_file(tmp_path: Path, result: EvalResult, m
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def broken(*_: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", broken)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"samples\.npz can't be written: No space left on device"):
         save_result(tmp_path, result, CLASSES, Config(), {"seconds": 1.0})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from afa.data.dataset import TaggedDataset, check_dataset
 from afa.data.synthetic import CLASSES, make_dataset
 from afa.data.synthetic import backgrounds as bg
 from afa.data.synthetic.embedded import draw_labelled
 from afa.data.synthetic.pretraining import HARDEST, TAGS, TaggedStream, draw_tagged
 from afa.data.synthetic.shapes import DEMO_SHAPES, PRETRAIN_SHAPES, rasterize
 from afa.data.synthetic.textures import DEMO_TEXTURES, PRETRAIN_TEXTURES, paint
-from afa.data.voc import VOCDataset, check_dataset
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def dataset_root(tmp_path_factory):
 
 
 def test_is_read_by_the_voc_loader(dataset_root):
-    train = VOCDataset(dataset_root, "train", train=True, crop_size=64, with_mask=False)
-    val = VOCDataset(dataset_root, "val", train=False, with_mask=True)
+    train = TaggedDataset(dataset_root, "train", train=True, crop_size=64, with_mask=False)
+    val = TaggedDataset(dataset_root, "val", train=False, with_mask=True)
     check_dataset(train, progress=False)
     check_dataset(val, progress=False)
     assert train.classes == val.classes == list(CLASSES)
@@ -35,7 +35,7 @@ def test_is_read_by_the_voc_loader(dataset_root):
 
 
 def test_tags_are_the_final_masks_classes(dataset_root):
-    val = VOCDataset(dataset_root, "val", train=False, with_mask=True)
+    val = TaggedDataset(dataset_root, "val", train=False, with_mask=True)
     for i in range(len(val)):
         present = sorted(set(val[i]["mask"].unique().tolist()) - {0})
         assert present == (torch.nonzero(val.tags[i]).flatten() + 1).tolist()

@@ -198,8 +198,8 @@ class TestRun:
         seen: list[Any] = []
         run = tmp_path / "run"
         train(config, run, on_log=seen.append, progress=False)
-        files = ["config.yaml", "log.jsonl", "model.safetensors", "snapshots"]
-        assert sorted(path.name for path in run.iterdir()) == files
+        files = ["checkpoints", "config.yaml", "log.jsonl", "model.safetensors", "snapshots"]
+        assert sorted(path.name for path in run.iterdir() if path.name[0] != ".") == files
         # Of the ends of the three phases.
         assert list(load_snapshots(run)) == [3, 6, 9]
         assert load_config(run / "config.yaml") == config
@@ -266,11 +266,11 @@ class TestRun:
         self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         config.train.checkpoint_every = 3
-        monkeypatch.setattr(afa.train, "save_checkpoint_weights", _raise_at_end(afa.train.save_checkpoint_weights))
+        monkeypatch.setattr(afa.train, "finish", _full)
         with pytest.raises(RuntimeError, match="disk full"):
             run_train(config, tmp_path / "run")
         config.train.lr = 5e-4
-        with pytest.raises(UserError, match=r"train\.lr is 0\.0005.*begun with 0\.001"):
+        with pytest.raises(UserError, match=r"train\.lr is 0\.0005.*started with 0\.001"):
             run_train(config, tmp_path / "run", resume=True)
 
     def test_earlier_run_is_put_aside(self, config: Config, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ class TestRun:
         config.train.seed = 5
         run_train(config, run)
         assert not (run / "metrics.json").exists()
-        assert_equal(load_file(run / "previous" / "model.safetensors"), first)
+        assert_equal(load_file(run / "previous" / "1" / "model.safetensors"), first)
         assert len((run / "log.jsonl").read_text().splitlines()) == 1
 
     @pytest.mark.parametrize(("name", "column"), [("classification", 0), ("segmentation", 1), ("affinity", 2)])
@@ -317,10 +317,5 @@ class TestRun:
         assert not (tmp_path / "run").exists()
 
 
-def _raise_at_end(save: Any) -> Any:
-    def wrapped(path: Path, *args: Any) -> None:
-        if path.parent.name == "run":
-            raise RuntimeError("disk full")
-        save(path, *args)
-
-    return wrapped
+def _full(*_: Any) -> None:
+    raise RuntimeError("disk full")

@@ -345,10 +345,10 @@ def test_line_beside_the_bar() -> None:
 def test_share_of_time_waiting_is_logged(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    from afa.data.voc import VOCDataset
+    from afa.data.dataset import TaggedDataset
 
-    real = VOCDataset.__getitem__
-    monkeypatch.setattr(VOCDataset, "__getitem__", lambda self, key: (time.sleep(0.3), real(self, key))[1])
+    real = TaggedDataset.__getitem__
+    monkeypatch.setattr(TaggedDataset, "__getitem__", lambda self, key: (time.sleep(0.3), real(self, key))[1])
     config.train.iterations, config.train.log_every = 2, 1
     records: list[Any] = []
     train(config, tmp_path / "run", on_log=records.append, device="cpu", progress=False)
@@ -378,7 +378,7 @@ def test_tensorboard(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     config.train.tensorboard = False
     train(config, tmp_path / "run", device="cpu", progress=False)
-    assert not (tmp_path / "run/tensorboard").exists() and (tmp_path / "run/previous/tensorboard").is_dir()
+    assert not (tmp_path / "run/tensorboard").exists() and (tmp_path / "run/previous/1/tensorboard").is_dir()
 
 
 def test_tensorboard_wanted_but_absent(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

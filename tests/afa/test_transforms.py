@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from afa.data.transforms import (
     MEAN_COLOUR,
@@ -250,3 +250,78 @@ def test_shrinking_while_decoding_keeps_the_picture(tmp_path: Path) -> None:
         assert small.size == size
         plain = whole.resize(size, Image.Resampling.BILINEAR)
         assert abs(np.asarray(small).astype(int) - np.asarray(plain)).mean() < 2
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.webp", "a.jpg"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_every_format_and_mode(tmp_path: Path, name: str, mode: str, orientation: int) -> None:
+    if mode == "RGBA" and name == "a.jpg":
+        return  # JPEG has no transparency
+    picture = Image.new("RGB", (60, 40), (200, 0, 0))
+    picture.paste((0, 0, 200), (0, 0, 30, 40))
+    picture.paste((0, 200, 0), (0, 0, 60, 20))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if name == "a.webp" else {"quality": 100, "subsampling": 0} if name == "a.jpg" else {}
+    picture.convert(mode).save(tmp_path / name, exif=exif, **options)
+    picture.convert(mode).convert("RGB").save(tmp_path / "plain.png", exif=exif)
+    found, expected = (np.asarray(read_image(tmp_path / file)).astype(int) for file in (name, "plain.png"))
+    assert found.shape == expected.shape
+    assert abs(found - expected).max() <= (12 if name == "a.jpg" else 0)
+    assert image_size(tmp_path / name) == check_image(tmp_path / name) == found.shape[:2]
+    assert read_image(tmp_path / name, 30).size == ((30, 20) if orientation < 5 else (20, 30))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "mean"),
+    [
+        (1.0, np.float32, 127.5),
+        (255.0, np.float32, 127.5),
+        (0.25, np.float32, 31.9),  # a dark picture stays dark
+        (90_000.0, np.float32, 127.5),
+        (255, np.int32, 127),
+        (4095, np.uint16, 127.5),
+        (65535, np.uint16, 127.5),
+        (1023, np.uint16, 127.5),
+        (70_000, np.int32, 127.5),
+    ],
+)
+def test_range_of_deep_greys(tmp_path: Path, values: float, kind: Any, mean: float) -> None:
+    ramp = (np.linspace(0, values, 2400).reshape(40, 60)).astype(kind)
+    Image.fromarray(ramp).save(tmp_path / "deep.tif")
+    found = np.asarray(read_image(tmp_path / "deep.tif"))
+    assert found.min() == 0
+    assert found.mean() == pytest.approx(mean, abs=0.6)
+
+
+def test_deep_greys_below_zero_and_of_no_number(tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(-1000, 3000, 2400).reshape(40, 60).astype(np.int32)).save(tmp_path / "scan.tif")
+    found = np.asarray(read_image(tmp_path / "scan.tif"))
+    assert (found.min(), found.max()) == (0, 255)
+    for bad in (np.nan, np.inf):
+        values = np.zeros((4, 6), np.float32)
+        values[1, 1] = bad
+        Image.fromarray(values).save(tmp_path / "bad.tif")
+        with pytest.raises(UserError, match=r"bad\.tif can't be decoded \(it holds NaN or infinity\)"):
+            read_image(tmp_path / "bad.tif")
+
+
+def test_a_mask_of_fractions_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 6), 1.0, np.float32)).save(tmp_path / "mask.tif")
+    assert (read_mask(tmp_path / "mask.tif", 3) == 1).all()
+    Image.fromarray(np.full((4, 6), 0.5, np.float32)).save(tmp_path / "mask.tif")
+    with pytest.raises(UserError, match=r"holds the value 0\.5"):
+        read_mask(tmp_path / "mask.tif", 3)
+
+
+@pytest.mark.parametrize("size", [3_000_000, 20_000_000])
+def test_large_text_and_profiles(tmp_path: Path, size: int) -> None:
+    picture = Image.new("RGB", (60, 40), "red")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("history", "A" * size, zip=True)
+    picture.save(tmp_path / "text.png", pnginfo=text)
+    picture.save(tmp_path / "profile.png", icc_profile=bytes(size))
+    for name in ("text.png", "profile.png"):
+        assert read_image(tmp_path / name).size == (60, 40)
+        assert check_image(tmp_path / name) == (40, 60)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from afa.data.voc import Sample, VOCDataset
+from afa.data.dataset import Sample, TaggedDataset
 from afa.errors import UserError
 
 
@@ -34,7 +34,7 @@ class Batches(Iterator[Sample]):
 
 
 def train_loader(
-    dataset: VOCDataset,
+    dataset: TaggedDataset,
     batch_size: int,
     *,
     seed: int,
@@ -59,7 +59,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: VOCDataset,
+    dataset: TaggedDataset,
     batch_size: int,
     workers: int = 0,
     *,
@@ -132,11 +132,11 @@ def _same_size_batches(indices: Iterable[int], sizes: Sequence[tuple[int, int]],
     return batches
 
 
-def _iterate(dataset: VOCDataset, batches: Iterable[list[Any]], workers: int) -> Batches:
+def _iterate(dataset: TaggedDataset, batches: Iterable[list[Any]], workers: int) -> Batches:
     return Batches(_load(dataset, batches, workers))
 
 
-def _load(dataset: VOCDataset, batches: Iterable[list[Any]], workers: int) -> Iterator[Sample]:
+def _load(dataset: TaggedDataset, batches: Iterable[list[Any]], workers: int) -> Iterator[Sample]:
     with warnings.catch_warnings():
         # More workers than cores is slower and no error, and the number comes from a file shared between machines.
         warnings.filterwarnings("ignore", message="This DataLoader will create")

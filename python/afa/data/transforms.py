@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from afa.errors import UserError
 
@@ -17,6 +19,9 @@ MEAN_COLOUR = (124, 116, 104)
 
 IGNORE = 255
 """Mask value of pixels that belong to no class."""
+
+# Editors put whole thumbnails, histories and profiles into a PNG's text; Pillow's own limit is 1 MiB a chunk.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 
 # What Pillow's decoders raise on damaged files, the documented OSError aside.
 _DECODE_ERRORS = (
@@ -45,11 +50,11 @@ def voc_palette() -> NDArray[np.uint8]:
 def read_image(path: str | Path, largest_side: int | None = None) -> Image.Image:
     """The picture at `path` as an upright RGB image, shrunk until its longer side has `largest_side` pixels at most.
 
-    Turned by its EXIF orientation; transparency goes on white; grey, palette, CMYK and 16-bit become 8-bit
-    RGB. Raises UserError naming the file when it can't be decoded to its last row.
+    Turned by its EXIF orientation; transparency goes on white; every mode becomes 8-bit RGB, deep grey scaled by the
+    range in the file (see `_eight_bits`). Raises UserError naming the file when it can't be decoded to its last row.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             height, width = shrunk(_upright_size(image), largest_side)
             if largest_side is not None and max(image.size) > largest_side:
                 # A JPEG can be decoded at a half, a quarter or an eighth of its size, in a fraction of the time.
@@ -64,6 +69,14 @@ def read_image(path: str | Path, largest_side: int | None = None) -> Image.Image
             "or set data.bad_images=skip"
         ) from error
     return upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BILINEAR)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    # Through a file object: given a path, Pillow maps an uncompressed file into memory by the upright size, which mixes
+    # up the rows of a TIFF that lies on its side.
+    with open(path, "rb") as file, Image.open(file) as image:
+        yield image
 
 
 def check_image(path: str | Path) -> tuple[int, int]:
@@ -88,10 +101,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion would clip every value above 255.
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -102,16 +113,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the upright picture, read from the file's header alone."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return _upright_size(image)
     except _DECODE_ERRORS as error:
         raise UserError(f"the image {path} can't be decoded ({_reason(error)}); replace it") from error
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    # Orientations 5 to 8 lie on their side.
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    # Orientations 5 to 8 lie on their side; of a TIFF Pillow gives the upright size at once.
+    turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _eight_bits(values: NDArray[np.number]) -> NDArray[np.uint8]:
+    """Grey of 16 or 32 bits or of floating point as 8 bits, black staying black where nothing is negative.
+
+    Whole numbers are taken for the fewest of 8, 10, 12, 14 and 16 bits that hold the picture's largest; floating point
+    for 0 to 1 or 0 to 255. What fits none of these is scaled so that its range fills 0 to 255.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError("it holds NaN or infinity")
+    low, high = float(values.min()), float(values.max())
+    whole = np.issubdtype(values.dtype, np.integer)
+    ranges = [2.0**bits - 1 for bits in (8, 10, 12, 14, 16)] if whole else [1.0, 255.0]
+    full = next((limit for limit in ranges if low >= 0 and high <= limit), None)
+    if full is None:
+        low, full = min(low, 0.0), high
+    else:
+        low = 0.0
+    scaled = (values.astype(np.float64) - low) * (255 / max(full - low, 1e-300))
+    return np.floor(scaled + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
@@ -122,7 +153,7 @@ def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None =
     is no class.
     """
     try:
-        with Image.open(path) as file:
+        with _opened(path) as file:
             file.load()
             image = ImageOps.exif_transpose(file)
     except _DECODE_ERRORS as error:
@@ -147,12 +178,13 @@ def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None =
             f"masks must have the size of the upright image{hint}"
         )
     values = np.unique(mask)
-    unknown = values[(values != IGNORE) & ((values < 0) | (values > num_classes))]
+    known = np.isin(values, [*range(num_classes + 1), IGNORE])
+    unknown = values[~known]
     if unknown.size:
         raise UserError(
-            f"the mask {path} holds the value {int(unknown[0])}, but only 0 (background), 1 to "
+            f"the mask {path} holds the value {unknown[0]:g}, but only 0 (background), 1 to "
             f"{num_classes} (the classes) "
-            f"and {IGNORE} (ignored) are allowed; mend the mask or list every class in classes.txt"
+            f"and {IGNORE} (ignored) are allowed; fix the mask or list every class in classes.txt"
         )
     return mask.astype(np.uint8)
 

@@ -7,6 +7,7 @@ checked once, when the backbone is made: softmax(scale * q @ k^T) @ v must give 
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import timm.models
 import torch
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from afa.errors import UserError
+from afa.errors import UserError, printable
 
 WORKING = "pvt_v2_b1, vit_small_patch16_224, deit_tiny_patch16_224"
 """Names quoted in error messages: backbones of both families that are known to work."""
@@ -33,6 +35,8 @@ _MIT = {f"mit_b{size}": f"pvt_v2_b{size}" for size in range(6)}
 """SegFormer's MiT is PVTv2's network with an MLP ratio of 4 in every stage."""
 _DEFAULT_PLAIN_BLOCKS = 2
 _PROBE_SIZE = 64
+_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema", "teacher")
+"""Keys under which training scripts save the weights; the first that is there counts."""
 
 
 @dataclass
@@ -260,6 +264,7 @@ def create_timm(name: str, args: Mapping[str, Any], *, pretrained: bool = False)
         near = difflib.get_close_matches(base, [*timm.list_models(), *_MIT], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"working examples: {WORKING}"
         raise UserError(f"model.backbone: timm has no model named '{name}'; {hint}")
+    _refuse_files(args)
     options: dict[str, Any] = {"num_classes": 0}
     if timm.models.is_model_in_modules(base, _RESIZABLE):
         options["dynamic_img_size"] = True  # position embeddings follow the image size
@@ -275,6 +280,16 @@ def create_timm(name: str, args: Mapping[str, Any], *, pretrained: bool = False)
         raise UserError(
             f"model.backbone_args: timm can't make {name} with {dict(args)} ({one_line(error)}); correct them"
         ) from error
+
+
+def _refuse_files(args: Mapping[str, Any]) -> None:
+    """UserError for arguments that make timm read or fetch files: a model file brings its own arguments along."""
+    for key in args:
+        if key in ("checkpoint_path", "cache_dir") or key.startswith("pretrained"):
+            raise UserError(
+                f"model.backbone_args: {key} would make timm read other files, and is refused; give weights by "
+                "model.weights=PATH"
+            )
 
 
 def _find_attentions(net: nn.Module) -> dict[str, nn.Module]:
@@ -355,7 +370,7 @@ def _is_stochastic(module: nn.Module) -> bool:
 
 def one_line(error: BaseException) -> str:
     """The message of an error of others, short enough to quote."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(printable(" ".join(str(error).split())).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
@@ -401,24 +416,37 @@ def _weights_path(weights: str) -> Path:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file by name, on the CPU; UserError when it is neither."""
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_harmless()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"{path} can't be read as weights ({one_line(error)}); it must be a .safetensors file or a torch file "
-            "holding tensors alone"
+            "holding only tensors and settings"
         ) from error
-    for wrapper in ("state_dict", "model", "state_dict_ema"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+    content = dict(content) if isinstance(content, dict) else {}
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no state dict of tensors; save one with torch.save(model.state_dict(), ...)")
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        keys = ", ".join(list(map(str, content))[:8]) or "none"
+        raise UserError(
+            f"{path} holds no state dict of tensors (its keys are {keys}; looked under {', '.join(_WRAPPERS)}); save "
+            "one with torch.save(model.state_dict(), ...)"
+        )
     return content
+
+
+def _harmless() -> list[Any]:
+    """What training scripts save beside the weights, and torch.load would refuse: settings and NumPy numbers."""
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    # The function that makes a NumPy number has moved between NumPy versions.
+    return [argparse.Namespace, np.dtype, np.float64().__reduce__()[0], *kinds]
 
 
 def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:

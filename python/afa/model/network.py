@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from afa.config import Config, ModelConfig, from_dict, to_dict
+from afa.data.class_names import check_class_list
 from afa.errors import UserError
 from afa.files import atomic_path
 from afa.model.backbone import Backbone, load_backbone_weights, one_line
@@ -131,9 +135,35 @@ def save_checkpoint_weights(path: str | Path, model: AFANet, config: Config, cla
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     content = {"format": FORMAT, "config": to_dict(config), "classes": list(classes)}
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, _as_os_error():
         # One key: safetensors writes several in random order, and equal models should be equal files.
         save_file(tensors, temporary, {"afa": json.dumps(content)})
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """safetensors reports a full disk as an error of its own, with the system's number in its text."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def load_classes(path: str | Path) -> list[str]:
+    """The class names in a model saved by `save_checkpoint_weights`; none of its tensors is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {}).get("afa", "{}"))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the model {path} can't be read as a safetensors file ({one_line(error)})") from error
+    return list(content.get("classes", []))
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AFANet, list[str], Config]:
@@ -160,7 +190,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AF
             "give the model.safetensors of a run"
         )
     config = from_dict(metadata["config"], where=str(path))
-    classes = metadata["classes"]
+    classes = check_class_list(metadata["classes"], str(path))
     model = build_model(_without_weights(config.model), len(classes))
     try:
         model.load_state_dict(tensors)

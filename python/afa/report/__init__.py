@@ -72,6 +72,7 @@ def _sections(
             "classes: the share of pixels that are right, over all and as the mean over classes. The first three rows "
             "are labels made for training, given the tags."
         )
+        text += "".join(f" <b>Note: {html.escape(note)}.</b>" for note in result.notes)
         found.append(("Scores", f'{_note(text)}<div class="card wide">{tables.scores(metrics)}</div>'))
     found.append(("Training", curves(log)))
     if result.has_masks:

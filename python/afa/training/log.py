@@ -16,7 +16,7 @@ from torch import Tensor
 from afa import distributed
 from afa.config import Config
 from afa.errors import UserError
-from afa.files import write_text
+from afa.files import to_json, write_text, writing
 from afa.metrics import IGNORE
 from afa.training.schedule import phase_of
 from afa.training.trainer import Step, Trainer
@@ -88,8 +88,8 @@ class RunLog:
 
     def _advice(self) -> str:
         return (
-            f"lower train.lr ({self.config.train.lr:g}), train with train.precision=fp32 if it is not, and go on from "
-            "the last checkpoint with --resume"
+            f"lower train.lr ({self.config.train.lr:g}), train with train.precision=fp32 if it is not, and start "
+            "again in another folder (--run)"
         )
 
     def write(self) -> Record:
@@ -127,8 +127,8 @@ class RunLog:
         """A line of log.jsonl."""
         if not distributed.is_main():
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(to_json(record) + "\n")
         for tell in self.on_record:
             tell(record)
 

@@ -1,4 +1,5 @@
-"""SIGTERM, which clusters send before they take a machine away: the run stops between two steps, and is saved."""
+"""SIGTERM, which clusters send before they take a machine away, and Ctrl-C: the run stops between two steps, and is
+saved."""
 
 from __future__ import annotations
 
@@ -16,21 +17,27 @@ from afa import distributed
 class Stopped(Exception):
     """Training ended early because it was asked to, with a checkpoint after `iteration` iterations."""
 
-    def __init__(self, iteration: int) -> None:
-        super().__init__(f"stopped by SIGTERM after iteration {iteration}")
+    def __init__(self, iteration: int, number: int = signal.SIGTERM) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after iteration {iteration}")
         self.iteration = iteration
+        self.signal = number
 
 
 class StopRequest:
-    """While entered, SIGTERM sets `requested` in place of ending the process. A second one ends it at once."""
+    """While entered, SIGTERM and SIGINT set `requested` in place of ending the process. A second one ends it at once.
+
+    `signal` is the one that came.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.signal: int = signal.SIGTERM
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._handle(signal.SIGTERM, self._receive)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handle(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,9 +57,14 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # A loader's worker that was forked from this process has the handler too, and must end.
         if self.requested or os.getpid() != self._owner:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        self.requested = True
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.requested, self.signal = True, number
+        if number == signal.SIGINT:
+            # Not print: it may have been interrupted itself.
+            os.write(
+                2, b"\nafa: stopping after this iteration, with a checkpoint; press Ctrl-C again to stop at once\n"
+            )
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop; to be called by all of them at the same place."""

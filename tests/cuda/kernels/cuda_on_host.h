@@ -264,4 +264,4 @@ inline int __clz(int x) {
 #define AFA_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
   AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, false, stream, __VA_ARGS__)
 #define AFA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
-  AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, true, stream, __VA_ARGS__)
+  (AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, true, stream, __VA_ARGS__), true)

@@ -8,6 +8,8 @@ so that what is in front of something larger is not lost: instances are drawn fr
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -17,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from afa.data.classes import COCO_CLASSES
-from afa.data.lists import files_by_name, split_list
-from afa.data.prepare.common import Say, run_all, some, write_if_new
+from afa.data.listing import files_by_name
+from afa.data.prepare.common import Say, run_all, say_classes, some, write_if_new
+from afa.data.readers.voc import split_list
 from afa.errors import UserError
 from afa.visualize import save_mask
 
@@ -59,6 +62,8 @@ def prepare_coco(root: Path, *, train_masks: bool = False, progress: bool = True
         rows += [f"{image.name},{';'.join(COCO_CLASSES[number - 1] for number in image.numbers())}" for image in images]
     write_if_new(root / "classes.txt", COCO_CLASSES, say, f"{len(COCO_CLASSES)} classes")
     write_if_new(root / "tags.csv", rows, say, f"the tags of {len(rows) - 1:,} images")
+    shown = Counter(number for images in splits.values() for image in images for number in image.numbers())
+    say_classes({name: shown[number] for number, name in enumerate(COCO_CLASSES, 1)}, say)
     # A list comes last: what it names is complete.
     for split, images in splits.items():
         if split == "val" or train_masks:
@@ -129,26 +134,71 @@ def _read_instances(path: Path) -> list[_Image]:
             if found != expected:
                 raise UserError(f"category {number} of {path} is {found!r}, and not {expected!r} as in COCO")
         numbers = {category["id"]: number for number, category in enumerate(categories, 1)}
-        images = {
-            image["id"]: _Image(Path(image["file_name"]).stem, image["height"], image["width"], [])
-            for image in content["images"]
-        }
+        images: dict[Any, _Image] = {}
+        for image in content["images"]:
+            # Some exports put the folder before the name.
+            name = Path(image["file_name"]).stem
+            images[image["id"]] = _Image(name, _side(image, "height"), _side(image, "width"), [])
         for item in content["annotations"]:
-            images[item["image_id"]].objects.append(
+            image = images[item["image_id"]]
+            image.objects.append(
                 _Object(
                     numbers[item["category_id"]],
-                    float(item["area"]),
+                    _area(item),
                     bool(item.get("iscrowd", 0)),
                     item["id"],
-                    item["segmentation"],
+                    _outline(item, image),
                 )
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         name, url, _ = ARCHIVES["annotations"]
         raise UserError(
-            f"{path} can't be read as COCO's instance annotations ({error!r:.100}); unpack {name} ({url}) anew"
+            f"{path} can't be read as COCO's instance annotations ({error!r:.200}); unpack {name} ({url}) anew"
         ) from error
+    names = Counter(image.name for image in images.values())
+    double = [name for name, count in names.items() if count > 1]
+    if double:
+        raise UserError(f"{path} lists the image {double[0]} {names[double[0]]} times; keep one entry per image")
     return sorted((image for image in images.values() if image.objects), key=lambda image: image.name)
+
+
+def _side(image: dict[str, Any], key: str) -> int:
+    value = image[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"the {key} of image {image['id']!r} must be a whole number of pixels, and is {value!r}")
+    return value
+
+
+def _area(item: dict[str, Any]) -> float:
+    area = float(item["area"])
+    if not math.isfinite(area):
+        raise ValueError(f"the area of annotation {item['id']!r} must be a number, and is {area}")
+    return area
+
+
+def _outline(item: dict[str, Any], image: _Image) -> Any:
+    """The segmentation, checked: pycocotools does not check what it is given."""
+    where = f"the segmentation of annotation {item['id']!r}"
+    outline = item["segmentation"]
+    if isinstance(outline, dict):
+        if list(outline["size"]) != [image.height, image.width]:
+            raise ValueError(f"{where} has the size {outline['size']}, and its image {[image.height, image.width]}")
+        if not isinstance(outline["counts"], str | list):
+            raise ValueError(f"{where} must hold run lengths, and holds {outline['counts']!r:.40}")
+        return outline
+    if not isinstance(outline, list):
+        raise ValueError(f"{where} must be polygons or run lengths, and is {outline!r:.40}")
+    if outline and all(isinstance(value, int | float) for value in outline):
+        outline = [outline]  # one polygon without the list around it
+    for polygon in outline:
+        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(_is_number, polygon)):
+            raise ValueError(f"{where} must hold polygons of x, y, x, y, ..., and holds {polygon!r:.40}")
+    # Two points enclose nothing, and pycocotools takes four numbers for a box.
+    return [polygon for polygon in outline if len(polygon) >= 6]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def draw_mask(height: int, width: int, objects: Sequence[_Object]) -> np.ndarray:

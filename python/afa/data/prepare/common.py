@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from afa.files import write_text
+from afa.files import write_text, writing
 
 Say = Callable[[str, str], None]
 """Prints one line: a word in the margin, and the text."""
@@ -28,11 +28,22 @@ def write_if_new(path: Path, lines: Iterable[str], say: Say, what: str) -> None:
         return
     former = path.with_name(f"{path.name}.old")
     if path.is_file():
-        path.replace(former)
+        # A former one that is kept already may be the only copy of someone's work.
+        number = 1
+        while former.exists():
+            number += 1
+            former = path.with_name(f"{path.name}.old{number}")
+        with writing(former):
+            path.replace(former)
         say("rewrote", f"{path}: {what}; the former one is {former.name}")
     else:
         say("wrote", f"{path}: {what}")
     write_text(path, text)
+
+
+def say_classes(counts: Mapping[str, int], say: Say) -> None:
+    """Print the classes with the number of images that show each."""
+    say("classes", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
 def run_all(work: Callable[[Any], object], tasks: Sequence[Any], name: str, progress: bool) -> None:

@@ -6,9 +6,9 @@ import difflib
 from pathlib import Path
 
 from afa.config import DataConfig
-from afa.data.own import is_own_folder, other_files, read_own_folder
+from afa.data.dataset import open_dataset
 from afa.data.prepare.common import Say
-from afa.data.voc import open_dataset
+from afa.data.readers.own import is_own_folder, other_files, read_own_folder
 from afa.errors import UserError
 
 
@@ -28,11 +28,11 @@ def prepare_own(folder: Path, *, progress: bool = True, say: Say) -> Path:
     say("found", f"{len(own.pictures):,} pictures, tagged by {own.source}, {len(own.classes)} classes")
     if own.untagged:
         total = own.untagged + len(own.pictures)
-        say("note", f"left out for want of a line in {own.source}: {own.untagged:,} of {total:,} pictures")
+        say("note", f"left out because {own.source} has no line for them: {own.untagged:,} of {total:,} pictures")
     others = other_files(folder)
     if others:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
-        say("note", f"left out, as no kind of picture that can be read: {kinds}")
+        say("note", f"left out because they are not pictures that can be read: {kinds}")
     data = DataConfig(root=str(folder), bad_images="skip")
     bad: list[str] = []
     names: dict[str, set[str]] = {}
@@ -41,12 +41,15 @@ def prepare_own(folder: Path, *, progress: bool = True, say: Say) -> Path:
         names[split] = set(dataset.names)
         bad += dataset.skipped
         if split == "val":
-            masks = f"masks in {dataset.mask_folder}" if dataset.has_masks else f"no masks in {dataset.mask_folder}"
+            masked, notes = dataset.has_masks, dataset.mask_notes()
     counts = {split: len(found) for split, found in names.items()}
     say("split", f"{counts['train']:,} to train on, {counts['val']:,} to measure: {own.how_split()}")
-    if "no masks" in masks:
-        masks += ": the classifier's F1 will be measured, the segmentation can't be"
-    say("masks", masks)
+    if masked:
+        say("masks", f"{own.mask_files:,} mask files in {own.mask_folder}")
+    else:
+        say("masks", f"no masks in {own.mask_folder}: the classifier's F1 will be measured, the segmentation can't be")
+    for note in [*own.notes, *notes]:
+        say("note", note)
     width, tagged = max(map(len, own.classes)), own.counts()
     for number, name in enumerate(own.classes, 1):
         shown = {s: sum(p.name in names[s] for p in own.pictures if name in p.labels) for s in ("train", "val")}
@@ -56,9 +59,9 @@ def prepare_own(folder: Path, *, progress: bool = True, say: Say) -> Path:
         )
     if bad:
         for reason in bad[:20]:
-            say("bad", reason.partition(";")[0])
+            say("bad", reason.rpartition(";")[0])
         raise UserError(
-            f"{len(bad):,} of the {len(own.pictures):,} pictures of {folder} can't be used, as listed above; mend or "
+            f"{len(bad):,} of the {len(own.pictures):,} pictures of {folder} can't be used, as listed above; fix or "
             "remove them, or train with data.bad_images=skip"
         )
     return folder

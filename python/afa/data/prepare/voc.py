@@ -13,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from afa.data.classes import VOC_CLASSES
-from afa.data.lists import files_by_name, read_lines, split_list, stem_of
-from afa.data.prepare.common import Say, run_all, some, write_if_new
-from afa.data.tags import xml_labels
+from afa.data.listing import PictureFinder, files_by_name, stem_of
+from afa.data.prepare.common import Say, run_all, say_classes, some, write_if_new
+from afa.data.readers.tags import read_lines, xml_labels
+from afa.data.readers.voc import listed_name, split_list
 from afa.data.transforms import IGNORE
 from afa.errors import UserError
 from afa.visualize import save_mask
@@ -86,7 +87,8 @@ def _check_voc(root: Path, say: Say) -> tuple[list[str], list[str]]:
     for split, full in (("train", TRAIN), ("val", VAL)):
         path = split_list(root, split)
         if path.is_file():
-            lists[split] = [stem_of(line.split()[0]) for line in read_lines(path)]
+            finder = PictureFinder(files_by_name([root / "JPEGImages"], (".jpg",)))
+            lists[split] = [listed_name(line, finder) for line in read_lines(path)]
             say("found", f"{path}: {len(lists[split]):,} names of {full:,}")
         else:
             missing.append(str(path.relative_to(root)))
@@ -165,14 +167,19 @@ def _write_tags(root: Path, names: list[str], source: _Segmented | None, progres
         raise UserError(f"the image '{name}' has no annotation {path}; {_get_voc()}")
 
     rows = ["image,labels"]
+    counts = dict.fromkeys(VOC_CLASSES, 0)
     with ThreadPoolExecutor(8) as pool:
         found = tqdm(pool.map(labels_of, names), total=len(names), desc="tags", unit="img", disable=not progress)
         for name, labels in zip(names, found, strict=True):
             for label in labels:
                 if label not in VOC_CLASSES:
                     raise UserError(f"the annotation of '{name}' in {root} holds '{label}', which is no class of VOC")
-            rows.append(f"{name},{' '.join(name for name in VOC_CLASSES if name in labels)}")
+            shown = [label for label in VOC_CLASSES if label in labels]
+            for label in shown:
+                counts[label] += 1
+            rows.append(f"{name},{' '.join(shown)}")
     write_if_new(root / "tags.csv", rows, say, f"the tags of {len(names):,} images")
+    say_classes(counts, say)
 
 
 def read_sbd(path: Path) -> np.ndarray:

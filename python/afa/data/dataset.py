@@ -1,15 +1,15 @@
-"""Datasets in PASCAL VOC's folder layout or of one's own pictures, and the check of every file before long work.
+"""Tagged pictures as a dataset, whatever the layout of their folder, and the check of every file before long work.
 
 root/JPEGImages/<name>.jpg                  or .jpeg, .png, .bmp, .webp, .tif; COCO's train2014 and val2014 will do
-root/ImageSets/Segmentation/<split>.txt     one name a line
+root/ImageSets/Segmentation/<split>.txt     one name per line
 root/tags.csv                               image,labels (labels separated by space or ;), or else
 root/Annotations/<name>.xml                 VOC's own files, of which only the objects' names are read
-root/classes.txt                            foreground classes, one a line; without it VOC's 20
-root/SegmentationClass/<name>.png           masks, opened for evaluation alone; a split may have none. What is not there
+root/classes.txt                            foreground classes, one per line; without it VOC's 20
+root/SegmentationClass/<name>.png           masks, opened only for evaluation; a split may have none. What is not there
                                             is looked for in SegmentationClassAug
 
-`afa prepare` makes what the public downloads lack of this. A folder without ImageSets and JPEGImages is read as own.py
-says.
+`afa prepare` makes what the public downloads lack of this. A folder without ImageSets and JPEGImages is read as
+readers/own.py says.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from afa.config import DataConfig
-from afa.data.lists import MASK_FOLDERS, files_by_name, find_images, read_classes, read_split
-from afa.data.own import MASKS, is_own_folder, read_own_folder
-from afa.data.tags import read_tags
+from afa.data.mask_notes import mask_notes
+from afa.data.readers import read_tagged
 from afa.data.transforms import IGNORE, check_image, image_size, random_crop, read_image, read_mask, shrunk
 from afa.errors import UserError
 
 Sample = dict[str, Any]
 
 
-class VOCDataset(Dataset[Sample]):
+class TaggedDataset(Dataset[Sample]):
     """Images of one split with their tags, and their masks only when `with_mask`.
 
     A training item is {"image": uint8 [3,S,S], "tags": float32 [C], "box": int64 [4] (y0,y1,x0,x1), "name":
@@ -78,21 +77,15 @@ class VOCDataset(Dataset[Sample]):
         self.with_mask = with_mask
         self.largest_side = largest_side
         self.skipped: list[str] = []  # why each image that `check_dataset` has dropped can't be used
-        self.is_own = is_own_folder(self.root)
-        if self.is_own:
-            folder = read_own_folder(self.root)
-            pictures = folder.split(split)
-            self.classes = folder.classes
-            self.names = [picture.name for picture in pictures]
-            self.paths = [picture.path for picture in pictures]
-            self.tags = torch.tensor(
-                [[float(name in picture.labels) for name in folder.classes] for picture in pictures]
-            )
-        else:
-            self.names = read_split(self.root, split)
-            self.classes = read_classes(self.root)
-            self.tags = read_tags(self.root, self.names, self.classes)  # float32 [len, C]
-            self.paths = find_images(self.root, self.names, split)
+        pictures = read_tagged(self.root, split)
+        self.classes = pictures.classes
+        self.names = pictures.names
+        self.paths = pictures.paths
+        self.tags = pictures.tags  # float32 [len, C]
+        self.notes = pictures.notes
+        self.mask_folder = pictures.mask_folder
+        self._masks = pictures.masks
+        self.mask_pixels: np.ndarray | None = None  # int64 [256] by value over all masks, after `check_dataset`
         if with_mask:
             _ = self.has_masks  # looked up once, here, and not in every worker
 
@@ -116,17 +109,6 @@ class VOCDataset(Dataset[Sample]):
             size = (image.height, image.width) if self.largest_side is None else image_size(self.paths[index])
             sample["mask"] = torch.from_numpy(self.mask(index, size).astype(np.int64))
         return sample
-
-    @property
-    def mask_folder(self) -> Path:
-        """Where masks are looked for first."""
-        return self.root / (MASKS if self.is_own else MASK_FOLDERS[0])
-
-    @cached_property
-    def _masks(self) -> dict[str, Path]:
-        """Name -> mask, of all that are there."""
-        folders = [self.mask_folder] if self.is_own else [self.root / name for name in MASK_FOLDERS]
-        return files_by_name(folders, (".png",))
 
     def mask_path(self, index: int) -> Path:
         """Where the mask of an image is, or would be."""
@@ -162,6 +144,18 @@ class VOCDataset(Dataset[Sample]):
         with ThreadPoolExecutor(_threads()) as pool:
             return [shrunk(size, self.largest_side) for size in pool.map(image_size, self.paths)]
 
+    def class_counts(self) -> str:
+        """The classes with the number of images that show each, as text: 'cat 10, dog 3'."""
+        counts = self.tags.sum(0).long().tolist()
+        return ", ".join(f"{name} {count:,}" for name, count in zip(self.classes, counts, strict=True))
+
+    def mask_notes(self) -> list[str]:
+        """What makes the scores on these masks say less than they seem to; known after `check_dataset`."""
+        if self.mask_pixels is None or not self.has_masks:
+            return []
+        counts = self.mask_pixels.tolist()
+        return mask_notes(counts[: len(self.classes) + 1], counts[IGNORE], self.classes)
+
     def drop(self, bad: dict[int, str]) -> None:
         """Leave images out; `bad` maps their indices to the reason, which goes to `skipped`."""
         kept = [index for index in range(len(self)) if index not in bad]
@@ -175,10 +169,10 @@ class VOCDataset(Dataset[Sample]):
         self.__dict__.pop("has_masks", None)
 
 
-def open_dataset(data: DataConfig, split: str, *, train: bool, with_mask: bool, progress: bool = True) -> VOCDataset:
+def open_dataset(data: DataConfig, split: str, *, train: bool, with_mask: bool, progress: bool = True) -> TaggedDataset:
     """The split as the configuration's data section has it; with data.bad_images=skip, checked and rid of images that
     can't be used, which `skipped` of the dataset names."""
-    dataset = VOCDataset(
+    dataset = TaggedDataset(
         data.root,
         split,
         train=train,
@@ -193,23 +187,23 @@ def open_dataset(data: DataConfig, split: str, *, train: bool, with_mask: bool, 
     return dataset
 
 
-def check_dataset(dataset: VOCDataset, progress: bool = True, *, skip: bool = False) -> None:
+def check_dataset(dataset: TaggedDataset, progress: bool = True, *, skip: bool = False) -> None:
     """Decode every image, and every mask of a set that uses masks; UserError names the first bad file, or, with
     `skip`, the images of bad files are dropped.
 
     Run before any long work: a run must not die of a truncated picture in its second hour.
     """
 
-    def check(index: int) -> str | None:
+    def check(index: int) -> tuple[str | None, np.ndarray | None]:
         try:
             size = _checked_size(dataset.paths[index])
-            if dataset.with_mask:
-                dataset.mask(index, size)
+            if dataset.with_mask and dataset.has_masks:
+                return None, np.bincount(dataset.mask(index, size).reshape(-1), minlength=IGNORE + 1)
         except UserError as error:
             if not skip:
                 raise
-            return str(error)
-        return None
+            return str(error), None
+        return None, None
 
     pool = ThreadPoolExecutor(_threads())
     try:
@@ -222,17 +216,27 @@ def check_dataset(dataset: VOCDataset, progress: bool = True, *, skip: bool = Fa
             leave=False,
             disable=not progress,
         )
-        found = dict(enumerate(bar))
+        pixels = np.zeros(IGNORE + 1, np.int64)
+        bad: dict[int, str] = {}
+        for index, (reason, counts) in enumerate(bar):
+            if reason is not None:
+                bad[index] = reason
+            if counts is not None:
+                pixels += counts
     finally:
         pool.shutdown(cancel_futures=True)
-    bad = {index: reason for index, reason in found.items() if reason is not None}
+    if dataset.with_mask:
+        dataset.mask_pixels = pixels
     if bad:
         dataset.drop(bad)
 
 
 def _checked_size(path: Path) -> tuple[int, int]:
     """`check_image`, which a file that has not changed since goes through once."""
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"the image {path} can't be read ({error.strerror or error}); replace it") from error
     found = _checked(str(path), status.st_size, status.st_mtime_ns)
     if isinstance(found, str):
         raise UserError(found)
