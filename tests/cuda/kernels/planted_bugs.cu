@@ -2,9 +2,10 @@
 //
 //     planted_bugs <kernel> <right|wrong> <order>...    prints the kernel's output, a line an order
 #include <cstdio>
-#include <cstdlib>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/cuda.cuh"
 
@@ -343,30 +344,36 @@ void run(const std::string& name, const float* in, float* out) {
 
 }  // namespace
 
+void check(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
 int main(int arguments, char** argument) {
   const std::string name = argument[1];
   const bool right = std::string(argument[2]) == "right";
-  const int count = (name == "beyond_the_grid" ? 3 : 1) * kBlocks * kSize;
-  float* in = new float[count];
-  float* out = new float[count];
+  const size_t count = (name == "beyond_the_grid" ? 3 : 1) * kBlocks * kSize, bytes = count * sizeof(float);
+  std::vector<float> values(count), zeros(count), result(count);
+  std::iota(values.begin(), values.end(), 1.0f);
+  void *in = nullptr, *out = nullptr;
+  check(cudaMalloc(&in, bytes));
+  check(cudaMalloc(&out, bytes));
   bool failed = false;
   for (int order = 3; order < arguments; ++order) {
     cuda_on_host_order(argument[order]);
-    for (int i = 0; i < count; ++i) {
-      in[i] = static_cast<float>(i + 1);
-      out[i] = 0;
-    }
+    check(cudaMemcpy(in, values.data(), bytes, cudaMemcpyHostToDevice));
+    check(cudaMemcpy(out, zeros.data(), bytes, cudaMemcpyHostToDevice));
     try {
-      right ? run<true>(name, in, out) : run<false>(name, in, out);
-      if (const char* error = afa::launch_error()) throw std::runtime_error(error);
+      float *const from = static_cast<float*>(in), *const to = static_cast<float*>(out);
+      right ? run<true>(name, from, to) : run<false>(name, from, to);
+      check(cudaGetLastError());
+      check(cudaDeviceSynchronize());
     } catch (const std::exception& error) {
       std::fprintf(stderr, "%s\n", error.what());
       failed = true;
     }
-    for (int i = 0; i < count; ++i) std::printf("%g ", out[i]);
+    check(cudaMemcpy(result.data(), out, bytes, cudaMemcpyDeviceToHost));
+    for (float value : result) std::printf("%g ", value);
     std::printf("\n");
   }
-  delete[] in;
-  delete[] out;
   return failed ? 1 : 0;
 }
