@@ -22,7 +22,8 @@ RUNTIME, KERNELS, BRIDGE = HERE / "runtime", HERE / "kernels", HERE / "bridge"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 # For the .cu files where nothing is sanitized: calls before each access, to the functions of memory_check.cpp.
 CHECKED = ["-fsanitize=thread,alignment,bounds"]
-# Arguments of a launch are searched for pointers; what a struct leaves unset must not look like one.
+# For csrc's host code: arguments of a launch are searched for pointers, and what a struct leaves unset must not look
+# like one. Not for the .cu files: with -fsanitize=thread GCC 12 then zeroes a variable that is set.
 ZEROED = ["-ftrivial-auto-var-init=zero"]
 HARNESS = [KERNELS / name for name in ("cuda_on_host.cpp", "memory_check.cpp", "async_copy.cpp")]
 TORCH_LIBRARIES = ("libc10_cuda.so", "libtorch_cuda.so", "libtorch_python.so", "libtorch_cuda_linalg.so")
@@ -91,7 +92,7 @@ def compile_objects(sources: Sequence[Path], target_folder: Path, flags: Sequenc
         depends = target.with_suffix(".d")
         unfinished, known = target.with_suffix(".new"), target.with_suffix(".command")
         command = [*common, "-O2", *flags]
-        if source.suffix == ".cpp":
+        if source.suffix == ".cpp" and CSRC in source.parents:
             command += ZEROED
         if source.suffix == ".cu":
             command += ["-DAFA_CUDA_ON_HOST"]
@@ -198,6 +199,13 @@ def build_package(sanitize: bool = False) -> Path:
     shutil.copytree(ROOT / "afa_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy2(library, package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
     return package.parent
+
+
+def build_planted_faults() -> Path:
+    """The library of planted_faults.cu."""
+    target_folder = folder(sanitize=False) / "planted_faults"
+    objects = compile_objects([HERE / "planted_faults.cu", *HARNESS], target_folder, [])
+    return link(objects, target_folder / "planted_faults.so", "-shared", "-Wl,-Bsymbolic", *runtime_link_flags(), "-ldl")
 
 
 def build_program(source: Path, sanitize: bool) -> Path:
