@@ -6,6 +6,7 @@ Only what changed is compiled. Everything lies under build/cuda_stand_in.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -194,11 +195,59 @@ def build_package(sanitize: bool = False) -> Path:
     libraries = [f"-L{torch_folder() / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     libraries += ["-ltorch_cpu", "-lc10", *runtime_link_flags()]
     library = link(objects, target_folder / "_C.so", "-shared", *extra, "-Wl,-Bsymbolic", *libraries)
-    package = target_folder / "lib" / "afa_ext"
+    return copy_package(target_folder / "lib", library)
+
+
+def copy_package(target_folder: Path, library: Path) -> Path:
+    """A folder with a copy of the package afa_ext around this library."""
+    package = target_folder / "afa_ext"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "afa_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy2(library, package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
-    return package.parent
+    return target_folder
+
+
+# ---- the shipped library ----
+
+
+def native_folder() -> Path:
+    """Where setup.py builds."""
+    default = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+    return Path(os.environ.get("AFA_EXT_BUILD_DIR") or default).resolve()
+
+
+def link_command() -> list[str]:
+    """That of `_C`, as CMake has it."""
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    output = subprocess.run(
+        [str(ninja), "-C", str(native_folder()), "-t", "commands", "_C"], capture_output=True, text=True, check=True
+    ).stdout
+    return shlex.split(output.splitlines()[-1].removeprefix(": && ").removesuffix(" && :"))
+
+
+def why_not_shipped() -> str | None:
+    """Why the shipped library can't be linked to the stand-in's runtime; None if it can."""
+    if not (native_folder() / "build.ninja").exists():
+        return f"the library was not built here: no {native_folder()}"
+    command = link_command()
+    if not any(Path(word).name.startswith("libcudart_static") for word in command):
+        return "the library was built without CUDA"
+    missing = [word for word in command if word.endswith(".o") and not (native_folder() / word).exists()]
+    return f"the library's objects are not here: {missing[0]}" if missing else None
+
+
+def build_shipped_package(linked_to_torch: bool) -> Path:
+    """A folder with a copy of the package around the library that ships, linked by CMake's own command but for the
+    runtime. Without `linked_to_torch`, also without libtorch.so, as a library that can't find torch's CUDA part."""
+    target_folder = folder(sanitize=False) / ("shipped" if linked_to_torch else "shipped_without_torch")
+    target_folder.mkdir(parents=True, exist_ok=True)
+    command = link_command()
+    library = target_folder / "_C.so"
+    command[command.index("-o") + 1] = str(library)
+    removed = ["libcudart_static", "libculibos"] + ([] if linked_to_torch else ["libtorch.so"])
+    command = [word for word in command if not Path(word).name.startswith(tuple(removed))]
+    subprocess.run([*command, *runtime_link_flags()], check=True, cwd=native_folder())
+    return copy_package(target_folder / "lib", library)
 
 
 def build_planted_faults() -> Path:
