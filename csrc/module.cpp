@@ -1,4 +1,7 @@
 // The Python module afa_ext._C: how it was built, the operators' names, and launch plans.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <optional>
 #include <string>
 #include <vector>
@@ -25,25 +28,6 @@ int find_variant(const TunedKernel& kernel, const std::string& name) {
 }  // namespace
 }  // namespace afa
 
-#ifdef AFA_CUDA_ON_HOST_LIBRARY
-// What the tests use in place of the Python module's set_launch_plan and launch_plans. variant null: the
-// rule's.
-extern "C" __attribute__((visibility("default"))) bool cuda_on_host_force(const char* name,
-                                                                          const char* variant) {
-  const afa::TunedKernel* kernel = afa::find_kernel(name);
-  if (kernel == nullptr) return false;
-  const int number = variant == nullptr ? -1 : afa::find_variant(*kernel, variant);
-  if (variant != nullptr && number < 0) return false;
-  return afa::set_plan(*kernel, afa::kAny, afa::kAny, afa::kAny, number);
-}
-
-extern "C" __attribute__((visibility("default"))) int64_t cuda_on_host_times_chosen(const char* name) {
-  return afa::times_chosen(*afa::find_kernel(name));
-}
-#else
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 namespace {
 
 pybind11::dict build_info() {
@@ -61,9 +45,6 @@ pybind11::dict build_info() {
 #else
   info["cuda"] = pybind11::none();
   info["cuda_architectures"] = "";
-#endif
-#ifdef AFA_CUDA_ON_HOST
-  info["cuda_on_host"] = true;  // CPU tensors are computed by the CUDA kernels: a build for tests
 #endif
   info["simd_levels"] = compiled;
   info["simd"] = afa::simd_name(afa::simd_level());
@@ -206,4 +187,3 @@ PYBIND11_MODULE(_C, m) {
   m.def("reset_launch_plans", &afa::reset_plans,
         "Takes back everything that was set: the defaults alone are left.");
 }
-#endif

@@ -25,11 +25,10 @@
   type* const name = reinterpret_cast<type*>(afa_dynamic_shared)
 #endif
 
-#include <map>
-#include <mutex>
 #include <tuple>
 #include <type_traits>
 
+#include "common/device.h"
 #include "common/geometry.h"
 
 namespace afa {
@@ -108,64 +107,14 @@ void with_type(Kind kind, const F& f) {
   }
 }
 
-// What the driver says of a kernel on a device does not change: it is asked once, as the question costs a
-// microsecond or more and a launch not much above it.
-struct KernelQuestion {
-  const void* kernel;
-  int device, threads;
-  size_t shared_bytes;
-  bool operator<(const KernelQuestion& other) const {
-    return std::tie(kernel, device, threads, shared_bytes) <
-           std::tie(other.kernel, other.device, other.threads, other.shared_bytes);
-  }
-};
-template <typename F>
-int64_t asked_once(const KernelQuestion& question, const F& ask) {
-  static std::mutex writing;
-  static std::map<KernelQuestion, int64_t> answers;
-  const std::lock_guard<std::mutex> lock(writing);
-  const auto known = answers.find(question);
-  if (known != answers.end()) return known->second;
-  return answers[question] = ask();
-}
-
-inline int current_device() {
-  int device = 0;
-  cudaGetDevice(&device);
-  return device;
-}
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int value = 0;
-  cudaDeviceGetAttribute(&value, attribute, current_device());
-  return value;
-}
-
-// Beyond this much, dynamic shared memory has to be asked for, kernel by kernel.
-constexpr size_t kFreeSharedBytes = 48 << 10;
-
 template <typename... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
-  if (bytes <= kFreeSharedBytes) return;
-  const void* address = reinterpret_cast<const void*>(kernel);
-  asked_once({address, current_device(), 0, bytes}, [&] {
-    cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    return 0;
-  });
+  allow_shared_of(reinterpret_cast<const void*>(kernel), bytes);
 }
 
-// How many blocks of a kernel the current device can run at once in a cooperative launch; 0 if not one fits,
-// or if it has no such launches.
 template <typename... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
-  allow_shared(kernel, shared_bytes);
-  const void* address = reinterpret_cast<const void*>(kernel);
-  return asked_once({address, current_device(), threads, shared_bytes}, [&]() -> int64_t {
-    if (device_attribute(cudaDevAttrCooperativeLaunch) == 0) return 0;
-    int blocks = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, address, threads, shared_bytes);
-    return int64_t{device_attribute(cudaDevAttrMultiProcessorCount)} * blocks;
-  });
+  return resident_blocks_of(reinterpret_cast<const void*>(kernel), threads, shared_bytes);
 }
 
 #ifdef AFA_CUDA_ON_HOST

@@ -112,9 +112,6 @@ Tensor contiguous_as(const Tensor& t, ScalarType type) {
 }
 
 CudaScope::CudaScope(const Tensor& t) {
-#ifdef AFA_CUDA_ON_HOST
-  if (!t.is_cuda()) return;
-#endif
   guard_.emplace(t.get_device_index());
   AFA_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
             "this torch has no CUDA support, so that no CUDA tensor can reach afa_ext");

@@ -108,7 +108,7 @@ class CudaScope {
 void check_launch(const char* error, const char* op);
 [[noreturn]] void built_without_cuda(const char* op);
 
-#if defined(AFA_WITH_CUDA) || defined(AFA_CUDA_ON_HOST)
+#ifdef AFA_WITH_CUDA
 #define AFA_CUDA_LAUNCH(op, call) ::afa::check_launch(call, op)
 #else
 #define AFA_CUDA_LAUNCH(op, call) ::afa::built_without_cuda(op)

@@ -136,11 +136,10 @@ void choose_cpu(const ChoiceParams& p) {
 
 // What a batch's maps, PAR's copies of them and its weights may take on CUDA, where nobody on the host knows
 // how many of all classes are present: with more, images are taken a few at a time, at least one.
-#ifdef AFA_CUDA_ON_HOST
-constexpr int64_t kScratchBytes = int64_t{1} << 16;
-#else
-constexpr int64_t kScratchBytes = int64_t{1} << 30;
+#ifndef AFA_LABEL_SCRATCH_BYTES  // the tests build with little, so that small batches are split too
+#define AFA_LABEL_SCRATCH_BYTES (int64_t{1} << 30)
 #endif
+constexpr int64_t kScratchBytes = AFA_LABEL_SCRATCH_BYTES;
 
 // How many images that is. The maps are there three times while PAR passes from one copy to the other.
 int64_t images_at_once(int64_t batch, int64_t maps, int64_t planes, const Region& whole, const Tensor& like) {

@@ -243,8 +243,8 @@ constexpr int kStepClasses = 8, kStepThreads = 224;
 // it on GeForce (99 KB), so that other blocks compute while one stages. The runtime keeps 1 KB for each
 // block.
 inline int64_t step_shared_bytes() {
-  const int64_t of_sm = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const int64_t of_block = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t of_sm = shared_bytes_of_sm();
+  const int64_t of_block = shared_bytes_of_block();
   const int64_t share = of_sm / (of_sm > (128 << 10) ? 3 : 2) - (1 << 10);
   return share < of_block ? share : of_block;
 }

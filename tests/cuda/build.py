@@ -182,6 +182,7 @@ def build_package(sanitize: bool = False) -> Path:
     import torch
     extra = SANITIZE if sanitize else []
     flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DAFA_SIMD=baseline", "-DAFA_WITH_CUDA", *extra]
+    flags.append("-DAFA_LABEL_SCRATCH_BYTES=65536")
     flags += [*torch_includes(), f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     flags += [
         '-DAFA_BUILD_COMPILER="GNU 0.0 (CUDA kernels on the CPU)"',
@@ -261,7 +262,8 @@ def build_program(source: Path, sanitize: bool) -> Path:
     """A program of one .cu file with a main."""
     extra = SANITIZE if sanitize else []
     target_folder = folder(sanitize) / source.stem
-    objects = compile_objects([source, *HARNESS], target_folder, extra)
+    device = CSRC / "common" / "device.cpp"
+    objects = compile_objects([source, device, *HARNESS], target_folder, ["-DAFA_WITH_CUDA", *extra])
     return link(objects, target_folder / source.stem, *runtime_link_flags(), "-ldl", *extra)
 
 
