@@ -231,7 +231,7 @@ def why_not_shipped() -> str | None:
     if not (native_folder() / "build.ninja").exists():
         return f"the library was not built here: no {native_folder()}"
     command = link_command()
-    if not any(Path(word).name.startswith("libcudart_static") for word in command):
+    if not any("cudart_static" in word for word in command):
         return "the library was built without CUDA"
     missing = [word for word in command if word.endswith(".o") and not (native_folder() / word).exists()]
     return f"the library's objects are not here: {missing[0]}" if missing else None
@@ -245,8 +245,8 @@ def build_shipped_package(linked_to_torch: bool) -> Path:
     command = link_command()
     library = target_folder / "_C.so"
     command[command.index("-o") + 1] = str(library)
-    removed = ["libcudart_static", "libculibos"] + ([] if linked_to_torch else ["libtorch.so"])
-    command = [word for word in command if not Path(word).name.startswith(tuple(removed))]
+    removed = ["cudart_static"] + ([] if linked_to_torch else ["libtorch.so"])
+    command = [word for word in command if not any(name in word for name in removed)]
     subprocess.run([*command, *runtime_link_flags()], check=True, cwd=native_folder())
     return copy_package(target_folder / "lib", library)
 
