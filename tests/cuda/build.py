@@ -6,6 +6,7 @@ Only what changed is compiled. Everything lies under build/cuda_stand_in.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ RUNTIME, KERNELS, BRIDGE = HERE / "runtime", HERE / "kernels", HERE / "bridge"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 # For the .cu files where nothing is sanitized: calls before each access, to the functions of memory_check.cpp.
 CHECKED = ["-fsanitize=thread,alignment,bounds"]
-# Arguments of a launch are searched for pointers; what a struct leaves unset must not look like one.
+# For csrc's host code: arguments of a launch are searched for pointers, and what a struct leaves unset must not look
+# like one. Not for the .cu files: with -fsanitize=thread GCC 12 then zeroes a variable that is set.
 ZEROED = ["-ftrivial-auto-var-init=zero"]
 HARNESS = [KERNELS / name for name in ("cuda_on_host.cpp", "memory_check.cpp", "async_copy.cpp")]
 TORCH_LIBRARIES = ("libc10_cuda.so", "libtorch_cuda.so", "libtorch_python.so", "libtorch_cuda_linalg.so")
@@ -91,7 +93,7 @@ def compile_objects(sources: Sequence[Path], target_folder: Path, flags: Sequenc
         depends = target.with_suffix(".d")
         unfinished, known = target.with_suffix(".new"), target.with_suffix(".command")
         command = [*common, "-O2", *flags]
-        if source.suffix == ".cpp":
+        if source.suffix == ".cpp" and CSRC in source.parents:
             command += ZEROED
         if source.suffix == ".cu":
             command += ["-DAFA_CUDA_ON_HOST"]
@@ -194,11 +196,66 @@ def build_package(sanitize: bool = False) -> Path:
     libraries = [f"-L{torch_folder() / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     libraries += ["-ltorch_cpu", "-lc10", *runtime_link_flags()]
     library = link(objects, target_folder / "_C.so", "-shared", *extra, "-Wl,-Bsymbolic", *libraries)
-    package = target_folder / "lib" / "afa_ext"
+    return copy_package(target_folder / "lib", library)
+
+
+def copy_package(target_folder: Path, library: Path) -> Path:
+    """A folder with a copy of the package afa_ext around this library."""
+    package = target_folder / "afa_ext"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "afa_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy2(library, package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
-    return package.parent
+    return target_folder
+
+
+# ---- the shipped library ----
+
+
+def native_folder() -> Path:
+    """Where setup.py builds."""
+    default = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+    return Path(os.environ.get("AFA_EXT_BUILD_DIR") or default).resolve()
+
+
+def link_command() -> list[str]:
+    """That of `_C`, as CMake has it."""
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    output = subprocess.run(
+        [str(ninja), "-C", str(native_folder()), "-t", "commands", "_C"], capture_output=True, text=True, check=True
+    ).stdout
+    return shlex.split(output.splitlines()[-1].removeprefix(": && ").removesuffix(" && :"))
+
+
+def why_not_shipped() -> str | None:
+    """Why the shipped library can't be linked to the stand-in's runtime; None if it can."""
+    if not (native_folder() / "build.ninja").exists():
+        return f"the library was not built here: no {native_folder()}"
+    command = link_command()
+    if not any("cudart_static" in word for word in command):
+        return "the library was built without CUDA"
+    missing = [word for word in command if word.endswith(".o") and not (native_folder() / word).exists()]
+    return f"the library's objects are not here: {missing[0]}" if missing else None
+
+
+def build_shipped_package(linked_to_torch: bool) -> Path:
+    """A folder with a copy of the package around the library that ships, linked by CMake's own command but for the
+    runtime. Without `linked_to_torch`, also without libtorch.so, as a library that can't find torch's CUDA part."""
+    target_folder = folder(sanitize=False) / ("shipped" if linked_to_torch else "shipped_without_torch")
+    target_folder.mkdir(parents=True, exist_ok=True)
+    command = link_command()
+    library = target_folder / "_C.so"
+    command[command.index("-o") + 1] = str(library)
+    removed = ["cudart_static"] + ([] if linked_to_torch else ["libtorch.so"])
+    command = [word for word in command if not any(name in word for name in removed)]
+    subprocess.run([*command, *runtime_link_flags()], check=True, cwd=native_folder())
+    return copy_package(target_folder / "lib", library)
+
+
+def build_planted_faults() -> Path:
+    """The library of planted_faults.cu."""
+    target_folder = folder(sanitize=False) / "planted_faults"
+    objects = compile_objects([HERE / "planted_faults.cu", *HARNESS], target_folder, [])
+    return link(objects, target_folder / "planted_faults.so", "-shared", "-Wl,-Bsymbolic", *runtime_link_flags(), "-ldl")
 
 
 def build_program(source: Path, sanitize: bool) -> Path:

@@ -27,6 +27,10 @@ cudaError_t error(cudaError_t code) {
   return last_error = code;
 }
 
+void report(const std::string& text) {
+  all_faults += text + "\n";
+}
+
 cudaError_t fault(cudaError_t code, const char* format, ...) {
   char text[2048];
   va_list arguments;
@@ -35,14 +39,14 @@ cudaError_t fault(cudaError_t code, const char* format, ...) {
   va_end(arguments);
   last_fault = text;
   code_of_last_fault = code;
-  all_faults += last_fault + "\n";
+  report(last_fault);
   return last_error = code;
 }
 
 void check_that_launch_errors_were_fetched() {
   if (unfetched_launch.empty()) return;
   const std::string kernel = std::exchange(unfetched_launch, std::string());
-  all_faults += "nobody fetched the error of the launch of " + kernel + "\n";
+  report("nobody fetched the error of the launch of " + kernel);
 }
 
 void remember_launch_error(const std::string& kernel) {
@@ -107,5 +111,6 @@ STAND_IN_API const char* stand_in_faults() {
   const auto guard = lock();
   check_that_launch_errors_were_fetched();
   text = std::exchange(all_faults, std::string());
+  last_error = cudaSuccess;
   return text.c_str();
 }

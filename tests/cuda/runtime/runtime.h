@@ -26,6 +26,8 @@ cudaError_t error(cudaError_t code);
 // A fault: a use of CUDA that the stand-in finds wrong. The text is kept for stand_in_faults(), and
 // cudaGetErrorString returns it for the code in this host thread.
 cudaError_t fault(cudaError_t code, const char* format, ...) __attribute__((format(printf, 2, 3)));
+// A fault that is no call's error.
+void report(const std::string& text);
 // Makes a launch error that nobody has fetched a fault; called before the next launch.
 void check_that_launch_errors_were_fetched();
 void remember_launch_error(const std::string& kernel);
