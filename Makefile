@@ -35,7 +35,7 @@ test: install
 
 smoke: install
 	rm -rf runs/smoke
-	$(BIN)/afa train demo --run runs/smoke train.iterations=30 train.classify_until=10 train.par_until=20
+	$(BIN)/afa train demo --run runs/smoke train.iterations=30 train.classify_until=10 train.par_until=20 train.warmup=5
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@
 // Every kernel is launched through one of these; a template's name goes in parentheses: AFA_LAUNCH((f<float,
 // 4>), ...). SHARED: with so many bytes of dynamic shared memory. COOPERATIVE: the same, with all blocks
 // running at once, so that they can meet at grid_sync(); no more blocks than resident_blocks says. It is true
-// if the kernel was launched, and false if the driver does not grant the launch (see launch_cooperative).
+// if the kernel was launched, and false if the driver does not grant the launch (see cooperative_granted).
 #define AFA_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define AFA_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
@@ -117,6 +117,16 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t share
   return resident_blocks_of(reinterpret_cast<const void*>(kernel), threads, shared_bytes);
 }
 
+// A device may offer cooperative launches and still refuse one, under MPS or in a green context that leaves a
+// process part of its SMs. Such a refusal is cleared and false is returned: the caller launches once per step
+// instead. Any other error stays for launch_error.
+inline bool cooperative_granted(cudaError_t status) {
+  const bool refused = status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorNotSupported ||
+                       status == cudaErrorNotPermitted;
+  if (refused) cudaGetLastError();
+  return !refused;
+}
+
 #ifdef AFA_CUDA_ON_HOST
 using ::cuda_on_host::grid_sync;
 #else
@@ -132,25 +142,18 @@ void launch_shared(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
-// A device may offer cooperative launches and still refuse one, under MPS or in a green context that leaves a
-// process part of its SMs. Such a refusal is cleared, and the caller launches once per step instead. Any
-// other error stays for launch_error.
 template <typename... Parameters, typename... Arguments>
 bool launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                         void* stream, const Arguments&... arguments) {
   allow_shared(kernel, shared_bytes);
   std::tuple<std::remove_cv_t<Parameters>...> values(arguments...);
-  const cudaError_t status = std::apply(
+  return cooperative_granted(std::apply(
       [&](auto&... value) {
         void* pointers[] = {&value...};
         return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
                                            shared_bytes, static_cast<cudaStream_t>(stream));
       },
-      values);
-  const bool refused = status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorNotSupported ||
-                       status == cudaErrorNotPermitted;
-  if (refused) cudaGetLastError();
-  return !refused;
+      values));
 }
 #endif
 

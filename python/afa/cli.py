@@ -340,6 +340,8 @@ def _train(options: argparse.Namespace) -> None:
         distributed.barrier()
         where = f"{distributed.world_size()} processes on {device.type}" if distributed.world_size() > 1 else device
         say("run", f"{run}: {config.train.iterations:,} iterations of {config.train.batch_size} crops on {where}")
+        if config.train.par_until >= config.train.iterations:
+            say("note", _no_walk_phase(config))
         try:
             new = train(config, run, resume=options.resume, device=device, progress=progress)
         except KeyboardInterrupt:
@@ -359,6 +361,13 @@ def _train(options: argparse.Namespace) -> None:
             say("finished", f"{run} was trained before; extend it by a larger train.iterations")
         with lock_run(run) if main else nullcontext():
             _measure(config, run, val_set, device, progress, facts, started if new else None)
+
+
+def _no_walk_phase(config: Config) -> str:
+    return (
+        f"there is no walk phase, because train.par_until ({config.train.par_until}) is not below train.iterations "
+        f"({config.train.iterations}): the segmentation learns only from PAR labels"
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -180,6 +180,15 @@ class Config:
 
 
 SECTIONS = tuple(f.name for f in fields(Config))
+
+# Generous upper limits: they catch typing errors before memory or processes run out.
+MAX_WORKERS = 256
+MAX_CROP_SIZE = 4096
+MAX_BATCH_SIZE = 65536
+MAX_DECODER_WIDTH = 8192
+MAX_SCALE = 8
+MAX_RESIZE = 16
+
 READY = Path(__file__).parent / "configs"
 
 
@@ -318,16 +327,17 @@ def validate(config: Config) -> None:
     need(model.output_stride >= 1, "model.output_stride", "at least 1")
     stride = model.output_stride
     multiple = f"a positive multiple of model.output_stride ({stride}), such as"
-    near = max(1, round(data.crop_size / stride)) * stride
+    near = max(1, min(round(data.crop_size / stride), MAX_CROP_SIZE // stride)) * stride
+    need(data.crop_size <= MAX_CROP_SIZE, "data.crop_size", f"at most {MAX_CROP_SIZE} pixels")
     need(data.crop_size > 0 and data.crop_size % stride == 0, "data.crop_size", f"{multiple} {near}")
     need(
-        0 < data.scale_range[0] <= data.scale_range[1],
+        0 < data.scale_range[0] <= data.scale_range[1] <= MAX_RESIZE,
         "data.scale_range",
-        "two factors, 0 < smallest <= largest",
+        f"two factors, 0 < smallest <= largest <= {MAX_RESIZE}",
     )
     need(data.largest_side is None or data.largest_side >= 32, "data.largest_side", "at least 32 pixels, or null")
     need_one_of("data", "bad_images", ("refuse", "skip"))
-    need(data.workers >= 0, "data.workers", "0 (load in the training process) or more")
+    need(0 <= data.workers <= MAX_WORKERS, "data.workers", f"0 (load in the training process) to {MAX_WORKERS}")
 
     need(bool(model.backbone), "model.backbone", "the name of a timm model")
     need(
@@ -337,13 +347,15 @@ def validate(config: Config) -> None:
     )
     need_one_of("model", "decoder", ("mlp", "single"))
     need_one_of("model", "pooling", ("max", "mean"))
-    need(model.decoder_width >= 1, "model.decoder_width", "at least 1")
+    width = f"at least 1 and at most {MAX_DECODER_WIDTH}"
+    need(1 <= model.decoder_width <= MAX_DECODER_WIDTH, "model.decoder_width", width)
     need(model.refine_iterations >= 0, "model.refine_iterations", "0 or more")
     need(model.refine_downscale >= 1, "model.refine_downscale", "at least 1")
 
     for key in ("cam_scales", "scales"):
         section, scales = ("labels", labels.cam_scales) if key == "cam_scales" else ("eval", evaluation.scales)
-        need(bool(scales) and all(s > 0 for s in scales), f"{section}.{key}", "one or more factors above 0")
+        allowed = f"one or more factors above 0 and at most {MAX_SCALE}"
+        need(bool(scales) and all(0 < s <= MAX_SCALE for s in scales), f"{section}.{key}", allowed)
     for key in ("cam_threshold", "low", "high"):
         need(0 < getattr(labels, key) < 1, f"labels.{key}", "between 0 and 1")
     need(labels.low <= labels.high, "labels.low", f"no larger than labels.high ({labels.high})")
@@ -365,6 +377,7 @@ def validate(config: Config) -> None:
         *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
     ):
         need(getattr(train, key) >= 1, f"train.{key}", "at least 1")
+    need(train.batch_size <= MAX_BATCH_SIZE, "train.batch_size", f"at most {MAX_BATCH_SIZE}")
     for key in (
         "classify_until",
         "warmup",
@@ -372,14 +385,17 @@ def validate(config: Config) -> None:
         "weight_seg",
         "weight_affinity",
         "weight_decay",
-        "warmup_lr",
         "clip_grad",
     ):
         need(getattr(train, key) >= 0, f"train.{key}", "0 or more")
     for key in ("head_lr_factor", "norm_lr_factor", "poly_power"):
         need(getattr(train, key) >= 0, f"train.{key}", "0 or more")
     need(train.seed < 2**63, "train.seed", "at most 2^63 - 1 (9223372036854775807)")
-    need(train.lr > 0, "train.lr", "above 0")
+    for key in ("lr", "warmup_lr"):
+        need(0 < getattr(train, key) <= 1, f"train.{key}", "above 0 and at most 1")
+    after = f"above train.classify_until ({train.classify_until}), since the decoder learns only after that"
+    need(train.iterations > train.classify_until, "train.iterations", after)
+    need(train.warmup < train.iterations, "train.warmup", f"below train.iterations ({train.iterations})")
     need(
         train.par_until >= train.classify_until,
         "train.par_until",

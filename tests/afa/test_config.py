@@ -45,8 +45,8 @@ def test_ready_names_and_paths_resolve(tmp_path: Path) -> None:
     assert {"voc", "coco", "vit_b", "demo"} <= set(ready_names())
     assert resolve("voc").name == "voc.yaml"
     own = tmp_path / "mine.yaml"
-    own.write_text("train: {iterations: 7}\n")
-    assert load_config(str(own)).train.iterations == 7
+    own.write_text("train: {iterations: 2007}\n")
+    assert load_config(str(own)).train.iterations == 2007
     with pytest.raises(UserError, match=r"no configuration 'vocc'.*coco.*did you mean 'voc'"):
         resolve("vocc")
 
@@ -54,7 +54,7 @@ def test_ready_names_and_paths_resolve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "section", "name", "value"),
     [
-        ("train.iterations=100", "train", "iterations", 100),
+        ("train.iterations=2001", "train", "iterations", 2001),
         ("train.iterations=2e4", "train", "iterations", 20000),
         ("train.lr=6e-5", "train", "lr", 6e-5),
         ("train.lr=1", "train", "lr", 1.0),

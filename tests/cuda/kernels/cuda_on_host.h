@@ -69,7 +69,8 @@ const char* run(const Launch& launch, const std::function<void()>& kernel, const
 // Hands a kernel and a copy of its arguments to the stand-in runtime, which checks the launch and runs it
 // when the host waits for its stream. cudaGetLastError returns what is wrong with the launch.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), const Launch& launch, void* stream, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), const Launch& launch, void* stream,
+            const Arguments&... arguments) {
   struct State {
     void (*kernel)(Parameters...);
     Launch launch;
@@ -254,14 +255,16 @@ inline int __clz(int x) {
 }
 
 #define AFA_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::cuda_on_host::dynamic_shared())
-#define AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, cooperative, stream, ...)               \
-  (::afa::allow_shared(kernel, shared_bytes),                                                         \
-   ::cuda_on_host::launch(                                                                            \
+#define AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, cooperative, stream, ...)                    \
+  (::afa::allow_shared(kernel, shared_bytes),                                                              \
+   ::cuda_on_host::launch(                                                                                 \
        kernel, {#kernel, dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), cooperative}, stream, \
        __VA_ARGS__))
 #define AFA_LAUNCH(kernel, grid, block, stream, ...) \
   AFA_LAUNCH_ON_HOST(kernel, grid, block, 0, false, stream, __VA_ARGS__)
 #define AFA_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
   AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, false, stream, __VA_ARGS__)
-#define AFA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
-  (AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, true, stream, __VA_ARGS__), true)
+#define AFA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)           \
+  ::afa::cooperative_granted(                                                            \
+      (AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, true, stream, __VA_ARGS__), \
+       cudaPeekAtLastError()))

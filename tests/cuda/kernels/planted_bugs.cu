@@ -274,6 +274,11 @@ __global__ void grid_sync_without_a_block(const float* in, float* out) {
   out[item()] = in[item()];
 }
 
+// The kernels' callers would launch once per step; here a refusal is the bug to be seen.
+void granted(bool is_granted) {
+  if (!is_granted) throw std::runtime_error(cudaGetErrorString(cudaErrorCooperativeLaunchTooLarge));
+}
+
 template <bool RIGHT>
 void run(const std::string& name, const float* in, float* out) {
 #define LAUNCH_IF(kernel)                                          \
@@ -309,16 +314,16 @@ void run(const std::string& name, const float* in, float* out) {
   LAUNCH_SHARED_IF(dynamic_overflow)
   LAUNCH_SHARED_IF(unwritten_dynamic)
   LAUNCH_SHARED_IF(missing_barrier_dynamic)
-#define LAUNCH_COOPERATIVE_IF(kernel)                                             \
-  if (name == #kernel) {                                                          \
-    AFA_LAUNCH_COOPERATIVE((kernel<RIGHT>), kBlocks, kSize, 0, nullptr, in, out); \
-    return;                                                                       \
+#define LAUNCH_COOPERATIVE_IF(kernel)                                                      \
+  if (name == #kernel) {                                                                   \
+    granted(AFA_LAUNCH_COOPERATIVE((kernel<RIGHT>), kBlocks, kSize, 0, nullptr, in, out)); \
+    return;                                                                                \
   }
   LAUNCH_COOPERATIVE_IF(missing_grid_sync)
   LAUNCH_COOPERATIVE_IF(grid_sync_without_a_block)
   if (name == "grid_sync_of_a_plain_launch") {
     if (RIGHT) {
-      AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), kBlocks, kSize, 0, nullptr, in, out);
+      granted(AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), kBlocks, kSize, 0, nullptr, in, out));
     } else {
       AFA_LAUNCH((grid_sync_without_a_block<true>), kBlocks, kSize, nullptr, in, out);
     }
@@ -326,7 +331,7 @@ void run(const std::string& name, const float* in, float* out) {
     const int64_t most = afa::resident_blocks(grid_sync_without_a_block<true>, kSize, 0);
     if (most < kBlocks) throw std::logic_error("the grid of the right kernel must fit");
     const dim3 grid(static_cast<unsigned>(RIGHT ? kBlocks : most + 1));
-    AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), grid, kSize, 0, nullptr, in, out);
+    granted(AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), grid, kSize, 0, nullptr, in, out));
   } else if (name == "too_much_shared_memory") {
     const size_t bytes = static_cast<size_t>(afa::shared_bytes_of_block()) + (RIGHT ? 0 : 1);
     AFA_LAUNCH_SHARED((dynamic_overflow<true>), kBlocks, kSize, bytes, nullptr, in, out);
