@@ -257,10 +257,10 @@ def build_shipped_package(linked_to_torch: bool) -> Path:
 def build_planted_faults() -> Path:
     """The library of planted_faults.cu."""
     target_folder = folder(sanitize=False) / "planted_faults"
-    objects = compile_objects([HERE / "planted_faults.cu", *HARNESS], target_folder, [])
-    return link(
-        objects, target_folder / "planted_faults.so", "-shared", "-Wl,-Bsymbolic", *runtime_link_flags(), "-ldl"
-    )
+    sources = [HERE / "planted_faults.cu", CSRC / "common" / "device.cpp", *HARNESS]
+    objects = compile_objects(sources, target_folder, ["-DAFA_WITH_CUDA"])
+    flags = ["-shared", "-Wl,-Bsymbolic", *runtime_link_flags(), "-ldl"]
+    return link(objects, target_folder / "planted_faults.so", *flags)
 
 
 def build_program(source: Path, sanitize: bool) -> Path:

@@ -20,15 +20,19 @@ NOT_REFUSED, NOT_AN_ATTRIBUTE, TOO_LARGE = 0, 1, 2
 
 
 class Counts(ctypes.Structure):
+    """runtime/api.h's stand_in_counts."""
+
     _fields_ = [
         (name, ctypes.c_uint64)
-        for name in ("launches", "synchronizations", "device_allocations", "scratch_allocations", "scratch_bytes")
+        for name in (
+            "launches",
+            "torch_operations",
+            "synchronizations",
+            "device_allocations",
+            "allocations",
+            "allocated_bytes",
+        )
     ]
-    launches: int
-    synchronizations: int
-    device_allocations: int
-    scratch_allocations: int
-    scratch_bytes: int
 
 
 def _load() -> Any:
@@ -76,9 +80,13 @@ class Recording:
     """What happened inside `recorded()`: each launch as a dictionary (runtime/launches.cpp), and the counts."""
 
     launches: list[dict[str, Any]] = field(default_factory=list)
+    torch_operations: int = 0
+    """Of torch's own on CUDA tensors; most are one launch."""
     synchronizations: int = 0
     device_allocations: int = 0
+    """Calls of cudaMalloc."""
     allocations: int = 0
+    """Blocks of the caching allocator."""
     allocated_bytes: int = 0
 
 
@@ -92,10 +100,8 @@ def recorded() -> Iterator[Recording]:
         _runtime.stand_in_record_launches(False)
         result.launches = [json.loads(line) for line in _runtime.stand_in_launches().decode().splitlines()]
         after = counts()
-        result.synchronizations = after.synchronizations - before.synchronizations
-        result.device_allocations = after.device_allocations - before.device_allocations
-        result.allocations = after.scratch_allocations - before.scratch_allocations
-        result.allocated_bytes = after.scratch_bytes - before.scratch_bytes
+        for name, _ in Counts._fields_[1:]:
+            setattr(result, name, getattr(after, name) - getattr(before, name))
 
 
 @contextmanager

@@ -49,7 +49,7 @@ const char* stand_in_synchronizing(const char* what);
 // ---- what tests ask ----
 
 struct stand_in_counts {
-  uint64_t launches, synchronizations, device_allocations, scratch_allocations, scratch_bytes;
+  uint64_t launches, torch_operations, synchronizations, device_allocations, allocations, allocated_bytes;
 };
 void stand_in_get_counts(stand_in_counts* counts);
 // From now on, keeps what is launched (true) or no more (false); stand_in_launches gives it as JSON.

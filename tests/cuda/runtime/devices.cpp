@@ -1,7 +1,9 @@
 // The devices: two unless AFA_STAND_IN_DEVICES says otherwise, odd and small on purpose, so that small inputs
-// already take every kernel's loop over what a grid can't hold. Each host thread has its current device.
+// already take every kernel's loop over what a grid can't hold. AFA_STAND_IN_PROCESSORS and
+// AFA_STAND_IN_SHARED_BYTES pretend larger ones. Each host thread has its current device.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -14,6 +16,11 @@ namespace {
 thread_local int current = 0;
 int refused_cooperative = 0;
 
+int setting(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text == nullptr ? otherwise : std::atoi(text);
+}
+
 int attribute(cudaDeviceAttr which, bool& known) {
   switch (which) {
     case cudaDevAttrComputeCapabilityMajor:
@@ -21,13 +28,13 @@ int attribute(cudaDeviceAttr which, bool& known) {
     case cudaDevAttrComputeCapabilityMinor:
       return 6;
     case cudaDevAttrMultiProcessorCount:
-      return kProcessors;
+      return processors();
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      return kMaxSharedBytes;
+      return max_shared_bytes();
     case cudaDevAttrMaxSharedMemoryPerBlock:
       return kDefaultSharedBytes;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      return kMaxSharedBytes + 1024;
+      return max_shared_bytes() + 1024;
     case cudaDevAttrMaxThreadsPerBlock:
       return 1024;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
@@ -53,12 +60,18 @@ int attribute(cudaDeviceAttr which, bool& known) {
 }  // namespace
 
 int device_count() {
-  static const int count = [] {
-    const char* text = std::getenv("AFA_STAND_IN_DEVICES");
-    const int wanted = text == nullptr ? 2 : std::atoi(text);
-    return wanted < 1 ? 1 : wanted > kMaxDevices ? kMaxDevices : wanted;
-  }();
+  static const int count = std::clamp(setting("AFA_STAND_IN_DEVICES", 2), 1, kMaxDevices);
   return count;
+}
+
+int processors() {
+  static const int count = setting("AFA_STAND_IN_PROCESSORS", kProcessors);
+  return count;
+}
+
+int max_shared_bytes() {
+  static const int bytes = setting("AFA_STAND_IN_SHARED_BYTES", kMaxSharedBytes);
+  return bytes;
 }
 
 int current_device() {
@@ -118,14 +131,14 @@ STAND_IN_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int
   bool known = true;
   properties->major = attribute(cudaDevAttrComputeCapabilityMajor, known);
   properties->minor = attribute(cudaDevAttrComputeCapabilityMinor, known);
-  properties->multiProcessorCount = kProcessors;
+  properties->multiProcessorCount = processors();
   properties->totalGlobalMem = kDeviceBytes;
   properties->warpSize = 32;
   properties->maxThreadsPerBlock = 1024;
   properties->maxThreadsPerMultiProcessor = 1536;
   properties->sharedMemPerBlock = kDefaultSharedBytes;
-  properties->sharedMemPerBlockOptin = kMaxSharedBytes;
-  properties->sharedMemPerMultiprocessor = kMaxSharedBytes + 1024;
+  properties->sharedMemPerBlockOptin = max_shared_bytes();
+  properties->sharedMemPerMultiprocessor = max_shared_bytes() + 1024;
   properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
   properties->l2CacheSize = 6 << 20;
   properties->cooperativeLaunch = refused_cooperative != 1;

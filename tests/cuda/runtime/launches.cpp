@@ -42,8 +42,7 @@ cudaStream_t (*current_stream)(int device) = nullptr;
 const std::map<std::string, std::vector<size_t>>& parameter_sizes() {
   static const auto sizes = [] {
     std::map<std::string, std::vector<size_t>> result;
-    const char* const path = std::getenv("AFA_STAND_IN_PARAMETERS");
-    std::ifstream file(path == nullptr ? "" : path);
+    std::ifstream file(std::getenv("AFA_STAND_IN_PARAMETERS"));
     for (std::string line; std::getline(file, line);) {
       std::istringstream words(line);
       std::string name;
@@ -128,7 +127,7 @@ cudaError_t check_limits(const Description& d) {
   if (!d.cooperative) return cudaSuccess;
   if (refused() == 1) return error(cudaErrorNotSupported);
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (refused() == 2 || blocks > kProcessors * kBlocksPerProcessor)
+  if (refused() == 2 || blocks > static_cast<uint64_t>(processors()) * kBlocksPerProcessor)
     return error(cudaErrorCooperativeLaunchTooLarge);
   return cudaSuccess;
 }
@@ -218,6 +217,9 @@ cudaError_t launch_compiled(const void* kernel, dim3 grid, dim3 block, void** ar
   }
   const std::string base = base_name(name);
   std::vector<stand_in_span> parameters;
+  if (std::getenv("AFA_STAND_IN_PARAMETERS") == nullptr)  // the arguments are not checked
+    return launch({base.c_str(), kernel, grid, block, shared_bytes, cooperative, stream}, parameters,
+                  nullptr);
   const auto sizes = parameter_sizes().find(base);
   if (sizes == parameter_sizes().end()) {
     return fault(cudaErrorNotSupported, "AFA_STAND_IN_PARAMETERS does not list the kernel %s", base.c_str());
@@ -241,8 +243,8 @@ void count(uint64_t stand_in_counts::* counter, uint64_t by) {
 }
 
 void record_allocation(size_t bytes) {
-  ++counts.scratch_allocations;
-  counts.scratch_bytes += bytes;
+  ++counts.allocations;
+  counts.allocated_bytes += bytes;
 }
 
 }  // namespace stand_in
@@ -307,7 +309,7 @@ STAND_IN_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const 
 STAND_IN_API cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   const auto guard = lock();
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > kMaxSharedBytes)
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > max_shared_bytes())
     return error(cudaErrorInvalidValue);
   allowed_shared[kernel] = value;
   return cudaSuccess;
@@ -315,7 +317,7 @@ STAND_IN_API cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttrib
 
 STAND_IN_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
                                                                        size_t shared_bytes) {
-  const bool fits = threads > 0 && threads <= 1024 && shared_bytes <= static_cast<size_t>(kMaxSharedBytes);
+  const bool fits = threads > 0 && threads <= 1024 && shared_bytes <= static_cast<size_t>(max_shared_bytes());
   *blocks = fits ? kBlocksPerProcessor : 0;
   return cudaSuccess;
 }

@@ -34,6 +34,8 @@ void remember_launch_error(const std::string& kernel);
 
 // ---- devices.cpp ----
 int device_count();
+int processors();
+int max_shared_bytes();  // of a block
 int current_device();
 
 // ---- memory.cpp ----

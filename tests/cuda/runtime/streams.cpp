@@ -296,6 +296,7 @@ STAND_IN_API void stand_in_enqueue(cudaStream_t handle, const char* name, void (
                                    void (*destroy)(void*), void* state) {
   const auto guard = lock();
   const std::shared_ptr<void> owner(state, destroy);
+  count(&stand_in_counts::torch_operations);
   Stream* const stream = stream_of(handle);
   if (stream == nullptr) return;
   Item item;
