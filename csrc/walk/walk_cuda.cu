@@ -141,6 +141,16 @@ class ColumnSum {
   Sum sum_ = 0, lost_ = 0;
 };
 
+template <>
+class ColumnSum<double> {
+ public:
+  __device__ void add(double value) { sum_ += value; }
+  __device__ double total() const { return sum_; }
+
+ private:
+  double sum_ = 0;
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) walk_transition_kernel(const __grid_constant__ WalkParams p) {
   using Sum = typename SumOf<T>::type;
