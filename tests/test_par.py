@@ -53,7 +53,9 @@ def test_golden(case, golden, assert_relative, device):
 def test_module_matches_golden(case, golden, assert_relative, device):
     g = golden(case)
     module = {"par": afa_ext.PAR, "pamr": afa_ext.PAMR}[case.partition("_")[0]]
-    out = module(dilations=g["dilations"].tolist(), num_iter=g["num_iter"])(g["images"].to(device), g["masks"].to(device))
+    out = module(dilations=g["dilations"].tolist(), num_iter=g["num_iter"])(
+        g["images"].to(device), g["masks"].to(device)
+    )
     assert_relative(out, g["out"])
 
 

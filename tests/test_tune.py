@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from afa_ext import _native, tuning
 from benchmarks import tune
-from tests.cuda import build, run as stand_in
+from tests.cuda import build
+from tests.cuda import run as stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 def cases() -> list[Case]:
     """Operator, size, and what makes the call and the tensors whose gradients are taken."""
     import torch
-    from torch import Tensor
 
     import afa_ext
 

@@ -64,7 +64,7 @@ struct ScoreParams {
   Kind kind = Kind::f32;  // of the CAMs; maps are float64 for float64, else float32
   int64_t batch = 0, thresholds = 0;
   double background[kMaxThresholds] = {};  // highest first
-  const void* cams = nullptr;         // [B, C, H, W]; CPU: unit stride in x, in the type of the maps
+  const void* cams = nullptr;              // [B, C, H, W]; CPU: unit stride in x, in the type of the maps
   int64_t cam_stride_b = 0, cam_stride_c = 0, cam_stride_y = 0, cam_stride_x = 1;
   Classes classes;
   void* maps = nullptr;  // [B, most * thresholds, rows.to, columns.to]: map j * thresholds + t

@@ -131,9 +131,7 @@ def symbols(library: Path, option: str) -> set[str]:
 def build_runtime() -> Path:
     """The folder of libstand_in_cudart.so, to preload, and of libcuda.so.1."""
     target_folder = folder(sanitize=False) / "runtime"
-    objects = compile_objects(
-        sorted(set(RUNTIME.glob("*.cpp")) - {RUNTIME / "driver.cpp"}), target_folder, []
-    )
+    objects = compile_objects(sorted(set(RUNTIME.glob("*.cpp")) - {RUNTIME / "driver.cpp"}), target_folder, [])
     library = target_folder / "libstand_in_cudart.so"
     if not newer(library, *map(Path, objects)):
         known = link(objects, target_folder / "known.so", "-shared", "-ldl")
@@ -142,7 +140,11 @@ def build_runtime() -> Path:
             path = torch_folder() / "lib" / name
             wanted |= {s for s in symbols(path, "--undefined-only") if s.startswith(("cuda", "__cuda"))}
         missing = target_folder / "not_implemented.cpp"
-        lines = ['#include "runtime/runtime.h"', "", "// Functions of the CUDA runtime that torch imports and the stand-in lacks."]
+        lines = [
+            '#include "runtime/runtime.h"',
+            "",
+            "// Functions of the CUDA runtime that torch imports and the stand-in lacks.",
+        ]
         for name in sorted(wanted - symbols(known, "--defined-only")):
             body = "" if name in SUCCEED else f' stand_in::fault(cudaErrorNotSupported, "the stand-in has no {name}");'
             result = "cudaSuccess" if name in SUCCEED else "cudaErrorNotSupported"
@@ -180,6 +182,7 @@ def build_package(sanitize: bool = False) -> Path:
     """A folder with a copy of the package afa_ext whose CUDA kernels g++ compiled."""
     import pybind11
     import torch
+
     extra = SANITIZE if sanitize else []
     flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DAFA_SIMD=baseline", "-DAFA_WITH_CUDA", *extra]
     flags.append("-DAFA_LABEL_SCRATCH_BYTES=65536")
@@ -256,7 +259,8 @@ def build_planted_faults() -> Path:
     target_folder = folder(sanitize=False) / "planted_faults"
     sources = [HERE / "planted_faults.cu", CSRC / "common" / "device.cpp", *HARNESS]
     objects = compile_objects(sources, target_folder, ["-DAFA_WITH_CUDA"])
-    return link(objects, target_folder / "planted_faults.so", "-shared", "-Wl,-Bsymbolic", *runtime_link_flags(), "-ldl")
+    flags = ["-shared", "-Wl,-Bsymbolic", *runtime_link_flags(), "-ldl"]
+    return link(objects, target_folder / "planted_faults.so", *flags)
 
 
 def build_program(source: Path, sanitize: bool) -> Path:

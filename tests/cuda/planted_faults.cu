@@ -31,7 +31,8 @@ AFA_PLANTED const char* planted_too_many_threads(const float* in, float* out, in
 }
 
 // The same by a cooperative launch, or, where that is refused, by a plain one. `clear`: its error first.
-AFA_PLANTED const char* planted_fallback(const float* in, float* out, int64_t count, void* stream, bool clear) {
+AFA_PLANTED const char* planted_fallback(const float* in, float* out, int64_t count, void* stream,
+                                         bool clear) {
   AFA_LAUNCH_ON_HOST(cooperative_kernel, 1, afa::kThreads, 0, true, stream, in, out, count);
   if (cudaPeekAtLastError() == cudaSuccess) return afa::launch_error();
   if (clear) cudaGetLastError();

@@ -79,7 +79,9 @@ def run(arguments: list[str], env: dict[str, str]) -> tuple[int, str, float]:
 
 def run_files(sanitize: bool, env: dict[str, str]) -> int:
     files = [ROOT / "tests" / f"test_{name}.py" for name in OPERATORS]
-    planned = [(path, ["-k", SANITIZED] if sanitize else []) for path in files if path.stem != "test_cuda" or not sanitize]
+    planned = [
+        (path, ["-k", SANITIZED] if sanitize else []) for path in files if path.stem != "test_cuda" or not sanitize
+    ]
     # Two start processes of their own: the plain run of the tests has them.
     elsewhere = ("test_harness", "test_shipped")
     planned += [(path, []) for path in Path(__file__).parent.rglob("test_*.py") if path.stem not in elsewhere]

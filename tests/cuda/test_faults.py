@@ -230,10 +230,11 @@ def missing_wait_in_a_capture(planted: Any, wrong: bool) -> Tensor:
 
 def error_that_nobody_fetches(planted: Any, wrong: bool) -> Tensor:
     source, target = values()
-    try:
-        planted.too_many_threads(source, target, None, not wrong)
-    except RuntimeError as error:
-        assert str(error) == "invalid configuration argument"
+    if wrong:
+        planted.too_many_threads(source, target, None, False)
+    else:
+        with pytest.raises(RuntimeError, match="invalid configuration argument"):
+            planted.too_many_threads(source, target, None, True)
     planted.double(source, target)
     return target
 

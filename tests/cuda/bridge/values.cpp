@@ -25,11 +25,22 @@ using c10::IValue;
 using torch::jit::Stack;
 
 // Those that compute nothing, whose native kernels work here.
-const std::set<std::string> kNative = {
-    "aten::empty.memory_format", "aten::empty_strided",   "aten::as_strided", "aten::view",
-    "aten::_reshape_alias",      "aten::set_",            "aten::resize_",    "aten::set_.source_Storage",
-    "aten::set_.source_Tensor",  "aten::record_stream",   "aten::unfold",     "aten::set_.source_Storage_storage_offset",
-    "aten::view_as_real",        "aten::view_as_complex", "aten::is_set_to",  "aten::_local_scalar_dense"};
+const std::set<std::string> kNative = {"aten::empty.memory_format",
+                                       "aten::empty_strided",
+                                       "aten::as_strided",
+                                       "aten::view",
+                                       "aten::_reshape_alias",
+                                       "aten::set_",
+                                       "aten::resize_",
+                                       "aten::set_.source_Storage",
+                                       "aten::set_.source_Tensor",
+                                       "aten::record_stream",
+                                       "aten::unfold",
+                                       "aten::set_.source_Storage_storage_offset",
+                                       "aten::view_as_real",
+                                       "aten::view_as_complex",
+                                       "aten::is_set_to",
+                                       "aten::_local_scalar_dense"};
 
 // The CPU's operators below autograd, autocast and Python's modes, which have had their turn.
 struct BelowEverything {
@@ -44,7 +55,8 @@ at::Tensor on_host(const at::Tensor& t) {
   if (!t.defined() || !t.is_cuda()) return t;
   const c10::Storage& storage = t.storage();
   c10::Storage memory(c10::Storage::use_byte_size_t(), storage.nbytes(),
-                      c10::DataPtr(const_cast<void*>(storage.data()), c10::Device(c10::kCPU)), nullptr, false);
+                      c10::DataPtr(const_cast<void*>(storage.data()), c10::Device(c10::kCPU)), nullptr,
+                      false);
   at::Tensor host = at::detail::make_tensor<c10::TensorImpl>(
       std::move(memory), c10::DispatchKeySet(c10::DispatchKey::CPU), t.dtype());
   host.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
@@ -75,7 +87,7 @@ IValue with_tensors(const IValue& value, const F& f) {
 // One call of an operator, on CPU tensors.
 struct Call {
   c10::OperatorHandle op;
-  Stack arguments;             // in the CUDA tensors' memory
+  Stack arguments;              // in the CUDA tensors' memory
   std::vector<size_t> written;  // which of them the operator writes; it then gets copies of those
 
   // What it returns; copies[i] is what it wrote in place of the i-th argument.
@@ -124,7 +136,8 @@ void check(const char* error) {
 c10::Device device_of(const Stack& arguments) {
   std::vector<at::Tensor> all;
   for (const IValue& value : arguments) {
-    if (value.isDevice() && value.toDevice().is_cuda() && value.toDevice().has_index()) return value.toDevice();
+    if (value.isDevice() && value.toDevice().is_cuda() && value.toDevice().has_index())
+      return value.toDevice();
     add_tensors(value, all);
   }
   for (const at::Tensor& t : all) {
@@ -176,7 +189,8 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
     for (const auto& [seen, given] : known) {
       if (seen.is_same(t)) return ++position, given;
       if (given.is_cuda() && t.has_storage() && t.numel() > 0 && t.storage().data() == given.storage().data())
-        return ++position, at::native::as_strided_tensorimpl(given, t.sizes(), t.strides(), t.storage_offset());
+        return ++position,
+               at::native::as_strided_tensorimpl(given, t.sizes(), t.strides(), t.storage_offset());
     }
     at::Tensor result = at::empty_strided(t.sizes(), t.strides(), t.options().device(device));
     deliver(result, t);
@@ -208,7 +222,8 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
 
 // Copies between devices, and whole ones, take torch's own way: cudaMemcpyAsync.
 void copy(const c10::OperatorHandle& op, Stack* stack) {
-  const at::Tensor self = torch::jit::peek(*stack, 0, 3).toTensor(), from = torch::jit::peek(*stack, 1, 3).toTensor();
+  const at::Tensor self = torch::jit::peek(*stack, 0, 3).toTensor(),
+                   from = torch::jit::peek(*stack, 1, 3).toTensor();
   const bool whole = self.is_contiguous() && from.is_contiguous() && self.sizes() == from.sizes() &&
                      self.scalar_type() == from.scalar_type() && self.is_conj() == from.is_conj() &&
                      self.is_neg() == from.is_neg();
@@ -229,7 +244,8 @@ std::unique_ptr<torch::Library> library;
 
 // Once, after stand_in_attach().
 extern "C" __attribute__((visibility("default"))) void stand_in_override_operators() {
-  library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__, __LINE__);
+  library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__,
+                                             __LINE__);
   auto names = c10::Dispatcher::singleton().getRegistrationsForDispatchKey(c10::DispatchKey::CUDA);
   for (const c10::OperatorName& name : names) {
     const std::string full = toString(name);

@@ -63,7 +63,8 @@ void stand_in_forbid_waiting(bool on);
 void stand_in_set_order(const char* name);
 // Kernels are launched, checked and counted, but not run.
 void stand_in_skip_kernels(bool on);
-// How cooperative launches are refused: 0 not at all, 1 the attribute says so, 2 cudaErrorCooperativeLaunchTooLarge.
+// How cooperative launches are refused: 0 not at all, 1 the attribute says so, 2
+// cudaErrorCooperativeLaunchTooLarge.
 void stand_in_refuse_cooperative(int how);
 size_t stand_in_live_bytes(int device);
 

@@ -38,10 +38,10 @@ AFA_DRIVER_API cuLogsUnregisterCallback(void*) {
   return 0;
 }
 
-#define AFA_NOT_IMPLEMENTED(name)                                           \
-  AFA_DRIVER_API name() {                                                   \
+#define AFA_NOT_IMPLEMENTED(name)                                               \
+  AFA_DRIVER_API name() {                                                       \
     std::fprintf(stderr, "the stand-in driver does not implement " #name "\n"); \
-    std::abort();                                                           \
+    std::abort();                                                               \
   }
 AFA_NOT_IMPLEMENTED(cuCtxFromGreenCtx)
 AFA_NOT_IMPLEMENTED(cuCtxPopCurrent)

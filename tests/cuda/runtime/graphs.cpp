@@ -116,7 +116,8 @@ STAND_IN_API cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* 
   }
   if (graph->invalid) return error(cudaErrorStreamCaptureInvalidated);
   if (joined.size() != graph->nodes.size())
-    return fault(cudaErrorStreamCaptureUnjoined, "a capture ends with work that its stream does not wait for");
+    return fault(cudaErrorStreamCaptureUnjoined,
+                 "a capture ends with work that its stream does not wait for");
   *result = reinterpret_cast<cudaGraph_t>(new Handle(graph));
   return cudaSuccess;
 }
@@ -125,16 +126,16 @@ STAND_IN_API cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCa
   const auto guard = lock();
   const Stream* const stream = stream_of(handle);
   if (stream == nullptr) return cudaErrorInvalidResourceHandle;
-  *status = stream->capture == nullptr   ? cudaStreamCaptureStatusNone
-            : stream->capture->invalid   ? cudaStreamCaptureStatusInvalidated
-                                         : cudaStreamCaptureStatusActive;
+  *status = stream->capture == nullptr ? cudaStreamCaptureStatusNone
+            : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
+                                       : cudaStreamCaptureStatusActive;
   return cudaSuccess;
 }
 
 STAND_IN_API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status,
                                                   unsigned long long* id, cudaGraph_t* graph,
-                                                  const cudaGraphNode_t** dependencies, const cudaGraphEdgeData**,
-                                                  size_t* count) {
+                                                  const cudaGraphNode_t** dependencies,
+                                                  const cudaGraphEdgeData**, size_t* count) {
   const auto guard = lock();
   const cudaError_t failed = cudaStreamIsCapturing(handle, status);
   if (failed != cudaSuccess) return failed;

@@ -92,17 +92,18 @@ std::string name_of(const Description& d) {
   if (names.count(d.kernel) > 0) return base_name(names[d.kernel]);
   if (dladdr(d.kernel, &library) == 0) return d.name;
   const auto& symbols = symbols_of(library);
-  const auto found = symbols.find(reinterpret_cast<uintptr_t>(d.kernel) -
-                                  reinterpret_cast<uintptr_t>(library.dli_fbase));
+  const auto found =
+      symbols.find(reinterpret_cast<uintptr_t>(d.kernel) - reinterpret_cast<uintptr_t>(library.dli_fbase));
   return found == symbols.end() ? d.name : base_name(found->second);
 }
 
 std::string json(const Description& d, const std::vector<stand_in_span>& parameters) {
   const Stream* const stream = stream_of(d.stream);
   std::ostringstream text;
-  text << "{\"kernel\": \"" << name_of(d) << "\", \"grid\": [" << d.grid.x << ", " << d.grid.y << ", " << d.grid.z
-       << "], \"block\": [" << d.block.x << ", " << d.block.y << ", " << d.block.z
-       << "], \"shared_bytes\": " << d.shared_bytes << ", \"cooperative\": " << (d.cooperative ? "true" : "false")
+  text << "{\"kernel\": \"" << name_of(d) << "\", \"grid\": [" << d.grid.x << ", " << d.grid.y << ", "
+       << d.grid.z << "], \"block\": [" << d.block.x << ", " << d.block.y << ", " << d.block.z
+       << "], \"shared_bytes\": " << d.shared_bytes
+       << ", \"cooperative\": " << (d.cooperative ? "true" : "false")
        << ", \"device\": " << device_of(*stream) << ", \"stream\": " << reinterpret_cast<uintptr_t>(d.stream)
        << ", \"parameters\": [";
   for (size_t i = 0; i < parameters.size(); ++i) text << (i > 0 ? ", " : "") << parameters[i].size;
@@ -113,7 +114,8 @@ std::string json(const Description& d, const std::vector<stand_in_span>& paramet
 // What a GPU refuses to launch.
 cudaError_t check_limits(const Description& d) {
   const dim3 grid = d.grid, block = d.block;
-  const bool empty = grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0;
+  const bool empty =
+      grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0;
   const bool grid_fits = grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16;
   const bool block_fits =
       block.x <= 1024 && block.y <= 1024 && block.z <= 64 && uint64_t{block.x} * block.y * block.z <= 1024;
@@ -138,18 +140,18 @@ bool looks_like_a_pointer(const void* at) {
 }
 
 // What only the stand-in sees: device, stream and pointers. Adds the blocks that the arguments point to.
-cudaError_t check_arguments(const Description& d, Stream& stream, const std::vector<stand_in_span>& parameters,
-                            std::vector<Span>& blocks) {
+cudaError_t check_arguments(const Description& d, Stream& stream,
+                            const std::vector<stand_in_span>& parameters, std::vector<Span>& blocks) {
   const int device = current_device();
   if (device_of(stream) != device) {
     return fault(cudaErrorInvalidResourceHandle,
-                 "launch of %s on a stream of device %d while device %d is current", name_of(d).c_str(), device_of(stream),
-                 device);
+                 "launch of %s on a stream of device %d while device %d is current", name_of(d).c_str(),
+                 device_of(stream), device);
   }
   if (current_stream != nullptr && stream_of(current_stream(device)) != &stream) {
     return fault(cudaErrorInvalidResourceHandle,
-                 "launch of %s on stream %p, which is not torch's current stream of device %d", name_of(d).c_str(),
-                 static_cast<void*>(d.stream), device);
+                 "launch of %s on stream %p, which is not torch's current stream of device %d",
+                 name_of(d).c_str(), static_cast<void*>(d.stream), device);
   }
   for (const stand_in_span& parameter : parameters) {
     for (size_t i = 0; i + sizeof(void*) <= parameter.size; i += sizeof(void*)) {
@@ -159,17 +161,18 @@ cudaError_t check_arguments(const Description& d, Stream& stream, const std::vec
       const int owner = device_of(at);
       if (owner < 0) {
         if (is_mapped_host_memory(at))
-          return fault(cudaErrorIllegalAddress, "launch of %s with a pointer to host memory, %p", name_of(d).c_str(), at);
+          return fault(cudaErrorIllegalAddress, "launch of %s with a pointer to host memory, %p",
+                       name_of(d).c_str(), at);
         continue;
       }
       if (owner != device) {
-        return fault(cudaErrorIllegalAddress, "launch of %s on device %d with a pointer of device %d", name_of(d).c_str(),
-                     device, owner);
+        return fault(cudaErrorIllegalAddress, "launch of %s on device %d with a pointer of device %d",
+                     name_of(d).c_str(), device, owner);
       }
       const Block* const block = live_block(at);
       if (block == nullptr) {
-        return fault(cudaErrorIllegalAddress, "launch of %s with the pointer %p, which lies %s", name_of(d).c_str(), at,
-                     why_not_live(at).c_str());
+        return fault(cudaErrorIllegalAddress, "launch of %s with the pointer %p, which lies %s",
+                     name_of(d).c_str(), at, why_not_live(at).c_str());
       }
       blocks.push_back(block->span);
     }
@@ -207,14 +210,16 @@ cudaError_t launch_compiled(const void* kernel, dim3 grid, dim3 block, void** ar
   const auto guard = lock();
   const std::string& name = names[kernel];
   if (name.find("3afa") == std::string::npos) {
-    return fault(cudaErrorNotSupported,
-                 "%s, a kernel of torch's own, cannot run on the stand-in; tests/cuda/README.md lists what can",
-                 name.empty() ? "an unknown kernel" : name.c_str());
+    return fault(
+        cudaErrorNotSupported,
+        "%s, a kernel of torch's own, cannot run on the stand-in; tests/cuda/README.md lists what can",
+        name.empty() ? "an unknown kernel" : name.c_str());
   }
   const std::string base = base_name(name);
   std::vector<stand_in_span> parameters;
   if (std::getenv("AFA_STAND_IN_PARAMETERS") == nullptr)  // the arguments are not checked
-    return launch({base.c_str(), kernel, grid, block, shared_bytes, cooperative, stream}, parameters, nullptr);
+    return launch({base.c_str(), kernel, grid, block, shared_bytes, cooperative, stream}, parameters,
+                  nullptr);
   const auto sizes = parameter_sizes().find(base);
   if (sizes == parameter_sizes().end()) {
     return fault(cudaErrorNotSupported, "AFA_STAND_IN_PARAMETERS does not list the kernel %s", base.c_str());
@@ -281,8 +286,8 @@ STAND_IN_API cudaError_t stand_in_launch_kernel(const stand_in_launch* l) {
     if (const char* text = run(state.get(), spans.data(), spans.size())) remember_failure(text);
   };
   const std::vector<stand_in_span> parameters(l->parameters, l->parameters + l->parameter_count);
-  return launch({l->name, l->kernel, l->grid, l->block, l->shared_bytes, l->cooperative, l->stream}, parameters,
-                run);
+  return launch({l->name, l->kernel, l->grid, l->block, l->shared_bytes, l->cooperative, l->stream},
+                parameters, run);
 }
 
 STAND_IN_API cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
@@ -290,12 +295,14 @@ STAND_IN_API cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 bl
   return launch_compiled(kernel, grid, block, arguments, shared_bytes, stream, false);
 }
 
-STAND_IN_API cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
-                                                     size_t shared_bytes, cudaStream_t stream) {
+STAND_IN_API cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, dim3 block,
+                                                     void** arguments, size_t shared_bytes,
+                                                     cudaStream_t stream) {
   return launch_compiled(kernel, grid, block, arguments, shared_bytes, stream, true);
 }
 
-STAND_IN_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* kernel, void** arguments) {
+STAND_IN_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* kernel,
+                                             void** arguments) {
   return launch_compiled(kernel, c->gridDim, c->blockDim, arguments, c->dynamicSmemBytes, c->stream, false);
 }
 
@@ -315,9 +322,8 @@ STAND_IN_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* bloc
   return cudaSuccess;
 }
 
-STAND_IN_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* kernel,
-                                                                                int threads, size_t shared_bytes,
-                                                                                unsigned int) {
+STAND_IN_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
+    int* blocks, const void* kernel, int threads, size_t shared_bytes, unsigned int) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes);
 }
 
@@ -333,8 +339,8 @@ STAND_IN_API char __cudaInitModule(void**) {
   return 1;
 }
 STAND_IN_API void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
-STAND_IN_API void __cudaRegisterFunction(void**, const char* kernel, char*, const char* name, int, uint3*, uint3*,
-                                         dim3*, dim3*, int*) {
+STAND_IN_API void __cudaRegisterFunction(void**, const char* kernel, char*, const char* name, int, uint3*,
+                                         uint3*, dim3*, dim3*, int*) {
   const auto guard = lock();
   names[kernel] = name;
 }
@@ -343,7 +349,8 @@ STAND_IN_API unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t 
   configurations.push_back({grid, block, shared_bytes, stream});
   return 0;
 }
-STAND_IN_API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_bytes, void* stream) {
+STAND_IN_API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_bytes,
+                                                    void* stream) {
   const Configuration last = configurations.back();
   configurations.pop_back();
   *grid = last.grid;

@@ -201,7 +201,8 @@ STAND_IN_API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attribu
   attributes->type = device >= 0          ? cudaMemoryTypeDevice
                      : is_pinned(pointer) ? cudaMemoryTypeHost
                                           : cudaMemoryTypeUnregistered;
-  attributes->devicePointer = attributes->type == cudaMemoryTypeUnregistered ? nullptr : const_cast<void*>(pointer);
+  attributes->devicePointer =
+      attributes->type == cudaMemoryTypeUnregistered ? nullptr : const_cast<void*>(pointer);
   attributes->hostPointer = device >= 0 ? nullptr : const_cast<void*>(pointer);
   return cudaSuccess;
 }
@@ -240,8 +241,9 @@ STAND_IN_API void stand_in_trace(stand_in_event event, int device, void* pointer
   all.freed[at] = block;
   const std::string user = launch_that_still_uses(block);
   if (!user.empty()) {
-    report("a block of " + std::to_string(block.span.size) + " bytes was freed on its stream while the launch of " +
-           user + " on another stream, which nothing orders before, still uses it");
+    report("a block of " + std::to_string(block.span.size) +
+           " bytes was freed on its stream while the launch of " + user +
+           " on another stream, which nothing orders before, still uses it");
   }
   if (capture_id(*stream) != block.capture_id) return;  // a replay must not spoil what others own
   Item item;

@@ -116,9 +116,11 @@ cudaError_t check_memory(const char* what, const void* at, size_t size) {
   if (block == nullptr) {
     return fault(cudaErrorInvalidValue, "%s: %p lies %s", what, at, why_not_live(at).c_str());
   }
-  const size_t left = static_cast<size_t>(block->span.begin + block->span.size - static_cast<const char*>(at));
+  const size_t left =
+      static_cast<size_t>(block->span.begin + block->span.size - static_cast<const char*>(at));
   if (size <= left) return cudaSuccess;
-  return fault(cudaErrorInvalidValue, "%s: %zu bytes at %p, of which the block has %zu", what, size, at, left);
+  return fault(cudaErrorInvalidValue, "%s: %zu bytes at %p, of which the block has %zu", what, size, at,
+               left);
 }
 
 cudaError_t copy(const char* what, void* to, const void* from, size_t size, cudaStream_t handle) {
@@ -240,7 +242,8 @@ cudaError_t check_that_host_may(const char* what, Stream* stream) {
   } else if (!any_capture_forbids_unsafe_calls()) {
     return cudaSuccess;
   }
-  return fault(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing: %s", what);
+  return fault(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing: %s",
+               what);
 }
 
 cudaError_t failure_of_kernels() {
@@ -312,7 +315,8 @@ STAND_IN_API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigne
   return create_stream(stream, flags, 0);
 }
 
-STAND_IN_API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned int flags, int priority) {
+STAND_IN_API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned int flags,
+                                                      int priority) {
   return create_stream(stream, flags, priority);
 }
 
@@ -400,7 +404,8 @@ STAND_IN_API cudaError_t cudaEventDestroy(cudaEvent_t handle) {
   return cudaSuccess;
 }
 
-STAND_IN_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_handle, unsigned int) {
+STAND_IN_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_handle,
+                                                  unsigned int) {
   const auto guard = lock();
   Event* const event = event_of(handle);
   Stream* const stream = stream_of(stream_handle);
@@ -484,7 +489,8 @@ STAND_IN_API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t s
   Event *const first = event_of(start), *const second = event_of(end);
   if (first == nullptr || second == nullptr || first->stream == nullptr || second->stream == nullptr)
     return error(cudaErrorInvalidResourceHandle);
-  if (first->stream->done < first->until || second->stream->done < second->until) return error(cudaErrorNotReady);
+  if (first->stream->done < first->until || second->stream->done < second->until)
+    return error(cudaErrorNotReady);
   *milliseconds = static_cast<float>(second->milliseconds - first->milliseconds);
   return cudaSuccess;
 }
