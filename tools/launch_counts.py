@@ -50,7 +50,7 @@ def cases() -> list[Case]:
 
     def walk(label: str, size: tuple[int, int, int, int], radius: int, steps: int) -> Case:
         def make() -> tuple[Callable[[], Tensor], list[Tensor]]:
-            batch, maps, height, width = size
+            batch, _, height, width = size
             nodes = height * width
             scores, affinity = floats(*size, grad=True), floats(batch, nodes, nodes, grad=True)
             options: dict[str, Any] = {"grid": (height, width), "radius": radius, "steps": steps}
