@@ -62,6 +62,7 @@ bench: install
 
 kernels: install
 	$(BIN)/python tools/kernel_report.py
+	$(BIN)/python tools/launch_counts.py
 
 # Whatever Python has torch: the virtual environment's where there is one. Nothing is installed or fetched.
 gpu-check:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, BLOCK, TOOL = ROOT / "docs" / "kernels.md", "launches", "launch_counts.py"
 H100 = {"AFA_STAND_IN_PROCESSORS": "132", "AFA_STAND_IN_SHARED_BYTES": str(227 << 10), "AFA_STAND_IN_DEVICES": "1"}
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path += [str(ROOT), str(ROOT / "tools")]  # last: the package under test is named by PYTHONPATH
 
 if TYPE_CHECKING:
     from torch import Tensor
