@@ -3,7 +3,7 @@
 # make lint      ruff, mypy, clang-format
 # make smoke     the demo in about a minute, to see that every part runs (its figures mean nothing)
 # make sanitize  the operators' tests on CPU kernels built for AddressSanitizer and UndefinedBehaviorSanitizer
-# make cuda-on-host   the operators' tests on the CUDA kernels, without a GPU: each memory access checked, sanitized
+# make stand-in  the tests that need a GPU on a stand-in for one: each memory access checked, then sanitized
 # make abi-check show that the built library loads and computes under an older torch (OLD_TORCH=2.13.0)
 # make pretrain  train the small backbone that ships in the package anew (about an hour on 2 cores)
 # make bench     time the operators and a whole training step against PyTorch on this machine
@@ -22,7 +22,7 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test lint smoke sanitize cuda-on-host abi-check pretrain bench kernels gpu-check clean install
+.PHONY: help demo test lint smoke sanitize stand-in abi-check pretrain bench kernels gpu-check clean install
 
 help:
 	@sed -n 's/^# //p' Makefile | head -12
@@ -35,7 +35,7 @@ test: install
 
 smoke: install
 	rm -rf runs/smoke
-	$(BIN)/afa train demo --run runs/smoke train.iterations=30 train.classify_until=10 train.par_until=20
+	$(BIN)/afa train demo --run runs/smoke train.iterations=30 train.classify_until=10 train.par_until=20 train.warmup=5
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -46,9 +46,9 @@ lint: $(VENV)/.lint
 sanitize: install
 	$(BIN)/python tools/sanitize.py
 
-cuda-on-host: install
-	$(BIN)/python tools/kernels_on_host.py
-	$(BIN)/python tools/kernels_on_host.py --sanitize
+stand-in: install
+	$(BIN)/python -m tests.cuda.run
+	$(BIN)/python -m tests.cuda.run --sanitize
 
 abi-check: install
 	$(BIN)/python tools/abi_check.py --torch $(OLD_TORCH)
@@ -62,6 +62,7 @@ bench: install
 
 kernels: install
 	$(BIN)/python tools/kernel_report.py
+	$(BIN)/python tools/launch_counts.py
 
 # Whatever Python has torch: the virtual environment's where there is one. Nothing is installed or fetched.
 gpu-check:

@@ -38,7 +38,10 @@ from afa.training.step import TrainStep
 from benchmarks.timing import RESULTS, print_table, write_results
 
 SETTINGS = ["model.refine_iterations=0", "train.iterations=450", "train.classify_until=260", "train.par_until=370"]
-QUICK = ["model.refine_iterations=0", "train.iterations=6", "train.classify_until=2", "train.par_until=4"]
+QUICK = [
+    "model.refine_iterations=0",
+    *("train.iterations=6", "train.classify_until=2", "train.par_until=4", "train.warmup=1"),
+]
 
 NO_WALK = "train.par_until=1000000"  # past any run's end
 ROWS = {

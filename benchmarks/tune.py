@@ -33,7 +33,7 @@ from benchmarks.timing import captured, machine, print_table, time_candidates
 
 DTYPES = ["float32", "float16", "bfloat16"]
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""The largest difference from float64, relative to the largest value: what tests/cuda_on_host allows."""
+"""The largest difference from float64, relative to the largest value: what tests/cuda/kernels allows."""
 RINGS = [1, 2, 4, 8, 12, 24]
 OTHER_RINGS = [1, 2, 3, 5, 8, 13]
 """For the kernel that takes any neighbours."""

@@ -9,20 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-import afa_ext
+from tests.cuda import device as stand_in
 
 GOLDEN = Path(__file__).parent / "golden"
-ON_HOST = "cuda_on_host" in afa_ext.build_info()  # tools/kernels_on_host.py: the CUDA kernels, on CPU tensors
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    gpu = pytest.mark.skip(reason="no GPU on this machine")
-    cpu = pytest.mark.skip(reason="about the CPU kernels, and this build runs the CUDA kernels on CPU tensors")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU, skips what needs one. On the stand-in GPU (tests/cuda/README.md), keeps nothing else, and skips
+    what it can't do."""
+    no_gpu = pytest.mark.skip(reason="no GPU on this machine; the stand-in GPU runs it: python -m tests.cuda.run")
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-            item.add_marker(gpu)
-        if ON_HOST and (item.get_closest_marker("cpu_kernels") or "threads" in getattr(item, "fixturenames", ())):
-            item.add_marker(cpu)
+            item.add_marker(no_gpu)
+        real = item.get_closest_marker("real_gpu")
+        if real is not None and stand_in.active:
+            item.add_marker(pytest.mark.skip(reason=f"needs a real GPU: {real.args[0]}"))
+    if stand_in.active:
+        here = Path(__file__).parent / "cuda"
+        kept = [item for item in items if item.get_closest_marker("cuda") or item.path.is_relative_to(here)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")
@@ -52,15 +58,9 @@ def assert_relative() -> Callable[..., None]:
     return check
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture
-def cuda_kernels(device: str) -> bool:
-    """Whether the CUDA kernels compute on this device."""
-    return ON_HOST or device == "cuda"
 
 
 @pytest.fixture

@@ -363,16 +363,16 @@ def test_threads_change_nothing(radius, threads):
     scale=st.floats(0.01, 3),
     seed=st.integers(0, 2**31),
 )
-def test_properties(grid, maps, radius, scale, seed):
+def test_properties(device, grid, maps, radius, scale, seed):
     torch.manual_seed(seed)
     nodes = grid[0] * grid[1]
-    attention, weight, bias = inputs(2, maps, nodes)
+    attention, weight, bias = inputs(2, maps, nodes, device=device)
     dense = afa_ext.affinity_from_attention(scale * attention, weight, bias)
     assert torch.equal(dense, dense.mT)
     assert bool(((dense > 0) & (dense < 1)).all())
     swapped = afa_ext.affinity_from_attention(scale * attention.mT, weight, bias)
     torch.testing.assert_close(swapped, dense)
-    label_map = torch.randint(0, 3, (2, *grid))
+    label_map = torch.randint(0, 3, (2, *grid), device=device)
     labels = afa_ext.affinity_labels(label_map, stride=1, radius=radius, ignore_index=2)
     assert torch.equal(labels, labels.mT)
     own = labels.diagonal(dim1=1, dim2=2)

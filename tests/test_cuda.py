@@ -1,13 +1,11 @@
-"""What only a GPU can show: graphs, streams, several devices, no waiting, sizes past 32 bits and past a grid.
-
-Every test also runs on the CPU, in small and with a stand-in for what it lacks, so that the tests themselves are
-executed everywhere; there, streams and graphs prove nothing.
+"""Graphs, streams, several devices, no waiting, sizes past 32 bits and past a grid: on a GPU, or on the stand-in of
+tests/cuda, whose lazy streams make work late by themselves. What it can't do is marked `real_gpu`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -17,51 +15,19 @@ from torch import Tensor
 import afa_ext
 from afa_ext import _native, reference
 from benchmarks import tune
+from tests.cuda import device as stand_in
 from tests.test_ops_meta import CASES, Make
 
+pytestmark = pytest.mark.cuda
 OPS = torch.ops.afa_ext
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Against float64, relative to the largest value: rounded inputs and results, sums in float32."""
 Run = Callable[[], tuple[Tensor, ...]]
 
 
-class Cpu:
-    """The stand-ins. `Gpu` says what each is for."""
-
-    device = other = torch.device("cpu")
-
-    def capture(self, run: Run) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        results = tuple(t.clone() for t in run())
-
-        def replay() -> None:
-            for result, again in zip(results, run(), strict=True):
-                result.copy_(again)
-
-        return replay, results
-
-    def on_side_stream(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def busy(self) -> None:
-        pass
-
-    def never_waits(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def finish(self) -> None:
-        pass
-
-    def need(self, count: int) -> int:
-        return 0
-
-    items = 3  # in place of sizes past 32 bits
-    many = 300  # in place of more than a grid holds
-
-
-class Gpu(Cpu):
+class Machine:
     device = torch.device("cuda", 0)
-    items = 0  # as many as it takes
-    many = 70_000
+    many = 300 if stand_in.active else 70_000  # more than a grid holds
 
     @property
     def other(self) -> torch.device:
@@ -91,7 +57,8 @@ class Gpu(Cpu):
 
     def busy(self) -> None:
         """Keeps the current stream busy for some 30 ms, so that what is queued after it is late."""
-        torch.cuda._sleep(50_000_000)
+        if not stand_in.active:
+            torch.cuda._sleep(50_000_000)
 
     @contextmanager
     def never_waits(self) -> Iterator[None]:
@@ -99,7 +66,8 @@ class Gpu(Cpu):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            yield
+            with stand_in.never_waits() if stand_in.active else nullcontext():
+                yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -115,9 +83,9 @@ class Gpu(Cpu):
         return free
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def machine(request: pytest.FixtureRequest) -> Cpu:
-    return Gpu() if request.param == "cuda" else Cpu()
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
 
 
 def maker(device: torch.device, dtype: torch.dtype = torch.float32) -> Make:
@@ -227,7 +195,7 @@ def test_side_stream(name, machine):
 @operators
 def test_another_device_than_the_current_one(name, machine):
     other = machine.other
-    current = torch.cuda.current_device() if machine.device.type == "cuda" else None
+    current = torch.cuda.current_device()
     for arguments in cases(name, maker(machine.device)):
         moved = tuple(
             t.detach().to(other).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in arguments
@@ -235,8 +203,7 @@ def test_another_device_than_the_current_one(name, machine):
         results = forward_and_backward(getattr(OPS, name), moved)()
         assert all(t.device == other for t in results)
         same(results, forward_and_backward(getattr(OPS, name), arguments)())
-    if current is not None:
-        assert torch.cuda.current_device() == current
+    assert torch.cuda.current_device() == current
 
 
 @operators
@@ -349,7 +316,8 @@ def test_public_functions_in_a_graph_on_a_stream_and_without_waiting(name, machi
     run = forward_and_backward(lambda *t: call(afa_ext, *t), tuple(inputs(maker(machine.device))))
     expected = saved(run)
     with machine.never_waits():
-        same(run(), expected)
+        again = run()
+    same(again, expected)
     with machine.on_side_stream():
         machine.busy()
         late = run()
@@ -404,13 +372,13 @@ def test_random_sizes_match_float64(seed, machine, assert_relative):
 class Untimed:
     """In place of a GPU's clock: what the tuner does before it times."""
 
-    device, architecture = Gpu.device, 0
+    device, architecture = Machine.device, 0
 
     def time(self, candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         return dict.fromkeys(candidates, 0.0)
 
 
-@pytest.mark.cuda  # on the CPU: tests/test_tune.py and tests/cuda_on_host
+@pytest.mark.real_gpu("the tuner's sizes; tests/test_tune.py and tests/cuda/kernels run the variants at small ones")
 @pytest.mark.parametrize("dtype", sorted(tune.LIMITS))
 @pytest.mark.parametrize("kernel", sorted(tune.CASES))
 def test_every_variant_of_every_kernel_is_right(kernel, dtype):
@@ -421,14 +389,13 @@ def test_every_variant_of_every_kernel_is_right(kernel, dtype):
             assert row.milliseconds
 
 
-@pytest.mark.cuda
-def test_compiled_code_runs_on_a_side_stream():
+def test_compiled_code_runs_on_a_side_stream(machine):
     call, inputs = PUBLIC["par_refine"]
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: call(afa_ext, *t), fullgraph=True)
-    given = tuple(inputs(maker(Gpu.device)))
+    given = tuple(inputs(maker(Machine.device)))
     expected = saved(forward_and_backward(lambda *t: call(afa_ext, *t), given))
-    with Gpu().on_side_stream():
+    with machine.on_side_stream():
         results = forward_and_backward(compiled, given)()
     torch.cuda.synchronize()
     for a, e in zip(results, expected, strict=True):
@@ -551,34 +518,33 @@ def test_more_items_than_a_grid_holds(name, machine, assert_relative):
     for which in (slice(0, 3), slice(min(65_534, count // 2), min(65_538, count // 2 + 4)), slice(count - 3, count)):
         some = getattr(OPS, name)(*item(arguments, count, which))
         assert_relative(out[which], some, LIMITS[torch.float32])
-    if machine.device.type == "cuda":
-        expected = getattr(OPS, name)(*(t.cpu() if isinstance(t, Tensor) else t for t in arguments))
-        assert_relative(out, expected, LIMITS[torch.float32])
+    expected = getattr(OPS, name)(*(t.cpu() if isinstance(t, Tensor) else t for t in arguments))
+    assert_relative(out, expected, LIMITS[torch.float32])
 
 
+@pytest.mark.real_gpu("more than 2^31 elements")
 @pytest.mark.parametrize("name", sorted(ITEMS))
 def test_more_elements_than_32_bits_count(name, machine, assert_relative):
     one = ITEMS[name](lambda *shape: torch.empty(*shape, dtype=torch.float16, device="meta"), 1, True)
     largest = max(t.numel() for t in [*tensors(one), getattr(OPS, name)(*one)])
-    count = machine.items or (1 << 31) // largest + 2
+    count = (1 << 31) // largest + 2
     total = sum(t.nbytes for t in [*tensors(one), getattr(OPS, name)(*one)])
     machine.need(count * total * 5 // 2 + (2 << 30))
 
     def make(*shape: int) -> Tensor:
         return torch.rand(*shape, dtype=torch.float16, device=machine.device)
 
-    # On the CPU, where the large items take too long, those of the other test.
-    arguments = ITEMS[name](make, count, not machine.items)
+    arguments = ITEMS[name](make, count, True)
     out = getattr(OPS, name)(*arguments)
-    if not machine.items:
-        assert max(t.numel() for t in [*tensors(arguments), out]) > 1 << 31
+    assert max(t.numel() for t in [*tensors(arguments), out]) > 1 << 31
     for which in (slice(0, 1), slice(count - 1, count)):
         some = getattr(OPS, name)(*item(arguments, count, which))
         assert_relative(out[which], some, LIMITS[torch.float16])
 
 
+@pytest.mark.real_gpu("more than 2^31 elements")
 def test_a_loss_over_more_elements_than_32_bits_count(machine):
-    count = 1000 if machine.items else (1 << 31) + 1000
+    count = (1 << 31) + 1000
     machine.need(12 * count)
     affinity = torch.full((count,), 0.25, dtype=torch.float16, device=machine.device)
     labels = torch.full((count,), 255, dtype=torch.uint8, device=machine.device)

@@ -50,10 +50,12 @@ def test_golden(case, golden, assert_relative, device):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_module_matches_golden(case, golden, assert_relative):
+def test_module_matches_golden(case, golden, assert_relative, device):
     g = golden(case)
     module = {"par": afa_ext.PAR, "pamr": afa_ext.PAMR}[case.partition("_")[0]]
-    out = module(dilations=g["dilations"].tolist(), num_iter=g["num_iter"])(g["images"], g["masks"])
+    out = module(dilations=g["dilations"].tolist(), num_iter=g["num_iter"])(
+        g["images"].to(device), g["masks"].to(device)
+    )
     assert_relative(out, g["out"])
 
 
@@ -260,7 +262,6 @@ torch.save(results, sys.argv[2])
 """
 
 
-@pytest.mark.cpu_kernels
 def test_instruction_sets_agree(tmp_path, assert_relative):
     """Each level this machine has, in a process of its own, against the baseline."""
     cases = []
@@ -302,7 +303,6 @@ def peak_bytes(run):
     return most
 
 
-@pytest.mark.cpu_kernels
 def test_memory_is_the_weights_and_two_buffers_of_the_masks():
     batch, classes, height, width = 2, 7, 96, 120
     images, masks = smooth_images(batch, height, width), torch.rand(batch, classes, height, width)

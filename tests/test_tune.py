@@ -1,10 +1,9 @@
-"""The tuner without a GPU: its logic on made-up kernels, and all of it on the CUDA kernels that run on the CPU."""
+"""The tuner without a GPU: its logic on made-up kernels, and all of it on the stand-in GPU."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from afa_ext import _native, tuning
 from benchmarks import tune
-from tests.cuda_on_host import build
+from tests.cuda import build
+from tests.cuda import run as stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -191,14 +191,16 @@ def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch):
         tune.main([])
 
 
-ON_HOST = """
-import dataclasses, json, sys
+ON_STAND_IN = """
+import dataclasses, json, os, pathlib, sys
 import torch
+from tests.cuda import device
+device.attach(pathlib.Path(os.environ["AFA_STAND_IN_BRIDGE"]))
 from afa_ext import _native
 from benchmarks import tune
 
 class Bench:
-    device, architecture = torch.device("cpu"), 90
+    device, architecture = torch.device("cuda", 0), 90
     def time(self, candidates, seconds):
         names = list(candidates)
         return {name: float(len(names) - i) for i, name in enumerate(names)}  # the last is the fastest
@@ -207,7 +209,7 @@ def smaller(case):
     shrunk = tuple(max(1, n // 4) if n > 8 else n for n in case.sizes[0])
     return dataclasses.replace(case, sizes=[shrunk])
 
-assert _native._C.build_info()["build_type"] == "test", "not the kernels on the CPU"
+assert _native._C.build_info()["build_type"] == "test", "not the kernels on the stand-in"
 tune.need_gpu = lambda: None
 tune.Gpu = Bench
 tune.CASES = {kernel: smaller(case) for kernel, case in tune.CASES.items()}
@@ -215,13 +217,12 @@ sys.exit(tune.main(["--dtype", "float32", "--dtype", "float16", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.skipif(build.cuda_headers() is None, reason="the CUDA toolkit's headers (cuda_fp16.h) are not installed")
-def test_the_cuda_kernels_are_swept_on_the_cpu(tmp_path):
-    path = os.pathsep.join([str(build.build_package()), str(ROOT)])
+@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+def test_the_cuda_kernels_are_swept_on_the_stand_in(tmp_path):
+    env = {**stand_in.environment(), "AFA_EXT_TUNING": "off"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-c", ON_HOST, "--out", str(tmp_path), *arguments]
-        env = {**os.environ, "PYTHONPATH": path, "AFA_EXT_TUNING": "off"}
+        command = [sys.executable, "-P", "-c", ON_STAND_IN, "--out", str(tmp_path), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
 
     dry = run("--dry-run", "--kernel", next(iter(tune.CASES)))

@@ -560,8 +560,9 @@ PROPERTY = settings(derandomize=True, max_examples=25, deadline=None)
 
 @PROPERTY
 @given(walks(), st.sampled_from([1, 2, 8]), st.floats(0, 1))
-def test_columns_of_the_transition_sum_to_one(walk, power, eps):
+def test_columns_of_the_transition_sum_to_one(device, walk, power, eps):
     scores, affinity, radius, window = walk
+    scores, affinity = scores.to(device), affinity.to(device)
     _, _, height, width = scores.shape
     p = torch.ops.afa_ext.walk_transition(affinity, height, width, radius, window, float(power), True, eps)
     raw = torch.ops.afa_ext.walk_transition(affinity, height, width, radius, window, float(power), False, eps)
@@ -571,9 +572,10 @@ def test_columns_of_the_transition_sum_to_one(walk, power, eps):
 
 @PROPERTY
 @given(walks(), st.integers(1, 5), st.floats(-2, 2))
-def test_constant_scores_stay(walk, steps, value):
+def test_constant_scores_stay(device, walk, steps, value):
     """Where a node takes a mean of others: over its column for scores @ P, over its row for P @ scores."""
     scores, affinity, radius, window = walk
+    scores, affinity = scores.to(device), affinity.to(device)
     constant = torch.full_like(scores, value)
     options = {"grid": tuple(scores.shape[2:]), "window": window, "steps": steps, "eps": 0.0}
     for normalize, direction in (("column", "columns"), ("row", "rows")):
@@ -584,11 +586,12 @@ def test_constant_scores_stay(walk, steps, value):
 
 @PROPERTY
 @given(walks(), st.integers(0, 3), st.sampled_from(["column", "row", "sinkhorn", None]))
-def test_windowed_is_dense_and_steps_are_squarings(walk, times, normalize):
+def test_windowed_is_dense_and_steps_are_squarings(device, walk, times, normalize):
     scores, affinity, radius, window = walk
+    scores, affinity = scores.to(device), affinity.to(device)
     grid = tuple(scores.shape[2:])
     options = {"grid": grid, "window": window, "normalize": normalize, "power": 3, "steps": 2**times}
-    inside = reference.walk.window_mask(grid, radius, window, torch.device("cpu"))
+    inside = reference.walk.window_mask(grid, radius, window, scores.device)
     p = reference.walk.transition_matrix(affinity, 3, normalize, 1e-4, inside)
     for _ in range(times):
         p = p @ p
@@ -601,8 +604,9 @@ def test_windowed_is_dense_and_steps_are_squarings(walk, times, normalize):
 
 @PROPERTY
 @given(walks(), st.integers(1, 3), st.randoms(use_true_random=False))
-def test_order_of_the_maps_does_not_matter(walk, steps, random):
+def test_order_of_the_maps_does_not_matter(device, walk, steps, random):
     scores, affinity, radius, window = walk
+    scores, affinity = scores.to(device), affinity.to(device)
     order = list(range(scores.shape[1]))
     random.shuffle(order)
     options = {"grid": tuple(scores.shape[2:]), "radius": radius, "window": window, "steps": steps}

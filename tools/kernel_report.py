@@ -38,7 +38,7 @@ COUNTED = "90"
 """The architecture whose instructions the page shows."""
 FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC", "-Xcompiler=-Wall", "-Xcompiler=-Werror"),
-    *("--extended-lambda", "-Werror=all-warnings"),
+    *("--extended-lambda", "-lineinfo", "-Werror=all-warnings"),
 ]
 """CMakeLists.txt's for a release, with AFA_EXT_WERROR."""
 

@@ -106,47 +106,98 @@ void check_labels(const Tensor& labels, const Tensor& other, const char* other_n
   check_device(labels, "labels", other, other_name);
 }
 
-}  // namespace
-
-Tensor affinity_from_attention(const Tensor& attention, const Tensor& weight, const Tensor& bias,
-                               int64_t height, int64_t width, std::optional<int64_t> radius, bool windowed) {
+AffinityParams check_forward(const Tensor& attention, const Tensor& weight, const Tensor& bias,
+                             int64_t height, int64_t width, std::optional<int64_t> radius, bool windowed) {
   check_shape(attention, "attention", "[B, K, N, N]", {-1, -1, -1, -1});
   AffinityParams p;
   p.pairs = make_layout(attention.size(0), height, width, radius, windowed);
   p.maps = attention.size(1);
-  const int64_t nodes = nodes_of(p.pairs);
-  check_attention(attention, nodes);
+  check_attention(attention, nodes_of(p.pairs));
   AFA_CHECK(p.maps >= 1, "attention must have at least one map, got shape ", shape_string(attention));
   check_weight(weight, p.maps, attention, "attention");
   check_shape(bias, "bias", "[1]", {1});
   check_like(bias, "bias", attention, "attention");
-  const bool cuda = on_cuda(attention);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(attention);
-  const int64_t size = pairs_of_node(p.pairs);
-  const bool zeroed = radius && (cuda || !windowed);
-  const Tensor affinity = zeroed ? zeros(attention, {p.pairs.batch, nodes, size}, attention.scalar_type())
-                                 : empty(attention, {p.pairs.batch, nodes, size}, attention.scalar_type());
+  return p;
+}
+
+AffinityParams check_backward_attention(const Tensor& grad, const Tensor& affinity, const Tensor& weight,
+                                        int64_t height, int64_t width, std::optional<int64_t> radius,
+                                        bool windowed) {
+  AffinityParams p = backward_params(grad, affinity, height, width, radius, windowed);
+  check_weight(weight, -1, affinity, "affinity");
+  p.maps = weight.size(0);
+  return p;
+}
+
+AffinityParams check_backward_weight(const Tensor& grad, const Tensor& affinity, const Tensor& attention,
+                                     int64_t height, int64_t width, std::optional<int64_t> radius,
+                                     bool windowed) {
+  AffinityParams p = backward_params(grad, affinity, height, width, radius, windowed);
+  check_attention(attention, nodes_of(p.pairs));
+  check_shape(attention, "attention", "[B, K, N, N]", {p.pairs.batch, -1, -1, -1});
+  check_like(attention, "attention", affinity, "affinity");
+  p.maps = attention.size(1);
+  return p;
+}
+
+AffinityLabelParams check_tokens(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed) {
+  check_shape(tokens, "tokens", "[B, h, w]", {-1, -1, -1});
+  AFA_CHECK(tokens.scalar_type() == ScalarType::Long, "tokens must be int64, got ",
+            type_name(tokens.scalar_type()));
+  AffinityLabelParams p;
+  p.pairs = make_layout(tokens.size(0), tokens.size(1), tokens.size(2), radius, windowed);
+  p.ignore = ignore_index;
+  return p;
+}
+
+AffinityLossParams check_loss(const Tensor& affinity, const Tensor& labels) {
+  AffinityLossParams p;
+  p.kind = kind_of(affinity, "affinity");
+  AFA_CHECK(shape_string(affinity) == shape_string(labels), "labels must have the shape of affinity, ",
+            shape_string(affinity), ", got ", shape_string(labels));
+  check_labels(labels, affinity, "affinity");
+  p.count = affinity.numel();
+  return p;
+}
+
+AffinityLossParams check_loss_backward(const Tensor& grad, const Tensor& sums, const Tensor& labels) {
+  AffinityLossParams p;
+  check_shape(sums, "sums", "[3]", {3});
+  p.kind = kind_of(sums, "sums");
+  AFA_CHECK(p.kind == Kind::f32 || p.kind == Kind::f64, "sums must be float32 or float64, got ",
+            type_name(sums.scalar_type()));
+  check_shape(grad, "grad", "[3]", {3});
+  check_like(grad, "grad", sums, "sums");
+  check_labels(labels, sums, "sums");
+  p.count = labels.numel();
+  return p;
+}
+
+}  // namespace
+
+// ---- CPU ----
+
+Tensor affinity_from_attention_cpu(const Tensor& attention, const Tensor& weight, const Tensor& bias,
+                                   int64_t height, int64_t width, std::optional<int64_t> radius,
+                                   bool windowed) {
+  AffinityParams p = check_forward(attention, weight, bias, height, width, radius, windowed);
+  const int64_t nodes = nodes_of(p.pairs), size = pairs_of_node(p.pairs);
+  const ScalarType type = sum_type(attention);
+  // A dense affinity is 0 outside its window.
+  const auto pairs = [&](ScalarType of) {
+    return radius && !windowed ? zeros(attention, {p.pairs.batch, nodes, size}, of)
+                               : empty(attention, {p.pairs.batch, nodes, size}, of);
+  };
+  const Tensor affinity = pairs(attention.scalar_type());
   if (affinity.numel() == 0) return affinity;
   const Tensor source = torch::stable::contiguous(attention);
-  const Tensor w = contiguous_as(weight, sum_type(attention)),
-               shift = contiguous_as(bias, sum_type(attention));
+  const Tensor w = contiguous_as(weight, type), shift = contiguous_as(bias, type);
+  const Tensor mixed = type == attention.scalar_type() ? affinity : pairs(type);
   p.kind = kind_of(source, "attention");
   p.attention = source.const_data_ptr();
   p.weight = w.const_data_ptr();
   p.bias = shift.const_data_ptr();
   p.affinity = affinity.mutable_data_ptr();
-  if (cuda) {
-    p.variant = choose(kForward, p.kind, p.pairs.batch * nodes * size);
-    AFA_CUDA_LAUNCH("affinity_from_attention", affinity_cuda(p, scope->stream()));
-    return affinity;
-  }
-  const bool in_place = sum_type(attention) == attention.scalar_type();
-  Tensor mixed = affinity;
-  if (!in_place) {
-    mixed = windowed || !radius ? empty(attention, {p.pairs.batch, nodes, size}, sum_type(attention))
-                                : zeros(attention, {p.pairs.batch, nodes, size}, sum_type(attention));
-  }
   p.mixed = mixed.mutable_data_ptr();
   parallel_rows(p.pairs.batch * nodes, p.maps * nodes, [&](int64_t begin, int64_t end) {
     const Scratch scratch(windowed ? nodes : 0, attention);
@@ -159,16 +210,11 @@ Tensor affinity_from_attention(const Tensor& attention, const Tensor& weight, co
   return affinity;
 }
 
-Tensor affinity_from_attention_backward_attention(const Tensor& grad, const Tensor& affinity,
-                                                  const Tensor& weight, int64_t height, int64_t width,
-                                                  std::optional<int64_t> radius, bool windowed) {
-  AffinityParams p = backward_params(grad, affinity, height, width, radius, windowed);
-  check_weight(weight, -1, affinity, "affinity");
-  p.maps = weight.size(0);
+Tensor affinity_from_attention_backward_attention_cpu(const Tensor& grad, const Tensor& affinity,
+                                                      const Tensor& weight, int64_t height, int64_t width,
+                                                      std::optional<int64_t> radius, bool windowed) {
+  AffinityParams p = check_backward_attention(grad, affinity, weight, height, width, radius, windowed);
   const int64_t nodes = nodes_of(p.pairs);
-  const bool cuda = on_cuda(affinity);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(affinity);
   const Tensor out =
       empty_in_huge_pages(affinity, {p.pairs.batch, p.maps, nodes, nodes}, affinity.scalar_type());
   if (out.numel() == 0) return out;
@@ -178,44 +224,27 @@ Tensor affinity_from_attention_backward_attention(const Tensor& grad, const Tens
   p.grad = g.const_data_ptr();
   p.weight = w.const_data_ptr();
   p.grad_attention = out.mutable_data_ptr();
-  if (cuda) {
-    AFA_CUDA_LAUNCH("affinity_from_attention_backward_attention",
-                    affinity_backward_attention_cuda(p, scope->stream()));
-  } else {
-    over_blocks(p, affinity, [&](int64_t begin, int64_t end, void* scratch) {
-      AFA_SIMD_CALL(affinity_backward_attention_blocks, p, begin, end, scratch);
-    });
-  }
+  over_blocks(p, affinity, [&](int64_t begin, int64_t end, void* scratch) {
+    AFA_SIMD_CALL(affinity_backward_attention_blocks, p, begin, end, scratch);
+  });
   return out;
 }
 
-Tensor affinity_from_attention_backward_weight(const Tensor& grad, const Tensor& affinity,
-                                               const Tensor& attention, int64_t height, int64_t width,
-                                               std::optional<int64_t> radius, bool windowed) {
-  AffinityParams p = backward_params(grad, affinity, height, width, radius, windowed);
-  check_attention(attention, nodes_of(p.pairs));
-  check_shape(attention, "attention", "[B, K, N, N]", {p.pairs.batch, -1, -1, -1});
-  check_like(attention, "attention", affinity, "affinity");
-  p.maps = attention.size(1);
-  const bool cuda = on_cuda(affinity);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(affinity);
+Tensor affinity_from_attention_backward_weight_cpu(const Tensor& grad, const Tensor& affinity,
+                                                   const Tensor& attention, int64_t height, int64_t width,
+                                                   std::optional<int64_t> radius, bool windowed) {
+  AffinityParams p = check_backward_weight(grad, affinity, attention, height, width, radius, windowed);
   const Tensor out = zeros(affinity, {p.maps + 1}, sum_type(affinity));
   if (affinity.numel() == 0) return out;
   const Tensor a = torch::stable::contiguous(affinity), g = torch::stable::contiguous(grad);
   const Tensor source = torch::stable::contiguous(attention);
-  const int64_t parts = cuda ? weight_parts_of(p.pairs) : p.pairs.batch * blocks_of(p.pairs);
+  const int64_t parts = p.pairs.batch * blocks_of(p.pairs);
   const Tensor partial = empty(affinity, {parts, p.maps + 1}, sum_type(affinity));
   p.affinity = a.mutable_data_ptr();
   p.grad = g.const_data_ptr();
   p.attention = source.const_data_ptr();
   p.partial = partial.mutable_data_ptr();
   p.grad_weight = out.mutable_data_ptr();
-  if (cuda) {
-    AFA_CUDA_LAUNCH("affinity_from_attention_backward_weight",
-                    affinity_backward_weight_cuda(p, scope->stream()));
-    return out;
-  }
   over_blocks(p, affinity, [&](int64_t begin, int64_t end, void* scratch) {
     AFA_SIMD_CALL(affinity_backward_weight_blocks, p, begin, end, scratch);
   });
@@ -227,92 +256,160 @@ Tensor affinity_from_attention_backward_weight(const Tensor& grad, const Tensor&
   return out;
 }
 
-Tensor affinity_labels(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed) {
-  check_shape(tokens, "tokens", "[B, h, w]", {-1, -1, -1});
-  AFA_CHECK(tokens.scalar_type() == ScalarType::Long, "tokens must be int64, got ",
-            type_name(tokens.scalar_type()));
-  AffinityLabelParams p;
-  p.pairs = make_layout(tokens.size(0), tokens.size(1), tokens.size(2), radius, windowed);
-  p.ignore = ignore_index;
+Tensor affinity_labels_cpu(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed) {
+  AffinityLabelParams p = check_tokens(tokens, radius, ignore_index, windowed);
   const int64_t nodes = nodes_of(p.pairs), size = pairs_of_node(p.pairs);
-  const bool cuda = on_cuda(tokens);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(tokens);
   const Tensor labels = empty(tokens, {p.pairs.batch, nodes, size}, ScalarType::Byte);
   if (labels.numel() == 0) return labels;
   const Tensor source = torch::stable::contiguous(tokens);
   p.tokens = static_cast<const int64_t*>(source.const_data_ptr());
   p.labels = static_cast<uint8_t*>(labels.mutable_data_ptr());
-  if (cuda) {
-    AFA_CUDA_LAUNCH("affinity_labels", affinity_labels_cuda(p, scope->stream()));
-  } else {
-    parallel_rows(p.pairs.batch * nodes, size,
-                  [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(affinity_label_rows, p, begin, end); });
-  }
+  parallel_rows(p.pairs.batch * nodes, size,
+                [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(affinity_label_rows, p, begin, end); });
   return labels;
 }
 
-Tensor affinity_loss(const Tensor& affinity, const Tensor& labels) {
-  AffinityLossParams p;
-  p.kind = kind_of(affinity, "affinity");
-  AFA_CHECK(shape_string(affinity) == shape_string(labels), "labels must have the shape of affinity, ",
-            shape_string(affinity), ", got ", shape_string(labels));
-  check_labels(labels, affinity, "affinity");
-  const bool cuda = on_cuda(affinity);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(affinity);
+Tensor affinity_loss_cpu(const Tensor& affinity, const Tensor& labels) {
+  AffinityLossParams p = check_loss(affinity, labels);
   const Tensor a = torch::stable::contiguous(affinity), l = torch::stable::contiguous(labels);
   const Tensor sums = empty(affinity, {3}, sum_type(affinity));
-  p.count = a.numel();
-  p.affinity = p.count > 0 ? a.const_data_ptr() : nullptr;
-  p.labels = p.count > 0 ? static_cast<const uint8_t*>(l.const_data_ptr()) : nullptr;
-  p.sums = sums.mutable_data_ptr();
-  if (cuda) {
-    const Tensor partial = empty(affinity, {loss_blocks(p.count), 4}, ScalarType::Double);
-    p.partial = p.count > 0 ? static_cast<double*>(partial.mutable_data_ptr()) : nullptr;
-    AFA_CUDA_LAUNCH("affinity_loss", affinity_loss_cuda(p, scope->stream()));
-    return sums;
-  }
   std::vector<double> partial(4 * loss_blocks(p.count));
-  p.partial = partial.data();
-  parallel_rows(loss_blocks(p.count), 4 * kLossBlock,
-                [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(affinity_loss_blocks, p, begin, end); });
+  if (p.count > 0) {
+    p.affinity = a.const_data_ptr();
+    p.labels = static_cast<const uint8_t*>(l.const_data_ptr());
+    p.partial = partial.data();
+    parallel_rows(loss_blocks(p.count), 4 * kLossBlock,
+                  [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(affinity_loss_blocks, p, begin, end); });
+  }
   if (p.kind == Kind::f64) {
-    add_losses<double>(partial, p.sums);
+    add_losses<double>(partial, sums.mutable_data_ptr());
   } else {
-    add_losses<float>(partial, p.sums);
+    add_losses<float>(partial, sums.mutable_data_ptr());
   }
   return sums;
 }
 
-Tensor affinity_loss_backward(const Tensor& grad, const Tensor& sums, const Tensor& labels) {
-  AffinityLossParams p;
-  check_shape(sums, "sums", "[3]", {3});
-  p.kind = kind_of(sums, "sums");
-  AFA_CHECK(p.kind == Kind::f32 || p.kind == Kind::f64, "sums must be float32 or float64, got ",
-            type_name(sums.scalar_type()));
-  check_shape(grad, "grad", "[3]", {3});
-  check_like(grad, "grad", sums, "sums");
-  check_labels(labels, sums, "sums");
-  const bool cuda = on_cuda(labels);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(labels);
+Tensor affinity_loss_backward_cpu(const Tensor& grad, const Tensor& sums, const Tensor& labels) {
+  AffinityLossParams p = check_loss_backward(grad, sums, labels);
   const Tensor l = torch::stable::contiguous(labels), g = torch::stable::contiguous(grad);
   const Tensor s = torch::stable::contiguous(sums);
   const Tensor out = torch::stable::new_empty(l, l.sizes(), sums.scalar_type());
-  p.count = out.numel();
   if (p.count == 0) return out;
   p.labels = static_cast<const uint8_t*>(l.const_data_ptr());
   p.grad = g.const_data_ptr();
   p.sums = s.mutable_data_ptr();
   p.grad_affinity = out.mutable_data_ptr();
-  if (cuda) {
-    AFA_CUDA_LAUNCH("affinity_loss_backward", affinity_loss_backward_cuda(p, scope->stream()));
-  } else {
-    parallel_rows(loss_blocks(p.count), 4 * kLossBlock, [&](int64_t begin, int64_t end) {
-      AFA_SIMD_CALL(affinity_loss_backward_blocks, p, begin, end);
-    });
+  parallel_rows(loss_blocks(p.count), 4 * kLossBlock, [&](int64_t begin, int64_t end) {
+    AFA_SIMD_CALL(affinity_loss_backward_blocks, p, begin, end);
+  });
+  return out;
+}
+
+// ---- CUDA ----
+
+Tensor affinity_from_attention_cuda(const Tensor& attention, const Tensor& weight, const Tensor& bias,
+                                    int64_t height, int64_t width, std::optional<int64_t> radius,
+                                    bool windowed) {
+  AffinityParams p = check_forward(attention, weight, bias, height, width, radius, windowed);
+  const CudaScope scope(attention);
+  const int64_t nodes = nodes_of(p.pairs), size = pairs_of_node(p.pairs);
+  // The kernel writes the pairs inside the window only.
+  const Tensor affinity = radius ? zeros(attention, {p.pairs.batch, nodes, size}, attention.scalar_type())
+                                 : empty(attention, {p.pairs.batch, nodes, size}, attention.scalar_type());
+  if (affinity.numel() == 0) return affinity;
+  const Tensor source = torch::stable::contiguous(attention);
+  const Tensor w = contiguous_as(weight, sum_type(attention)),
+               shift = contiguous_as(bias, sum_type(attention));
+  p.kind = kind_of(source, "attention");
+  p.attention = source.const_data_ptr();
+  p.weight = w.const_data_ptr();
+  p.bias = shift.const_data_ptr();
+  p.affinity = affinity.mutable_data_ptr();
+  p.variant = choose(kForward, p.kind, p.pairs.batch * nodes * size);
+  AFA_CUDA_LAUNCH("affinity_from_attention", launch_affinity(p, scope.stream()));
+  return affinity;
+}
+
+Tensor affinity_from_attention_backward_attention_cuda(const Tensor& grad, const Tensor& affinity,
+                                                       const Tensor& weight, int64_t height, int64_t width,
+                                                       std::optional<int64_t> radius, bool windowed) {
+  AffinityParams p = check_backward_attention(grad, affinity, weight, height, width, radius, windowed);
+  const CudaScope scope(affinity);
+  const int64_t nodes = nodes_of(p.pairs);
+  const Tensor out = empty(affinity, {p.pairs.batch, p.maps, nodes, nodes}, affinity.scalar_type());
+  if (out.numel() == 0) return out;
+  const Tensor a = torch::stable::contiguous(affinity), g = torch::stable::contiguous(grad);
+  const Tensor w = contiguous_as(weight, sum_type(affinity));
+  p.affinity = a.mutable_data_ptr();
+  p.grad = g.const_data_ptr();
+  p.weight = w.const_data_ptr();
+  p.grad_attention = out.mutable_data_ptr();
+  AFA_CUDA_LAUNCH("affinity_from_attention_backward_attention",
+                  launch_affinity_backward_attention(p, scope.stream()));
+  return out;
+}
+
+Tensor affinity_from_attention_backward_weight_cuda(const Tensor& grad, const Tensor& affinity,
+                                                    const Tensor& attention, int64_t height, int64_t width,
+                                                    std::optional<int64_t> radius, bool windowed) {
+  AffinityParams p = check_backward_weight(grad, affinity, attention, height, width, radius, windowed);
+  const CudaScope scope(affinity);
+  const Tensor out = zeros(affinity, {p.maps + 1}, sum_type(affinity));
+  if (affinity.numel() == 0) return out;
+  const Tensor a = torch::stable::contiguous(affinity), g = torch::stable::contiguous(grad);
+  const Tensor source = torch::stable::contiguous(attention);
+  const Tensor partial = empty(affinity, {weight_parts_of(p.pairs), p.maps + 1}, sum_type(affinity));
+  p.affinity = a.mutable_data_ptr();
+  p.grad = g.const_data_ptr();
+  p.attention = source.const_data_ptr();
+  p.partial = partial.mutable_data_ptr();
+  p.grad_weight = out.mutable_data_ptr();
+  AFA_CUDA_LAUNCH("affinity_from_attention_backward_weight",
+                  launch_affinity_backward_weight(p, scope.stream()));
+  return out;
+}
+
+Tensor affinity_labels_cuda(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed) {
+  AffinityLabelParams p = check_tokens(tokens, radius, ignore_index, windowed);
+  const CudaScope scope(tokens);
+  const Tensor labels =
+      empty(tokens, {p.pairs.batch, nodes_of(p.pairs), pairs_of_node(p.pairs)}, ScalarType::Byte);
+  if (labels.numel() == 0) return labels;
+  const Tensor source = torch::stable::contiguous(tokens);
+  p.tokens = static_cast<const int64_t*>(source.const_data_ptr());
+  p.labels = static_cast<uint8_t*>(labels.mutable_data_ptr());
+  AFA_CUDA_LAUNCH("affinity_labels", launch_affinity_labels(p, scope.stream()));
+  return labels;
+}
+
+Tensor affinity_loss_cuda(const Tensor& affinity, const Tensor& labels) {
+  AffinityLossParams p = check_loss(affinity, labels);
+  const CudaScope scope(affinity);
+  const Tensor a = torch::stable::contiguous(affinity), l = torch::stable::contiguous(labels);
+  const Tensor sums = empty(affinity, {3}, sum_type(affinity));
+  const Tensor partial = empty(affinity, {loss_blocks(p.count), 4}, ScalarType::Double);
+  if (p.count > 0) {
+    p.affinity = a.const_data_ptr();
+    p.labels = static_cast<const uint8_t*>(l.const_data_ptr());
+    p.partial = static_cast<double*>(partial.mutable_data_ptr());
   }
+  p.sums = sums.mutable_data_ptr();
+  AFA_CUDA_LAUNCH("affinity_loss", launch_affinity_loss(p, scope.stream()));
+  return sums;
+}
+
+Tensor affinity_loss_backward_cuda(const Tensor& grad, const Tensor& sums, const Tensor& labels) {
+  AffinityLossParams p = check_loss_backward(grad, sums, labels);
+  const CudaScope scope(labels);
+  const Tensor l = torch::stable::contiguous(labels), g = torch::stable::contiguous(grad);
+  const Tensor s = torch::stable::contiguous(sums);
+  const Tensor out = torch::stable::new_empty(l, l.sizes(), sums.scalar_type());
+  if (p.count == 0) return out;
+  p.labels = static_cast<const uint8_t*>(l.const_data_ptr());
+  p.grad = g.const_data_ptr();
+  p.sums = s.mutable_data_ptr();
+  p.grad_affinity = out.mutable_data_ptr();
+  AFA_CUDA_LAUNCH("affinity_loss_backward", launch_affinity_loss_backward(p, scope.stream()));
   return out;
 }
 

@@ -19,7 +19,7 @@ struct PairLayout {
   bool windowed = false;  // storage; a dense one may have a radius too, and is empty outside the window then
 };
 
-// The variants of affinity_cuda: X(name, maps read ahead).
+// The variants of launch_affinity: X(name, maps read ahead).
 #define AFA_AFFINITY_VARIANTS(X) X(maps2, 2) X(maps1, 1) X(maps4, 4)
 enum class AffinityVariant { AFA_AFFINITY_VARIANTS(AFA_VARIANT_NUMBER) };
 
@@ -134,12 +134,12 @@ AFA_SIMD_DECLARE(void affinity_loss_blocks(const AffinityLossParams& p, int64_t 
 AFA_SIMD_DECLARE(void affinity_loss_backward_blocks(const AffinityLossParams& p, int64_t begin, int64_t end))
 
 // `affinity` zeroed beforehand where there is a radius.
-const char* affinity_cuda(const AffinityParams& p, void* stream);
-const char* affinity_backward_attention_cuda(const AffinityParams& p, void* stream);
+const char* launch_affinity(const AffinityParams& p, void* stream);
+const char* launch_affinity_backward_attention(const AffinityParams& p, void* stream);
 // weight_parts_of(pairs) parts.
-const char* affinity_backward_weight_cuda(const AffinityParams& p, void* stream);
-const char* affinity_labels_cuda(const AffinityLabelParams& p, void* stream);
-const char* affinity_loss_cuda(const AffinityLossParams& p, void* stream);
-const char* affinity_loss_backward_cuda(const AffinityLossParams& p, void* stream);
+const char* launch_affinity_backward_weight(const AffinityParams& p, void* stream);
+const char* launch_affinity_labels(const AffinityLabelParams& p, void* stream);
+const char* launch_affinity_loss(const AffinityLossParams& p, void* stream);
+const char* launch_affinity_loss_backward(const AffinityLossParams& p, void* stream);
 
 }  // namespace afa

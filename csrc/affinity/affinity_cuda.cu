@@ -744,7 +744,7 @@ void with_tiles(const AffinityParams& p, const F& f) {
 
 }  // namespace
 
-const char* affinity_cuda(const AffinityParams& p, void* stream) {
+const char* launch_affinity(const AffinityParams& p, void* stream) {
   const dim3 grid = block_grid(p.pairs.batch * near_tile_pairs_of(p.pairs));
   with_type(p.kind, [&](auto type) {
     using T = decltype(type);
@@ -762,7 +762,7 @@ const char* affinity_cuda(const AffinityParams& p, void* stream) {
   return launch_error();
 }
 
-const char* affinity_backward_attention_cuda(const AffinityParams& p, void* stream) {
+const char* launch_affinity_backward_attention(const AffinityParams& p, void* stream) {
   const int64_t blocks = p.pairs.batch * tile_pairs_of(p.pairs);
   with_type(p.kind, [&](auto type) {
     using T = decltype(type);
@@ -775,7 +775,7 @@ const char* affinity_backward_attention_cuda(const AffinityParams& p, void* stre
   return launch_error();
 }
 
-const char* affinity_backward_weight_cuda(const AffinityParams& p, void* stream) {
+const char* launch_affinity_backward_weight(const AffinityParams& p, void* stream) {
   const int64_t parts = weight_parts_of(p.pairs);
   const dim3 grid = block_grid(parts * ceil_div(p.maps, kGroup));
   with_type(p.kind, [&](auto type) {
@@ -792,7 +792,7 @@ const char* affinity_backward_weight_cuda(const AffinityParams& p, void* stream)
   return launch_error();
 }
 
-const char* affinity_labels_cuda(const AffinityLabelParams& p, void* stream) {
+const char* launch_affinity_labels(const AffinityLabelParams& p, void* stream) {
   const int64_t size = pairs_of_node(p.pairs), labels = p.pairs.batch * nodes_of(p.pairs) * size;
   auto launch = [&](auto index, auto windowed) {
     using Index = decltype(index);
@@ -811,7 +811,7 @@ const char* affinity_labels_cuda(const AffinityLabelParams& p, void* stream) {
   return launch_error();
 }
 
-const char* affinity_loss_cuda(const AffinityLossParams& p, void* stream) {
+const char* launch_affinity_loss(const AffinityLossParams& p, void* stream) {
   const int64_t blocks = ceil_div(p.count, kLossBlock);
   with_type(p.kind, [&](auto type) {
     using T = decltype(type);
@@ -830,7 +830,7 @@ const char* affinity_loss_cuda(const AffinityLossParams& p, void* stream) {
   return launch_error();
 }
 
-const char* affinity_loss_backward_cuda(const AffinityLossParams& p, void* stream) {
+const char* launch_affinity_loss_backward(const AffinityLossParams& p, void* stream) {
   auto launch = [&](auto type) {
     using Sum = decltype(type);
     constexpr int V = kWide<Sum>;

@@ -12,7 +12,7 @@
 // Every kernel is launched through one of these; a template's name goes in parentheses: AFA_LAUNCH((f<float,
 // 4>), ...). SHARED: with so many bytes of dynamic shared memory. COOPERATIVE: the same, with all blocks
 // running at once, so that they can meet at grid_sync(); no more blocks than resident_blocks says. It is true
-// if the kernel was launched, and false if the driver does not grant the launch (see launch_cooperative).
+// if the kernel was launched, and false if the driver does not grant the launch (see cooperative_granted).
 #define AFA_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define AFA_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
@@ -28,6 +28,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "common/device.h"
 #include "common/geometry.h"
 
 namespace afa {
@@ -106,37 +107,24 @@ void with_type(Kind kind, const F& f) {
   }
 }
 
-// Beyond this much, dynamic shared memory has to be asked for, kernel by kernel.
-constexpr size_t kFreeSharedBytes = 48 << 10;
-
 template <typename... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
-  if (bytes <= kFreeSharedBytes) return;
-  cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       static_cast<int>(bytes));
+  allow_shared_of(reinterpret_cast<const void*>(kernel), bytes);
 }
 
-// The most dynamic shared memory that a block can have on the current device.
-inline size_t most_shared_bytes() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return static_cast<size_t>(bytes);
-}
-
-// How many blocks of a kernel the current device can run at once in a cooperative launch; 0 if not one fits,
-// or if it has no such launches.
 template <typename... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
-  allow_shared(kernel, shared_bytes);
-  int device = 0, cooperative = 0, processors = 0, blocks = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
-  if (cooperative == 0) return 0;
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads,
-                                                shared_bytes);
-  return int64_t{processors} * blocks;
+  return resident_blocks_of(reinterpret_cast<const void*>(kernel), threads, shared_bytes);
+}
+
+// A device may offer cooperative launches and still refuse one, under MPS or in a green context that leaves a
+// process part of its SMs. Such a refusal is cleared and false is returned: the caller launches once per step
+// instead. Any other error stays for launch_error.
+inline bool cooperative_granted(cudaError_t status) {
+  const bool refused = status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorNotSupported ||
+                       status == cudaErrorNotPermitted;
+  if (refused) cudaGetLastError();
+  return !refused;
 }
 
 #ifdef AFA_CUDA_ON_HOST
@@ -154,25 +142,18 @@ void launch_shared(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
-// A device may offer cooperative launches and still refuse one, under MPS or in a green context that leaves a
-// process part of its SMs. Such a refusal is cleared, and the caller launches once per step instead. Any
-// other error stays for launch_error.
 template <typename... Parameters, typename... Arguments>
 bool launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                         void* stream, const Arguments&... arguments) {
   allow_shared(kernel, shared_bytes);
   std::tuple<std::remove_cv_t<Parameters>...> values(arguments...);
-  const cudaError_t status = std::apply(
+  return cooperative_granted(std::apply(
       [&](auto&... value) {
         void* pointers[] = {&value...};
         return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
                                            shared_bytes, static_cast<cudaStream_t>(stream));
       },
-      values);
-  const bool refused = status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorNotSupported ||
-                       status == cudaErrorNotPermitted;
-  if (refused) cudaGetLastError();
-  return !refused;
+      values));
 }
 #endif
 

@@ -31,7 +31,7 @@ struct Stencil {
   int32_t runs = 0;
   int32_t size = 0;
   int32_t reach_x = 0;  // max |dx|
-  Run run[kMaxRuns];
+  Run run[kMaxRuns] = {};
 };
 
 namespace {  // one copy for each file: see above

@@ -83,10 +83,6 @@ ScalarType sum_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-ScalarType work_type(const Tensor& t) {
-  return on_cuda(t) ? t.scalar_type() : sum_type(t);
-}
-
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::new_empty(like, sizes, type);
 }
@@ -116,7 +112,6 @@ Tensor contiguous_as(const Tensor& t, ScalarType type) {
 }
 
 CudaScope::CudaScope(const Tensor& t) {
-  if (!t.is_cuda()) return;  // the kernels run on the CPU: see on_cuda
   guard_.emplace(t.get_device_index());
   AFA_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
             "this torch has no CUDA support, so that no CUDA tensor can reach afa_ext");

@@ -53,8 +53,6 @@ Kind kind_of(const Tensor& t, const char* name);
 
 // The type sums are formed in: float64 for float64, float32 for all others.
 ScalarType sum_type(const Tensor& t);
-// The type kernels read: CPU kernels that in which sums are formed, CUDA kernels the tensor's own.
-ScalarType work_type(const Tensor& t);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 // The same, and on the CPU, where the system gives them on request, in pages of 2 MiB: a large tensor is
 // fresh memory each time, and a fault for each 4 KiB of it costs several times what writing it does.
@@ -95,16 +93,6 @@ void parallel_rows(int64_t items, int64_t work, const F& f) {
   });
 }
 
-// Whether the CUDA kernels compute on t. In the build that runs them on the CPU, for the tests, they always
-// do.
-inline bool on_cuda([[maybe_unused]] const Tensor& t) {
-#ifdef AFA_CUDA_ON_HOST
-  return true;
-#else
-  return t.is_cuda();
-#endif
-}
-
 // Makes the tensor's device current for this scope, and gives torch's current stream on it as a handle.
 class CudaScope {
  public:
@@ -120,7 +108,7 @@ class CudaScope {
 void check_launch(const char* error, const char* op);
 [[noreturn]] void built_without_cuda(const char* op);
 
-#if defined(AFA_WITH_CUDA) || defined(AFA_CUDA_ON_HOST)
+#ifdef AFA_WITH_CUDA
 #define AFA_CUDA_LAUNCH(op, call) ::afa::check_launch(call, op)
 #else
 #define AFA_CUDA_LAUNCH(op, call) ::afa::built_without_cuda(op)

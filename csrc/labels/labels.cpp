@@ -136,11 +136,10 @@ void choose_cpu(const ChoiceParams& p) {
 
 // What a batch's maps, PAR's copies of them and its weights may take on CUDA, where nobody on the host knows
 // how many of all classes are present: with more, images are taken a few at a time, at least one.
-#ifdef AFA_CUDA_ON_HOST
-constexpr int64_t kScratchBytes = int64_t{1} << 16;
-#else
-constexpr int64_t kScratchBytes = int64_t{1} << 30;
+#ifndef AFA_LABEL_SCRATCH_BYTES  // the tests build with little, so that small batches are split too
+#define AFA_LABEL_SCRATCH_BYTES (int64_t{1} << 30)
 #endif
+constexpr int64_t kScratchBytes = AFA_LABEL_SCRATCH_BYTES;
 
 // How many images that is. The maps are there three times while PAR passes from one copy to the other.
 int64_t images_at_once(int64_t batch, int64_t maps, int64_t planes, const Region& whole, const Tensor& like) {
@@ -167,13 +166,14 @@ const void* advance(const void* from, int64_t elements, const Tensor& of) {
   return static_cast<const char*>(from) + elements * static_cast<int64_t>(of.element_size());
 }
 
-// The present classes of a batch, packed: on the host for the CPU kernels, on the device for CUDA.
-class PackedClasses {
+// The present classes of a batch, packed on the host.
+class HostClasses {
  public:
   Classes classes;
+  std::optional<Tensor> mask;  // bool [B, maps]; none if every image has `most` classes
 
-  // CPU. Throws if an image has more than max_classes (0: any number).
-  PackedClasses(const Tensor& present, const std::optional<Tensor>& class_index, int64_t max_classes) {
+  // Throws if an image has more than max_classes (0: any number).
+  HostClasses(const Tensor& present, const std::optional<Tensor>& class_index, int64_t max_classes) {
     const int64_t batch = present.size(0), all = present.size(1);
     const Tensor flags = torch::stable::contiguous(present);
     const bool* flag = static_cast<const bool*>(flags.const_data_ptr());
@@ -199,34 +199,6 @@ class PackedClasses {
     classes.count = count_.data();
   }
 
-  // CUDA, with what PAR needs to know: the maps in use and, if asked for, each image's small size.
-  PackedClasses(const char* op, [[maybe_unused]] const CudaScope& scope, PackParams p, const Tensor& present,
-                const std::optional<Tensor>& class_index, int64_t max_classes, bool with_extent) {
-    p.batch = present.size(0);
-    p.classes = present.size(1);
-    p.most = classes.most = max_classes == 0 ? p.classes : std::min(max_classes, p.classes);
-    const int64_t maps = (p.most + (p.background_map ? 1 : 0)) * p.thresholds;
-    const Tensor flags = torch::stable::contiguous(present);
-    const std::optional<Tensor> index = dense(class_index);
-    storage_ = {empty(present, {p.batch, p.most}, ScalarType::Int),
-                empty(present, {p.batch, p.most}, ScalarType::Int),
-                empty(present, {p.batch}, ScalarType::Int)};
-    mask = empty(present, {p.batch, maps}, ScalarType::Bool);
-    if (with_extent) extent = empty(present, {p.batch, 2}, ScalarType::Long);
-    p.present = static_cast<const bool*>(flags.const_data_ptr());
-    p.class_index = pointer(index);
-    classes.plane = p.plane = static_cast<int32_t*>(storage_[0].mutable_data_ptr());
-    classes.number = p.number = static_cast<int32_t*>(storage_[1].mutable_data_ptr());
-    classes.count = p.count = static_cast<int32_t*>(storage_[2].mutable_data_ptr());
-    p.mask = static_cast<bool*>(mask->mutable_data_ptr());
-    p.extent = extent ? static_cast<int64_t*>(extent->mutable_data_ptr()) : nullptr;
-    AFA_CUDA_LAUNCH(op, label_pack_cuda(p, scope.stream()));
-  }
-
-  std::optional<Tensor> mask;    // bool [B, maps]; CPU: none if every image has `most` classes
-  std::optional<Tensor> extent;  // int64 [B, 2]
-
-  // CPU: fills `mask`.
   void make_mask(const Tensor& like, int64_t thresholds) {
     const int64_t maps = classes.most * thresholds;
     if (std::all_of(count_.begin(), count_.end(), [&](int32_t n) { return n == classes.most; })) return;
@@ -237,8 +209,8 @@ class PackedClasses {
     }
   }
 
-  // CPU: the CAMs in a form the kernels read. Planes they can't read as they lie (half precision, strided
-  // rows) are copied, but only the present ones.
+  // The CAMs in a form the kernels read. Planes they can't read as they lie (half precision, strided rows)
+  // are copied, but only the present ones.
   Tensor readable_cams(const Tensor& cams) {
     const ScalarType type = sum_type(cams);
     if (cams.scalar_type() == type && (cams.stride(3) == 1 || cams.size(3) == 1)) return cams;
@@ -257,6 +229,40 @@ class PackedClasses {
 
  private:
   std::vector<int32_t> plane_, number_, count_;
+};
+
+// The present classes of a batch, packed on the device, with what PAR needs to know: the maps in use and, if
+// asked for, each image's small size.
+class DeviceClasses {
+ public:
+  Classes classes;
+  Tensor mask;                   // bool [B, maps]
+  std::optional<Tensor> extent;  // int64 [B, 2]
+
+  DeviceClasses(const char* op, [[maybe_unused]] const CudaScope& scope, PackParams p, const Tensor& present,
+                const std::optional<Tensor>& class_index, int64_t max_classes, bool with_extent) {
+    p.batch = present.size(0);
+    p.classes = present.size(1);
+    p.most = classes.most = max_classes == 0 ? p.classes : std::min(max_classes, p.classes);
+    const int64_t maps = (p.most + (p.background_map ? 1 : 0)) * p.thresholds;
+    const Tensor flags = torch::stable::contiguous(present);
+    const std::optional<Tensor> index = dense(class_index);
+    storage_ = {empty(present, {p.batch, p.most}, ScalarType::Int),
+                empty(present, {p.batch, p.most}, ScalarType::Int),
+                empty(present, {p.batch}, ScalarType::Int)};
+    mask = empty(present, {p.batch, maps}, ScalarType::Bool);
+    if (with_extent) extent = empty(present, {p.batch, 2}, ScalarType::Long);
+    p.present = static_cast<const bool*>(flags.const_data_ptr());
+    p.class_index = pointer(index);
+    classes.plane = p.plane = static_cast<int32_t*>(storage_[0].mutable_data_ptr());
+    classes.number = p.number = static_cast<int32_t*>(storage_[1].mutable_data_ptr());
+    classes.count = p.count = static_cast<int32_t*>(storage_[2].mutable_data_ptr());
+    p.mask = static_cast<bool*>(mask.mutable_data_ptr());
+    p.extent = extent ? static_cast<int64_t*>(extent->mutable_data_ptr()) : nullptr;
+    AFA_CUDA_LAUNCH(op, launch_label_pack(p, scope.stream()));
+  }
+
+ private:
   std::vector<Tensor> storage_;
 };
 
@@ -296,12 +302,12 @@ struct ParSettings {
 };
 
 // refine_labels on the CPU: every image by itself, cut to its region, since the host knows the boxes.
-void refine_labels_cpu(const Tensor& images, const Tensor& scores, const std::optional<Tensor>& low_scores,
-                       const PackedClasses& packed, const std::optional<Tensor>& weights, int64_t downscale,
+void refine_each_image(const Tensor& images, const Tensor& scores, const std::optional<Tensor>& low_scores,
+                       const HostClasses& packed, const std::optional<Tensor>& weights, int64_t downscale,
                        const ParSettings& par, ChoiceParams choice) {
   const ScalarType type = sum_type(scores);
   const Kind kind = kind_of_sums(scores);
-  const Tensor colours = readable_images(images, type);
+  const Tensor colors = readable_images(images, type);
   const Tensor wide[2] = {contiguous_as(scores, type),
                           low_scores ? contiguous_as(*low_scores, type) : contiguous_as(scores, type)};
   const int64_t planes = scores.size(1), image_pixels = choice.height * choice.width;
@@ -356,18 +362,17 @@ void refine_labels_cpu(const Tensor& images, const Tensor& scores, const std::op
           Tensor every = *weights;
           affinity = torch::stable::narrow(every, 0, b, 1);
         } else {
-          const Tensor small = empty(colours, {1, colours.size(1), r.small_height, r.small_width}, type);
-          ShrinkParams shrink = shrink_params(colours, small);
-          shrink.planes = colours.size(1);
-          shrink.in =
-              static_cast<const char*>(shrink.in) +
-              (b * colours.size(1) * image_pixels + r.y * choice.width + r.x) * colours.element_size();
+          const Tensor small = empty(colors, {1, colors.size(1), r.small_height, r.small_width}, type);
+          ShrinkParams shrink = shrink_params(colors, small);
+          shrink.planes = colors.size(1);
+          shrink.in = static_cast<const char*>(shrink.in) +
+                      (b * colors.size(1) * image_pixels + r.y * choice.width + r.x) * colors.element_size();
           shrink.rows = tables[2].fill(r.height, r.small_height, kind);
           shrink.columns = tables[3].fill(r.width, r.small_width, kind);
           shrink_cpu(shrink);
-          affinity = par_affinity(small, par.dilations, par.w1, par.w2);
+          affinity = par_affinity_cpu(small, par.dilations, par.w1, par.w2);
         }
-        maps = par_propagate(affinity, *maps, par.dilations, par.num_iter, std::nullopt);
+        maps = par_propagate_cpu(affinity, *maps, par.dilations, par.num_iter, std::nullopt);
       }
       choice.maps = maps->const_data_ptr();
     }
@@ -375,13 +380,18 @@ void refine_labels_cpu(const Tensor& images, const Tensor& scores, const std::op
   }
 }
 
-}  // namespace
+// What both devices need of a call of pseudo_labels, once its arguments are checked.
+struct PseudoLabels {
+  Region whole;
+  ScoreParams score;
+  ChoiceParams choice;
+};
 
-Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& present,
-                     const std::optional<Tensor>& class_index, const std::optional<Tensor>& box,
-                     const std::optional<Tensor>& weights, double low, double high, int64_t downscale,
-                     const std::vector<int64_t>& dilations, int64_t num_iter, double w1, double w2,
-                     int64_t max_classes, int64_t ignore_index) {
+PseudoLabels check_pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& present,
+                                 const std::optional<Tensor>& class_index, const std::optional<Tensor>& box,
+                                 const std::optional<Tensor>& weights, double low, double high,
+                                 int64_t downscale, const std::vector<int64_t>& dilations, int64_t num_iter,
+                                 double w2, int64_t max_classes, int64_t ignore_index) {
   check_shape(cams, "cams", "[B, C, H, W]", {-1, -1, -1, -1});
   kind_of(cams, "cams");
   const int64_t batch = cams.size(0), height = cams.size(2), width = cams.size(3);
@@ -389,114 +399,43 @@ Tensor pseudo_labels(const Tensor& images, const Tensor& cams, const Tensor& pre
   check_flags(present, class_index, box, batch, cams.size(1), cams, "cams");
   AFA_CHECK(high >= low, "high must be at least low (", low, "), got ", high);
   check_settings(downscale, num_iter, max_classes, ignore_index);
-  const Region whole = region_of(nullptr, 0, height, width, downscale);
-  check_weights(weights, dilations, batch, whole, cams, "cams");
-
-  const bool cuda = on_cuda(cams);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(cams);
-  const Tensor labels = empty(cams, {batch, height, width}, ScalarType::Long);
-  if (labels.numel() == 0) return labels;
-  const ScalarType type = sum_type(cams);
-  const Kind kind = kind_of_sums(cams);
-  AxisTables tables[4];
-  ScoreParams score;
-  score.thresholds = high > low ? 2 : 1;
-  score.background[0] = high;
-  score.background[1] = low;
-  score.rows = tables[0].fill(height, whole.small_height, kind);
-  score.columns = tables[1].fill(width, whole.small_width, kind);
-
-  std::optional<PackedClasses> packed;
-  Tensor source = cams;
-  if (cuda) {
-    PackParams pack;
-    pack.thresholds = score.thresholds;
-    packed.emplace("pseudo_labels", *scope, pack, present, class_index, max_classes, false);
-  } else {
-    packed.emplace(present, class_index, max_classes);
-    packed->make_mask(cams, score.thresholds);
-    source = packed->readable_cams(cams);
-  }
-
-  score.kind = kind_of(source, "cams");
-  score.cam_stride_b = source.stride(0);
-  score.cam_stride_c = source.stride(1);
-  score.cam_stride_y = source.stride(2);
-  score.cam_stride_x = source.stride(3);
-  const std::optional<Tensor> boxes = dense(box);
-  ChoiceParams choice;
-  choice.kind = kind;
-  choice.thresholds = score.thresholds;
-  choice.height = height;
-  choice.width = width;
-  choice.total = std::pow(1 + w2, static_cast<double>(num_iter));
-  choice.map_height = whole.small_height;
-  choice.map_width = whole.small_width;
-  choice.ignore = static_cast<int32_t>(ignore_index);
-  choice.rows = tables[2].fill(whole.small_height, height, kind);
-  choice.columns = tables[3].fill(whole.small_width, width, kind);
-
-  const int64_t most = packed->classes.most, maps_of_image = most * score.thresholds;
-  const int64_t weight_planes = 8 * static_cast<int64_t>(dilations.size()) + images.size(1);
-  const int64_t together = cuda ? images_at_once(batch, maps_of_image, weight_planes, whole, cams) : batch;
-  for (int64_t first = 0; first < batch; first += together) {
-    const int64_t count = std::min(together, batch - first);
-    score.batch = choice.batch = count;
-    score.classes = choice.classes = part_of(packed->classes, first);
-    // Scores at reduced size, refined. PAR is linear and takes a constant 1 to (1 + w2)^num_iter, so that the
-    // refined background is that less the refined classes, and its map need not travel along.
-    Tensor maps = empty(cams, {count, maps_of_image, whole.small_height, whole.small_width}, type);
-    if (most > 0) {
-      score.cams = advance(source.const_data_ptr(), first * score.cam_stride_b, source);
-      score.maps = maps.mutable_data_ptr();
-      if (cuda) {
-        AFA_CUDA_LAUNCH("pseudo_labels", label_scores_cuda(score, scope->stream()));
-      } else {
-        parallel_rows(batch * score.rows.to, 40 * most * score.columns.to, [&](int64_t begin, int64_t end) {
-          std::vector<double> scratch(score_scratch(score));
-          AFA_SIMD_CALL(label_score_rows, score, begin, end, scratch.data());
-        });
-      }
-      if (num_iter > 0) {
-        Tensor affinity;
-        if (weights) {
-          affinity = part_of(*weights, first, count);
-        } else {
-          const Tensor colours = readable_images(part_of(images, first, count), type);
-          const Tensor small =
-              empty(images, {count, images.size(1), whole.small_height, whole.small_width}, type);
-          ShrinkParams shrink = shrink_params(colours, small);
-          shrink.rows = score.rows;
-          shrink.columns = score.columns;
-          shrink.downscale = downscale;
-          if (cuda) {
-            AFA_CUDA_LAUNCH("pseudo_labels", shrink_cuda(shrink, scope->stream()));
-          } else {
-            shrink_cpu(shrink);
-          }
-          affinity = par_affinity(small, dilations, w1, w2);
-        }
-        maps = par_propagate(affinity, maps, dilations, num_iter, part_of(packed->mask, first, count));
-      }
-    }
-    choice.maps = maps.const_data_ptr();
-    choice.box = boxes ? pointer(boxes) + 4 * first : nullptr;
-    choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr()) + first * height * width;
-    if (cuda) {
-      AFA_CUDA_LAUNCH("pseudo_labels", label_choices_cuda(choice, scope->stream()));
-    } else {
-      choose_cpu(choice);
-    }
-  }
-  return labels;
+  PseudoLabels call;
+  call.whole = region_of(nullptr, 0, height, width, downscale);
+  check_weights(weights, dilations, batch, call.whole, cams, "cams");
+  call.score.thresholds = call.choice.thresholds = high > low ? 2 : 1;
+  call.score.background[0] = high;
+  call.score.background[1] = low;
+  call.score.rows = {height, call.whole.small_height};
+  call.score.columns = {width, call.whole.small_width};
+  call.choice.kind = kind_of_sums(cams);
+  call.choice.height = height;
+  call.choice.width = width;
+  // PAR is linear and takes a constant 1 to (1 + w2)^num_iter, so that the refined background is that less
+  // the refined classes, and its map need not travel along.
+  call.choice.total = std::pow(1 + w2, static_cast<double>(num_iter));
+  call.choice.map_height = call.whole.small_height;
+  call.choice.map_width = call.whole.small_width;
+  call.choice.ignore = static_cast<int32_t>(ignore_index);
+  call.choice.rows = {call.whole.small_height, height};
+  call.choice.columns = {call.whole.small_width, width};
+  return call;
 }
 
-Tensor refine_labels(const Tensor& images, const Tensor& scores, const std::optional<Tensor>& low_scores,
-                     const Tensor& present, const std::optional<Tensor>& class_index,
-                     const std::optional<Tensor>& box, const std::optional<Tensor>& weights,
-                     int64_t downscale, const std::vector<int64_t>& dilations, int64_t num_iter, double w1,
-                     double w2, int64_t max_classes, int64_t ignore_index) {
+void attach_cams(ScoreParams& p, const Tensor& cams) {
+  p.kind = kind_of(cams, "cams");
+  p.cam_stride_b = cams.stride(0);
+  p.cam_stride_c = cams.stride(1);
+  p.cam_stride_y = cams.stride(2);
+  p.cam_stride_x = cams.stride(3);
+}
+
+// The same of a call of refine_labels, without pointers.
+ChoiceParams check_refine_labels(const Tensor& images, const Tensor& scores,
+                                 const std::optional<Tensor>& low_scores, const Tensor& present,
+                                 const std::optional<Tensor>& class_index, const std::optional<Tensor>& box,
+                                 const std::optional<Tensor>& weights, int64_t downscale,
+                                 const std::vector<int64_t>& dilations, int64_t num_iter, int64_t max_classes,
+                                 int64_t ignore_index) {
   check_shape(images, "images", "[B, 3, H, W]", {-1, -1, -1, -1});
   const int64_t batch = images.size(0), height = images.size(2), width = images.size(3);
   check_shape(scores, "scores", "[B, C+1, h, w]", {batch, -1, -1, -1});
@@ -514,14 +453,8 @@ Tensor refine_labels(const Tensor& images, const Tensor& scores, const std::opti
   check_weights(weights, dilations, batch, whole, scores, "scores");
   AFA_CHECK(!weights || !box,
             "weights must not be given along with box, whose regions have weights of their own");
-
-  const bool cuda = on_cuda(scores);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(scores);
-  const Tensor labels = empty(scores, {batch, height, width}, ScalarType::Long);
-  if (labels.numel() == 0) return labels;
-  AFA_CHECK(scores.numel() > 0, "scores must have at least one position, got shape ", shape_string(scores));
-  const std::optional<Tensor> boxes = dense(box);
+  AFA_CHECK(images.numel() == 0 || scores.numel() > 0, "scores must have at least one position, got shape ",
+            shape_string(scores));
   ChoiceParams choice;
   choice.kind = kind_of_sums(scores);
   choice.batch = batch;
@@ -529,24 +462,175 @@ Tensor refine_labels(const Tensor& images, const Tensor& scores, const std::opti
   choice.height = height;
   choice.width = width;
   choice.background_map = true;
+  choice.ignore = static_cast<int32_t>(ignore_index);
+  return choice;
+}
+
+}  // namespace
+
+// ---- CPU ----
+
+Tensor pseudo_labels_cpu(const Tensor& images, const Tensor& cams, const Tensor& present,
+                         const std::optional<Tensor>& class_index, const std::optional<Tensor>& box,
+                         const std::optional<Tensor>& weights, double low, double high, int64_t downscale,
+                         const std::vector<int64_t>& dilations, int64_t num_iter, double w1, double w2,
+                         int64_t max_classes, int64_t ignore_index) {
+  PseudoLabels call = check_pseudo_labels(images, cams, present, class_index, box, weights, low, high,
+                                          downscale, dilations, num_iter, w2, max_classes, ignore_index);
+  const Region& whole = call.whole;
+  ScoreParams& score = call.score;
+  ChoiceParams& choice = call.choice;
+  const int64_t batch = cams.size(0);
+  const Tensor labels = empty(cams, {batch, choice.height, choice.width}, ScalarType::Long);
+  if (labels.numel() == 0) return labels;
+  const ScalarType type = sum_type(cams);
+  HostClasses packed(present, class_index, max_classes);
+  packed.make_mask(cams, score.thresholds);
+  const Tensor source = packed.readable_cams(cams);
+  attach_cams(score, source);
+  AxisTables tables[4];
+  score.rows = tables[0].fill(score.rows.from, score.rows.to, choice.kind);
+  score.columns = tables[1].fill(score.columns.from, score.columns.to, choice.kind);
+  choice.rows = tables[2].fill(choice.rows.from, choice.rows.to, choice.kind);
+  choice.columns = tables[3].fill(choice.columns.from, choice.columns.to, choice.kind);
+  score.batch = choice.batch = batch;
+  score.classes = choice.classes = packed.classes;
+  const int64_t most = packed.classes.most;
+  // Scores at reduced size, refined.
+  Tensor maps = empty(cams, {batch, most * score.thresholds, whole.small_height, whole.small_width}, type);
+  if (most > 0) {
+    score.cams = source.const_data_ptr();
+    score.maps = maps.mutable_data_ptr();
+    parallel_rows(batch * score.rows.to, 40 * most * score.columns.to, [&](int64_t begin, int64_t end) {
+      std::vector<double> scratch(score_scratch(score));
+      AFA_SIMD_CALL(label_score_rows, score, begin, end, scratch.data());
+    });
+    if (num_iter > 0) {
+      Tensor affinity;
+      if (weights) {
+        affinity = *weights;
+      } else {
+        const Tensor colors = readable_images(images, type);
+        const Tensor small =
+            empty(images, {batch, images.size(1), whole.small_height, whole.small_width}, type);
+        ShrinkParams shrink = shrink_params(colors, small);
+        shrink.rows = score.rows;
+        shrink.columns = score.columns;
+        shrink_cpu(shrink);
+        affinity = par_affinity_cpu(small, dilations, w1, w2);
+      }
+      maps = par_propagate_cpu(affinity, maps, dilations, num_iter, packed.mask);
+    }
+  }
+  const std::optional<Tensor> boxes = dense(box);
+  choice.maps = maps.const_data_ptr();
   choice.box = pointer(boxes);
   choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr());
-  choice.ignore = static_cast<int32_t>(ignore_index);
-  const ParSettings par = {dilations, num_iter, w1, w2};
-  if (!cuda) {
-    const PackedClasses packed(present, class_index, max_classes);
-    refine_labels_cpu(images, scores, low_scores, packed, weights, downscale, par, choice);
-    return labels;
-  }
+  choose_cpu(choice);
+  return labels;
+}
 
+Tensor refine_labels_cpu(const Tensor& images, const Tensor& scores, const std::optional<Tensor>& low_scores,
+                         const Tensor& present, const std::optional<Tensor>& class_index,
+                         const std::optional<Tensor>& box, const std::optional<Tensor>& weights,
+                         int64_t downscale, const std::vector<int64_t>& dilations, int64_t num_iter,
+                         double w1, double w2, int64_t max_classes, int64_t ignore_index) {
+  ChoiceParams choice = check_refine_labels(images, scores, low_scores, present, class_index, box, weights,
+                                            downscale, dilations, num_iter, max_classes, ignore_index);
+  const Tensor labels = empty(scores, {choice.batch, choice.height, choice.width}, ScalarType::Long);
+  if (labels.numel() == 0) return labels;
+  const std::optional<Tensor> boxes = dense(box);
+  choice.box = pointer(boxes);
+  choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr());
+  const HostClasses packed(present, class_index, max_classes);
+  refine_each_image(images, scores, low_scores, packed, weights, downscale, {dilations, num_iter, w1, w2},
+                    choice);
+  return labels;
+}
+
+// ---- CUDA ----
+
+Tensor pseudo_labels_cuda(const Tensor& images, const Tensor& cams, const Tensor& present,
+                          const std::optional<Tensor>& class_index, const std::optional<Tensor>& box,
+                          const std::optional<Tensor>& weights, double low, double high, int64_t downscale,
+                          const std::vector<int64_t>& dilations, int64_t num_iter, double w1, double w2,
+                          int64_t max_classes, int64_t ignore_index) {
+  PseudoLabels call = check_pseudo_labels(images, cams, present, class_index, box, weights, low, high,
+                                          downscale, dilations, num_iter, w2, max_classes, ignore_index);
+  const Region& whole = call.whole;
+  ScoreParams& score = call.score;
+  ChoiceParams& choice = call.choice;
+  const CudaScope scope(cams);
+  const int64_t batch = cams.size(0), pixels = choice.height * choice.width;
+  const Tensor labels = empty(cams, {batch, choice.height, choice.width}, ScalarType::Long);
+  if (labels.numel() == 0) return labels;
+  const ScalarType type = sum_type(cams);
+  PackParams pack;
+  pack.thresholds = score.thresholds;
+  const DeviceClasses packed("pseudo_labels", scope, pack, present, class_index, max_classes, false);
+  attach_cams(score, cams);
+  const std::optional<Tensor> boxes = dense(box);
+  const int64_t most = packed.classes.most, maps_of_image = most * score.thresholds;
+  const int64_t weight_planes = 8 * static_cast<int64_t>(dilations.size()) + images.size(1);
+  const int64_t together = images_at_once(batch, maps_of_image, weight_planes, whole, cams);
+  for (int64_t first = 0; first < batch; first += together) {
+    const int64_t count = std::min(together, batch - first);
+    score.batch = choice.batch = count;
+    score.classes = choice.classes = part_of(packed.classes, first);
+    // Scores at reduced size, refined.
+    Tensor maps = empty(cams, {count, maps_of_image, whole.small_height, whole.small_width}, type);
+    if (most > 0) {
+      score.cams = advance(cams.const_data_ptr(), first * score.cam_stride_b, cams);
+      score.maps = maps.mutable_data_ptr();
+      AFA_CUDA_LAUNCH("pseudo_labels", launch_label_scores(score, scope.stream()));
+      if (num_iter > 0) {
+        Tensor affinity;
+        if (weights) {
+          affinity = part_of(*weights, first, count);
+        } else {
+          const Tensor colors = readable_images(part_of(images, first, count), type);
+          const Tensor small =
+              empty(images, {count, images.size(1), whole.small_height, whole.small_width}, type);
+          ShrinkParams shrink = shrink_params(colors, small);
+          shrink.rows = score.rows;
+          shrink.columns = score.columns;
+          shrink.downscale = downscale;
+          AFA_CUDA_LAUNCH("pseudo_labels", launch_shrink(shrink, scope.stream()));
+          affinity = par_affinity_cuda(small, dilations, w1, w2);
+        }
+        maps = stencil_propagate_cuda("pseudo_labels", ring_stencil(dilations), affinity, maps, num_iter,
+                                      part_of(packed.mask, first, count), std::nullopt, false);
+      }
+    }
+    choice.maps = maps.const_data_ptr();
+    choice.box = boxes ? pointer(boxes) + 4 * first : nullptr;
+    choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr()) + first * pixels;
+    AFA_CUDA_LAUNCH("pseudo_labels", launch_label_choices(choice, scope.stream()));
+  }
+  return labels;
+}
+
+Tensor refine_labels_cuda(const Tensor& images, const Tensor& scores, const std::optional<Tensor>& low_scores,
+                          const Tensor& present, const std::optional<Tensor>& class_index,
+                          const std::optional<Tensor>& box, const std::optional<Tensor>& weights,
+                          int64_t downscale, const std::vector<int64_t>& dilations, int64_t num_iter,
+                          double w1, double w2, int64_t max_classes, int64_t ignore_index) {
+  ChoiceParams choice = check_refine_labels(images, scores, low_scores, present, class_index, box, weights,
+                                            downscale, dilations, num_iter, max_classes, ignore_index);
+  const CudaScope scope(scores);
+  const int64_t batch = choice.batch, height = choice.height, width = choice.width;
+  const Region whole = region_of(nullptr, 0, height, width, downscale);
+  const Tensor labels = empty(scores, {batch, height, width}, ScalarType::Long);
+  if (labels.numel() == 0) return labels;
+  const std::optional<Tensor> boxes = dense(box);
   PackParams pack;
   pack.thresholds = choice.thresholds;
   pack.background_map = true;
   pack.height = height;
   pack.width = width;
   pack.downscale = downscale;
-  pack.box = choice.box;
-  const PackedClasses packed("refine_labels", *scope, pack, present, class_index, max_classes,
+  pack.box = pointer(boxes);
+  const DeviceClasses packed("refine_labels", scope, pack, present, class_index, max_classes,
                              box.has_value());
   const ScalarType type = sum_type(scores);
   const Tensor dense_scores[2] = {torch::stable::contiguous(scores),
@@ -574,7 +658,7 @@ Tensor refine_labels(const Tensor& images, const Tensor& scores, const std::opti
   const int64_t together = images_at_once(batch, maps_of_image, weight_planes, whole, scores);
   for (int64_t first = 0; first < batch; first += together) {
     const int64_t count = std::min(together, batch - first);
-    const std::optional<Tensor> mask = part_of(packed.mask, first, count);
+    const Tensor mask = part_of(packed.mask, first, count);
     const std::optional<Tensor> extent = part_of(packed.extent, first, count);
     place.batch = choice.batch = count;
     place.classes = choice.classes = part_of(packed.classes, first);
@@ -585,30 +669,30 @@ Tensor refine_labels(const Tensor& images, const Tensor& scores, const std::opti
     }
     Tensor maps = empty(scores, {count, maps_of_image, place.map_height, place.map_width}, type);
     place.maps = maps.mutable_data_ptr();
-    AFA_CUDA_LAUNCH("refine_labels", label_place_cuda(place, scope->stream()));
+    AFA_CUDA_LAUNCH("refine_labels", launch_label_place(place, scope.stream()));
     if (num_iter > 0) {
       Tensor affinity;
       if (weights) {
         affinity = part_of(*weights, first, count);
       } else {
-        const Tensor colours = readable_images(part_of(images, first, count), type);
+        const Tensor colors = readable_images(part_of(images, first, count), type);
         const Tensor small = empty(images, {count, images.size(1), place.map_height, place.map_width}, type);
-        [[maybe_unused]] ShrinkParams shrink = shrink_params(colours, small);
+        ShrinkParams shrink = shrink_params(colors, small);
         shrink.rows.from = height;
         shrink.rows.to = place.map_height;
         shrink.columns.from = width;
         shrink.columns.to = place.map_width;
         shrink.box = place.box;
         shrink.downscale = downscale;
-        AFA_CUDA_LAUNCH("refine_labels", shrink_cuda(shrink, scope->stream()));
-        affinity = par_affinity_within(small, dilations, w1, w2, extent);
+        AFA_CUDA_LAUNCH("refine_labels", launch_shrink(shrink, scope.stream()));
+        affinity = par_affinity_within_cuda(small, dilations, w1, w2, extent);
       }
-      maps =
-          stencil_propagate("refine_labels", ring_stencil(dilations), affinity, maps, num_iter, mask, extent);
+      maps = stencil_propagate_cuda("refine_labels", ring_stencil(dilations), affinity, maps, num_iter, mask,
+                                    extent, false);
     }
     choice.maps = maps.const_data_ptr();
     choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr()) + first * height * width;
-    AFA_CUDA_LAUNCH("refine_labels", label_choices_cuda(choice, scope->stream()));
+    AFA_CUDA_LAUNCH("refine_labels", launch_label_choices(choice, scope.stream()));
   }
   return labels;
 }

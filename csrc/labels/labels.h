@@ -63,8 +63,8 @@ struct ShrinkParams {
 struct ScoreParams {
   Kind kind = Kind::f32;  // of the CAMs; maps are float64 for float64, else float32
   int64_t batch = 0, thresholds = 0;
-  double background[kMaxThresholds];  // highest first
-  const void* cams = nullptr;         // [B, C, H, W]; CPU: unit stride in x, in the type of the maps
+  double background[kMaxThresholds] = {};  // highest first
+  const void* cams = nullptr;              // [B, C, H, W]; CPU: unit stride in x, in the type of the maps
   int64_t cam_stride_b = 0, cam_stride_c = 0, cam_stride_y = 0, cam_stride_x = 1;
   Classes classes;
   void* maps = nullptr;  // [B, most * thresholds, rows.to, columns.to]: map j * thresholds + t
@@ -76,7 +76,7 @@ struct ScoreParams {
 struct PlaceParams {
   Kind kind = Kind::f32;  // of the scores; CPU and maps: the type sums are formed in
   int64_t batch = 0, thresholds = 0, planes = 0, height = 0, width = 0, downscale = 1;
-  const void* scores[kMaxThresholds];  // [B, planes, grid_height, grid_width], background first
+  const void* scores[kMaxThresholds] = {};  // [B, planes, grid_height, grid_width], background first
   int64_t grid_height = 0, grid_width = 0;
   Classes classes;
   void* maps = nullptr;  // [B, (most + 1) * thresholds, map_height, map_width], in the top left corner
@@ -195,10 +195,10 @@ inline int64_t choice_scratch(const ChoiceParams& p) {
 }
 
 // CUDA: return nullptr, or an error's text.
-const char* label_pack_cuda(const PackParams& p, void* stream);
-const char* shrink_cuda(const ShrinkParams& p, void* stream);
-const char* label_scores_cuda(const ScoreParams& p, void* stream);
-const char* label_place_cuda(const PlaceParams& p, void* stream);
-const char* label_choices_cuda(const ChoiceParams& p, void* stream);
+const char* launch_label_pack(const PackParams& p, void* stream);
+const char* launch_shrink(const ShrinkParams& p, void* stream);
+const char* launch_label_scores(const ScoreParams& p, void* stream);
+const char* launch_label_place(const PlaceParams& p, void* stream);
+const char* launch_label_choices(const ChoiceParams& p, void* stream);
 
 }  // namespace afa

@@ -324,12 +324,12 @@ void with_index(int64_t last, const F& f) {
 
 }  // namespace
 
-const char* label_pack_cuda(const PackParams& p, void* stream) {
+const char* launch_label_pack(const PackParams& p, void* stream) {
   AFA_LAUNCH(pack_kernel, grid_for(p.batch * kThreads, 1), kThreads, stream, p);
   return launch_error();
 }
 
-const char* shrink_cuda(const ShrinkParams& p, void* stream) {
+const char* launch_shrink(const ShrinkParams& p, void* stream) {
   const dim3 grid = grid_for(p.rows.to * ceil_div(p.columns.to, kPixels), p.planes);
   auto launch = [&](auto type, auto source) {
     using T = decltype(type);
@@ -356,7 +356,7 @@ const char* shrink_cuda(const ShrinkParams& p, void* stream) {
   return launch_error();
 }
 
-const char* label_scores_cuda(const ScoreParams& p, void* stream) {
+const char* launch_label_scores(const ScoreParams& p, void* stream) {
   const dim3 grid = grid_for(p.rows.to * p.columns.to, p.batch);
   with_type(p.kind, [&](auto type) {
     with_index(p.rows.from * p.cam_stride_y + p.columns.from * p.cam_stride_x, [&](auto index) {
@@ -366,7 +366,7 @@ const char* label_scores_cuda(const ScoreParams& p, void* stream) {
   return launch_error();
 }
 
-const char* label_place_cuda(const PlaceParams& p, void* stream) {
+const char* launch_label_place(const PlaceParams& p, void* stream) {
   const dim3 grid = grid_for(p.map_height * p.map_width, p.batch);
   with_type(p.kind, [&](auto type) {
     with_index(p.grid_height * p.grid_width, [&](auto index) {
@@ -376,7 +376,7 @@ const char* label_place_cuda(const PlaceParams& p, void* stream) {
   return launch_error();
 }
 
-const char* label_choices_cuda(const ChoiceParams& p, void* stream) {
+const char* launch_label_choices(const ChoiceParams& p, void* stream) {
   const dim3 grid = grid_for(p.height * p.width, p.batch);
   with_index(p.map_height * p.map_width, [&](auto index) {
     using Index = decltype(index);

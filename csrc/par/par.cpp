@@ -34,6 +34,8 @@ void position_weights(const std::vector<int64_t>& dilations, double w1, double w
     const double distance = static_cast<double>(dilations[i]);
     p.edge[i] = w2 * std::exp(logit(distance) - top) / sum;
     p.corner[i] = w2 * std::exp(logit(distance * corner) - top) / sum;
+    p.edge32[i] = static_cast<float>(p.edge[i]);
+    p.corner32[i] = static_cast<float>(p.corner[i]);
   }
 }
 
@@ -44,9 +46,9 @@ void check_propagate(const Stencil& stencil, const Tensor& weights, const Tensor
   check_like(planes, name, weights, "weights");
 }
 
-// Fills in the rest of p and computes the weights.
-Tensor affinity(const char* op, const Tensor& images, const std::vector<int64_t>& dilations,
-                const std::optional<Tensor>& extent, ParAffinityParams& p) {
+// Checks the images and fills in what both devices need; the weights [B, K, H, W] of `type`.
+Tensor check_images(const Tensor& images, const std::vector<int64_t>& dilations, ScalarType type,
+                    ParAffinityParams& p) {
   check_shape(images, "images", "[B, 3, H, W]", {-1, -1, -1, -1});
   AFA_CHECK(images.size(1) >= 1, "images must have at least one color channel, got shape ",
             shape_string(images));
@@ -56,27 +58,19 @@ Tensor affinity(const char* op, const Tensor& images, const std::vector<int64_t>
   p.channels = images.size(1);
   p.height = images.size(2);
   p.width = images.size(3);
-  const bool cuda = on_cuda(images);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(images);
-  const ScalarType type = cuda ? images.scalar_type() : sum_type(images);
-  Tensor weights = empty(images, {p.batch, p.stencil.size, p.height, p.width}, type);
+  return empty(images, {p.batch, p.stencil.size, p.height, p.width}, type);
+}
+
+Tensor affinity_cpu(const Tensor& images, const std::vector<int64_t>& dilations, ParAffinityParams p) {
+  const ScalarType type = sum_type(images);
+  const Tensor weights = check_images(images, dilations, type, p);
   if (weights.numel() == 0) return contiguous_as(weights, images.scalar_type());
   const Tensor dense = contiguous_as(images, type);
-  p.kind = kind_of(dense, "images");
-  p.weights = weights.mutable_data_ptr();
-  if (cuda) {
-    p.images = dense.const_data_ptr();
-    p.image_stride_y = p.width;
-    p.image_stride_c = p.height * p.width;
-    p.image_stride_b = p.channels * p.image_stride_c;
-    p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
-    AFA_CUDA_LAUNCH(op, par_affinity_cuda(p, scope->stream()));
-    return weights;
-  }
   const ActivePlanes all(p.batch, p.channels, std::nullopt);
   PaddedPlanes padded(dense, all, p.stencil.reach_x);
   padded.fill(dense, all);
+  p.kind = kind_of(dense, "images");
+  p.weights = weights.mutable_data_ptr();
   p.images = padded.planes.data;
   p.image_pad = padded.planes.pad;
   p.image_stride_c = padded.planes.plane_stride;
@@ -87,52 +81,111 @@ Tensor affinity(const char* op, const Tensor& images, const std::vector<int64_t>
   return contiguous_as(weights, images.scalar_type());
 }
 
-}  // namespace
-
-Tensor par_affinity(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2) {
-  return par_affinity_within(images, dilations, w1, w2, std::nullopt);
+Tensor affinity_cuda(const char* op, const Tensor& images, const std::vector<int64_t>& dilations,
+                     const std::optional<Tensor>& extent, ParAffinityParams p) {
+  const CudaScope scope(images);
+  const Tensor weights = check_images(images, dilations, images.scalar_type(), p);
+  if (weights.numel() == 0) return weights;
+  const Tensor dense = torch::stable::contiguous(images);
+  p.kind = kind_of(dense, "images");
+  p.weights = weights.mutable_data_ptr();
+  p.images = dense.const_data_ptr();
+  p.image_stride_y = p.width;
+  p.image_stride_c = p.height * p.width;
+  p.image_stride_b = p.channels * p.image_stride_c;
+  p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
+  AFA_CUDA_LAUNCH(op, launch_par_affinity(p, scope.stream()));
+  return weights;
 }
 
-Tensor par_affinity_within(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2,
-                           const std::optional<Tensor>& extent) {
+ParAffinityParams par_params(const std::vector<int64_t>& dilations, double w1, double w2) {
   AFA_CHECK(w1 > 0, "w1 must be greater than 0, got ", w1);
   ParAffinityParams p;
   p.w1 = w1;
   ring_stencil(dilations);  // checks them
   position_weights(dilations, w1, w2, p);
-  return affinity("par_affinity", images, dilations, extent, p);
+  return p;
 }
 
-Tensor pamr_affinity(const Tensor& images, const std::vector<int64_t>& dilations) {
+ParAffinityParams pamr_params() {
   ParAffinityParams p;
   p.pamr = true;
-  return affinity("pamr_affinity", images, dilations, std::nullopt, p);
+  return p;
 }
 
-Tensor par_propagate(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
-                     int64_t num_iter, const std::optional<Tensor>& class_mask) {
+}  // namespace
+
+Tensor par_affinity_cpu(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2) {
+  return affinity_cpu(images, dilations, par_params(dilations, w1, w2));
+}
+
+Tensor par_affinity_cuda(const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2) {
+  return par_affinity_within_cuda(images, dilations, w1, w2, std::nullopt);
+}
+
+Tensor par_affinity_within_cuda(const Tensor& images, const std::vector<int64_t>& dilations, double w1,
+                                double w2, const std::optional<Tensor>& extent) {
+  return affinity_cuda("par_affinity", images, dilations, extent, par_params(dilations, w1, w2));
+}
+
+Tensor pamr_affinity_cpu(const Tensor& images, const std::vector<int64_t>& dilations) {
+  return affinity_cpu(images, dilations, pamr_params());
+}
+
+Tensor pamr_affinity_cuda(const Tensor& images, const std::vector<int64_t>& dilations) {
+  return affinity_cuda("pamr_affinity", images, dilations, std::nullopt, pamr_params());
+}
+
+Tensor par_propagate_cpu(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
+                         int64_t num_iter, const std::optional<Tensor>& class_mask) {
   const Stencil stencil = ring_stencil(dilations);
   check_propagate(stencil, weights, masks, "masks");
-  return stencil_propagate("par_propagate", stencil, weights, masks, num_iter, class_mask);
+  return stencil_propagate_cpu("par_propagate", stencil, weights, masks, num_iter, class_mask);
 }
 
-Tensor par_propagate_backward_masks(const Tensor& grad, const Tensor& weights,
-                                    const std::vector<int64_t>& dilations, int64_t num_iter,
-                                    const std::optional<Tensor>& class_mask) {
+Tensor par_propagate_backward_masks_cpu(const Tensor& grad, const Tensor& weights,
+                                        const std::vector<int64_t>& dilations, int64_t num_iter,
+                                        const std::optional<Tensor>& class_mask) {
   const Stencil stencil = ring_stencil(dilations);
   check_propagate(stencil, weights, grad, "grad");
-  return stencil_propagate_backward("par_propagate_backward_masks", stencil, grad, weights, num_iter,
-                                    class_mask);
+  return stencil_propagate_backward_cpu("par_propagate_backward_masks", stencil, grad, weights, num_iter,
+                                        class_mask);
 }
 
-Tensor par_propagate_backward_weights(const Tensor& grad, const Tensor& weights, const Tensor& masks,
-                                      const std::vector<int64_t>& dilations, int64_t num_iter,
-                                      const std::optional<Tensor>& class_mask) {
+Tensor par_propagate_backward_weights_cpu(const Tensor& grad, const Tensor& weights, const Tensor& masks,
+                                          const std::vector<int64_t>& dilations, int64_t num_iter,
+                                          const std::optional<Tensor>& class_mask) {
   const Stencil stencil = ring_stencil(dilations);
   check_propagate(stencil, weights, masks, "masks");
   check_propagate(stencil, weights, grad, "grad");
-  return stencil_weights_backward("par_propagate_backward_weights", stencil, grad, weights, masks, num_iter,
-                                  class_mask);
+  return stencil_weights_backward_cpu("par_propagate_backward_weights", stencil, grad, weights, masks,
+                                      num_iter, class_mask);
+}
+
+Tensor par_propagate_cuda(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
+                          int64_t num_iter, const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = ring_stencil(dilations);
+  check_propagate(stencil, weights, masks, "masks");
+  return stencil_propagate_cuda("par_propagate", stencil, weights, masks, num_iter, class_mask);
+}
+
+Tensor par_propagate_backward_masks_cuda(const Tensor& grad, const Tensor& weights,
+                                         const std::vector<int64_t>& dilations, int64_t num_iter,
+                                         const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = ring_stencil(dilations);
+  check_propagate(stencil, weights, grad, "grad");
+  return stencil_propagate_backward_cuda("par_propagate_backward_masks", stencil, grad, weights, num_iter,
+                                         class_mask);
+}
+
+Tensor par_propagate_backward_weights_cuda(const Tensor& grad, const Tensor& weights, const Tensor& masks,
+                                           const std::vector<int64_t>& dilations, int64_t num_iter,
+                                           const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = ring_stencil(dilations);
+  check_propagate(stencil, weights, masks, "masks");
+  check_propagate(stencil, weights, grad, "grad");
+  return stencil_weights_backward_cuda("par_propagate_backward_weights", stencil, grad, weights, masks,
+                                       num_iter, class_mask);
 }
 
 }  // namespace afa

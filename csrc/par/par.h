@@ -28,11 +28,12 @@ struct ParAffinityParams {
   // neighbours.
   double edge[kMaxDilations] = {};
   double corner[kMaxDilations] = {};
+  float edge32[kMaxDilations] = {}, corner32[kMaxDilations] = {};  // CUDA: the same for sums in float32
 };
 
 // Rows `begin` to `end` of the batch's B * H rows; float32 and float64.
 AFA_SIMD_DECLARE(void par_affinity_rows(const ParAffinityParams& p, int64_t begin, int64_t end))
 
-const char* par_affinity_cuda(const ParAffinityParams& p, void* stream);
+const char* launch_par_affinity(const ParAffinityParams& p, void* stream);
 
 }  // namespace afa

@@ -50,6 +50,16 @@ __device__ Sum inverse_scale(const ParAffinityParams& p, const T* plane, const P
   return 1 / ((sigma + static_cast<Sum>(1e-8)) * static_cast<Sum>(p.w1));
 }
 
+// Read as the type of the sums: GeForce GPUs convert doubles at a 64th of the rate of a float's operation.
+template <typename Sum>
+__device__ Sum position_weight(const ParAffinityParams& p, bool corner, int ring) {
+  if constexpr (sizeof(Sum) == sizeof(double)) {
+    return corner ? p.corner[ring] : p.edge[ring];
+  } else {
+    return corner ? p.corner32[ring] : p.edge32[ring];
+  }
+}
+
 constexpr int kChannelsKept = 4;  // their scales stay in registers; those of more channels are formed again
 
 template <typename Sum, bool PAMR>
@@ -107,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
       });
       each_neighbour(p, here, [&](int k, int64_t at) {
         const bool corner = k % 8 == 0 || k % 8 == 2 || k % 8 == 5 || k % 8 == 7;
-        const Sum position = static_cast<Sum>(corner ? p.corner[k / 8] : p.edge[k / 8]);
+        const Sum position = position_weight<Sum>(p, corner, k / 8);
         weights[k * pixels + pixel] = from_sum<T>(exp(logit(at) - top) / sum + position);
       });
     }
@@ -127,8 +137,8 @@ struct RingParams {
   int64_t image_stride_b, image_stride_c;
   int64_t batch;
   int32_t channels, height, width, image_stride_y;
-  int32_t dilation[kRings];
-  float edge[kRings], corner[kRings];
+  int32_t dilation[kRings] = {};
+  float edge[kRings] = {}, corner[kRings] = {};
   float gain;  // makes of scaled differences such whose logits are to the base 2, the mean over the channels
   float w1;
 };
@@ -143,8 +153,8 @@ RingParams ring_params(const ParAffinityParams& p) {
   q.image_stride_y = static_cast<int32_t>(p.image_stride_y);
   for (int i = 0; i < kRings; ++i) {
     q.dilation[i] = p.stencil.run[3 * i + 2].dy;
-    q.edge[i] = static_cast<float>(p.edge[i]);
-    q.corner[i] = static_cast<float>(p.corner[i]);
+    q.edge[i] = p.edge32[i];
+    q.corner[i] = p.corner32[i];
   }
   const double mean = 1.4426950408889634 / static_cast<double>(p.channels);  // log2(e)
   q.gain = static_cast<float>(p.pamr ? mean : sqrt(mean));
@@ -257,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 4) par_rings_kernel(const __grid_con
 
 }  // namespace
 
-const char* par_affinity_cuda(const ParAffinityParams& p, void* stream) {
+const char* launch_par_affinity(const ParAffinityParams& p, void* stream) {
   const dim3 grid = grid_for(p.height * p.width, p.batch);
   const bool rings = p.stencil.size == kRings * kRing && p.height * p.width <= kMaxPlane;
   with_type(p.kind, [&](auto type) {

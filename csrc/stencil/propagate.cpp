@@ -107,7 +107,7 @@ bool is_ring(const Stencil& stencil) {
   return same;
 }
 
-// Whether stencil_ring_cuda computes it: not in float64, and what it counts by 32 bits, pixels of an image
+// Whether launch_stencil_ring computes it: not in float64, and what it counts by 32 bits, pixels of an image
 // and tiles of at least 8 by 32 among them.
 bool fits_ring(const StencilParams& p) {
   constexpr int64_t kMost = int64_t{1} << 31;
@@ -119,7 +119,7 @@ ScalarType type_of(const StencilParams& p) {
   return p.kind == Kind::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Room for grouped planes; see stencil_group_cuda, whose limits are checked here.
+// Room for grouped planes; see launch_stencil_group, whose limits are checked here.
 Tensor empty_grouped(const StencilParams& p, const Tensor& like) {
   AFA_CHECK(p.height <= INT32_MAX && p.width <= INT32_MAX && p.height * p.width <= UINT32_MAX,
             "maps on CUDA must be smaller than 2^31 in height and width and 2^32 in pixels, got ", p.height,
@@ -141,7 +141,7 @@ Tensor grouped(const char* op, StencilParams p, const Tensor& source,
   const Tensor out = empty_grouped(p, source);
   p.in.data = source.mutable_data_ptr();
   p.out = grouped_planes(out);
-  AFA_CUDA_LAUNCH(op, stencil_group_cuda(p, scope.stream()));
+  AFA_CUDA_LAUNCH(op, launch_stencil_group(p, scope.stream()));
   return out;
 }
 
@@ -163,7 +163,7 @@ void propagate_cuda(const char* op, StencilParams& p, bool adjoint, const Tensor
       }
       p.spare[i] = spare[i].mutable_data_ptr();
     }
-    AFA_CUDA_LAUNCH(op, stencil_ring_cuda(p, scope.stream()));
+    AFA_CUDA_LAUNCH(op, launch_stencil_ring(p, scope.stream()));
     return;
   }
   spare[1] = grouped(op, p, source, scope);
@@ -172,9 +172,9 @@ void propagate_cuda(const char* op, StencilParams& p, bool adjoint, const Tensor
   p.in = grouped_planes(spare[1]);
   for (int i = 0; i < 2; ++i) p.spare[i] = spare[i].mutable_data_ptr();
   if (adjoint) {
-    AFA_CUDA_LAUNCH(op, stencil_adjoint_cuda(p, scope.stream()));
+    AFA_CUDA_LAUNCH(op, launch_stencil_adjoint(p, scope.stream()));
   } else {
-    AFA_CUDA_LAUNCH(op, stencil_step_cuda(p, scope.stream()));
+    AFA_CUDA_LAUNCH(op, launch_stencil_step(p, scope.stream()));
   }
 }
 
@@ -188,17 +188,17 @@ void weights_backward_cuda(const char* op, StencilParams& p, int64_t steps, cons
     before.push_back(empty_grouped(p, source));
     p.in = grouped_planes(before[t]);
     p.out = grouped_planes(before[t + 1]);
-    AFA_CUDA_LAUNCH(op, stencil_step_cuda(p, scope.stream()));
+    AFA_CUDA_LAUNCH(op, launch_stencil_step(p, scope.stream()));
   }
   Tensor after = grouped(op, p, grad, scope);  // the gradient after each step, last first
   for (int64_t t = steps - 1; t >= 0; --t) {
     p.in = grouped_planes(before[t]);
     p.out = grouped_planes(after);
-    AFA_CUDA_LAUNCH(op, stencil_weight_grad_cuda(p, scope.stream()));
+    AFA_CUDA_LAUNCH(op, launch_stencil_weight_grad(p, scope.stream()));
     if (t == 0) break;
     p.in = p.out;
     p.out = grouped_planes(before[t]);  // read for the last time
-    AFA_CUDA_LAUNCH(op, stencil_adjoint_cuda(p, scope.stream()));
+    AFA_CUDA_LAUNCH(op, launch_stencil_adjoint(p, scope.stream()));
     after = before[t];
   }
 }
@@ -305,28 +305,16 @@ Stencil window_stencil(int64_t radius, const std::string& window) {
   return stencil;
 }
 
-Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& weights, const Tensor& planes,
-                         int64_t steps, const std::optional<Tensor>& class_mask,
-                         const std::optional<Tensor>& extent) {
+// ---- operators on the CPU ----
+
+Tensor stencil_propagate_cpu(const char* op, const Stencil& stencil, const Tensor& weights,
+                             const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask) {
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
   check_steps(op, steps);
-  if (on_cuda(planes)) {
-    const CudaScope scope(planes);
-    Tensor out = empty(planes, {s.batch, s.classes, s.height, s.width}, planes.scalar_type());
-    if (out.numel() == 0) return out;
-    const Tensor w = torch::stable::contiguous(weights);
-    const std::optional<Tensor> mask = dense_mask(class_mask);
-    StencilParams p = make_params(stencil, s, w);
-    p.steps = static_cast<int32_t>(steps);
-    p.class_mask = device_mask(mask);
-    p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
-    propagate_cuda(op, p, false, torch::stable::contiguous(planes), out, scope);
-    return out;
-  }
   const ScalarType type = sum_type(planes);
-  Tensor out = class_mask ? zeros(planes, {s.batch, s.classes, s.height, s.width}, type)
-                          : empty(planes, {s.batch, s.classes, s.height, s.width}, type);
+  const Tensor out = class_mask ? zeros(planes, {s.batch, s.classes, s.height, s.width}, type)
+                                : empty(planes, {s.batch, s.classes, s.height, s.width}, type);
   if (out.numel() > 0) {
     const Tensor w = contiguous_as(weights, type);
     const ActivePlanes active(s.batch, s.classes, class_mask);
@@ -346,27 +334,15 @@ Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& w
   return contiguous_as(out, planes.scalar_type());
 }
 
-Tensor stencil_propagate_backward(const char* op, const Stencil& stencil, const Tensor& grad,
-                                  const Tensor& weights, int64_t steps,
-                                  const std::optional<Tensor>& class_mask) {
+Tensor stencil_propagate_backward_cpu(const char* op, const Stencil& stencil, const Tensor& grad,
+                                      const Tensor& weights, int64_t steps,
+                                      const std::optional<Tensor>& class_mask) {
   const Sizes s = sizes_of(grad);
   check_class_mask(class_mask, grad);
   check_steps(op, steps);
-  if (on_cuda(grad)) {
-    const CudaScope scope(grad);
-    const Tensor out = empty(grad, {s.batch, s.classes, s.height, s.width}, grad.scalar_type());
-    if (out.numel() == 0) return out;
-    const Tensor w = torch::stable::contiguous(weights);
-    const std::optional<Tensor> mask = dense_mask(class_mask);
-    StencilParams p = make_params(stencil, s, w);
-    p.steps = static_cast<int32_t>(steps);
-    p.class_mask = device_mask(mask);
-    propagate_cuda(op, p, true, torch::stable::contiguous(grad), out, scope);
-    return out;
-  }
   const ScalarType type = sum_type(grad);
-  Tensor out = class_mask ? zeros(grad, {s.batch, s.classes, s.height, s.width}, type)
-                          : empty(grad, {s.batch, s.classes, s.height, s.width}, type);
+  const Tensor out = class_mask ? zeros(grad, {s.batch, s.classes, s.height, s.width}, type)
+                                : empty(grad, {s.batch, s.classes, s.height, s.width}, type);
   if (out.numel() > 0) {
     const Tensor w = contiguous_as(weights, type);
     const Tensor source = contiguous_as(grad, type);
@@ -384,29 +360,20 @@ Tensor stencil_propagate_backward(const char* op, const Stencil& stencil, const 
   return contiguous_as(out, grad.scalar_type());
 }
 
-Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Tensor& grad,
-                                const Tensor& weights, const Tensor& planes, int64_t steps,
-                                const std::optional<Tensor>& class_mask) {
+Tensor stencil_weights_backward_cpu(const char* op, const Stencil& stencil, const Tensor& grad,
+                                    const Tensor& weights, const Tensor& planes, int64_t steps,
+                                    const std::optional<Tensor>& class_mask) {
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
   check_steps(op, steps);
-  const bool cuda = on_cuda(planes);
-  const ScalarType type = cuda ? planes.scalar_type() : sum_type(planes);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(planes);
-  Tensor out = zeros(weights, {s.batch, stencil.size, s.height, s.width}, sum_type(weights));
+  const ScalarType type = sum_type(planes);
+  const Tensor out = zeros(weights, {s.batch, stencil.size, s.height, s.width}, sum_type(weights));
   if (planes.numel() > 0) {
     const Tensor w = contiguous_as(weights, type);
     const Tensor source = contiguous_as(planes, type);
     const Tensor outgoing = contiguous_as(grad, type);
     StencilParams p = make_params(stencil, s, w);
     p.grad_weights = out.mutable_data_ptr();
-    if (cuda) {
-      const std::optional<Tensor> mask = dense_mask(class_mask);
-      p.class_mask = device_mask(mask);
-      weights_backward_cuda(op, p, steps, source, outgoing, *scope);
-      return contiguous_as(out, weights.scalar_type());
-    }
     // The planes before each step, then the gradient after each step, last first.
     const ActivePlanes active(s.batch, s.classes, class_mask);
     attach(active, p);
@@ -431,6 +398,66 @@ Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Te
       adjoint_cpu(p);
       current = p.out;
     }
+  }
+  return contiguous_as(out, weights.scalar_type());
+}
+
+// ---- operators on CUDA ----
+
+Tensor stencil_propagate_cuda(const char* op, const Stencil& stencil, const Tensor& weights,
+                              const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask,
+                              const std::optional<Tensor>& extent, bool zero_masked) {
+  const Sizes s = sizes_of(planes);
+  check_class_mask(class_mask, planes);
+  check_steps(op, steps);
+  const CudaScope scope(planes);
+  const Tensor out = empty(planes, {s.batch, s.classes, s.height, s.width}, planes.scalar_type());
+  if (out.numel() == 0) return out;
+  const Tensor w = torch::stable::contiguous(weights);
+  const std::optional<Tensor> mask = dense_mask(class_mask);
+  StencilParams p = make_params(stencil, s, w);
+  p.steps = static_cast<int32_t>(steps);
+  p.class_mask = device_mask(mask);
+  p.zero_masked = zero_masked;
+  p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
+  propagate_cuda(op, p, false, torch::stable::contiguous(planes), out, scope);
+  return out;
+}
+
+Tensor stencil_propagate_backward_cuda(const char* op, const Stencil& stencil, const Tensor& grad,
+                                       const Tensor& weights, int64_t steps,
+                                       const std::optional<Tensor>& class_mask) {
+  const Sizes s = sizes_of(grad);
+  check_class_mask(class_mask, grad);
+  check_steps(op, steps);
+  const CudaScope scope(grad);
+  const Tensor out = empty(grad, {s.batch, s.classes, s.height, s.width}, grad.scalar_type());
+  if (out.numel() == 0) return out;
+  const Tensor w = torch::stable::contiguous(weights);
+  const std::optional<Tensor> mask = dense_mask(class_mask);
+  StencilParams p = make_params(stencil, s, w);
+  p.steps = static_cast<int32_t>(steps);
+  p.class_mask = device_mask(mask);
+  propagate_cuda(op, p, true, torch::stable::contiguous(grad), out, scope);
+  return out;
+}
+
+Tensor stencil_weights_backward_cuda(const char* op, const Stencil& stencil, const Tensor& grad,
+                                     const Tensor& weights, const Tensor& planes, int64_t steps,
+                                     const std::optional<Tensor>& class_mask) {
+  const Sizes s = sizes_of(planes);
+  check_class_mask(class_mask, planes);
+  check_steps(op, steps);
+  const CudaScope scope(planes);
+  const Tensor out = zeros(weights, {s.batch, stencil.size, s.height, s.width}, sum_type(weights));
+  if (planes.numel() > 0) {
+    const Tensor w = torch::stable::contiguous(weights);
+    const std::optional<Tensor> mask = dense_mask(class_mask);
+    StencilParams p = make_params(stencil, s, w);
+    p.grad_weights = out.mutable_data_ptr();
+    p.class_mask = device_mask(mask);
+    weights_backward_cuda(op, p, steps, torch::stable::contiguous(planes), torch::stable::contiguous(grad),
+                          scope);
   }
   return contiguous_as(out, weights.scalar_type());
 }

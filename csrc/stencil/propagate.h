@@ -36,18 +36,26 @@ struct PaddedPlanes {
 };
 
 // weights [B, K, H, W], planes [B, C, H, W] of one type and device, class_mask bool [B, C] (false: output 0).
-// extent, CUDA only, int64 [B, 2]: image b is but its first extent[b] = (rows, columns); the rest of the
-// output is undefined.
-Tensor stencil_propagate(const char* op, const Stencil& stencil, const Tensor& weights, const Tensor& planes,
-                         int64_t steps, const std::optional<Tensor>& class_mask,
-                         const std::optional<Tensor>& extent = std::nullopt);
+Tensor stencil_propagate_cpu(const char* op, const Stencil& stencil, const Tensor& weights,
+                             const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask);
+// extent, int64 [B, 2]: of image b only its first extent[b] = (rows, columns) count; the rest of the output
+// is undefined.
+Tensor stencil_propagate_cuda(const char* op, const Stencil& stencil, const Tensor& weights,
+                              const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask,
+                              const std::optional<Tensor>& extent = std::nullopt, bool zero_masked = true);
 // The gradient with respect to planes of <grad, stencil_propagate(...)>.
-Tensor stencil_propagate_backward(const char* op, const Stencil& stencil, const Tensor& grad,
-                                  const Tensor& weights, int64_t steps,
-                                  const std::optional<Tensor>& class_mask);
+Tensor stencil_propagate_backward_cpu(const char* op, const Stencil& stencil, const Tensor& grad,
+                                      const Tensor& weights, int64_t steps,
+                                      const std::optional<Tensor>& class_mask);
+Tensor stencil_propagate_backward_cuda(const char* op, const Stencil& stencil, const Tensor& grad,
+                                       const Tensor& weights, int64_t steps,
+                                       const std::optional<Tensor>& class_mask);
 // The gradient with respect to weights. Keeps the planes of every step: steps * B * C * H * W values.
-Tensor stencil_weights_backward(const char* op, const Stencil& stencil, const Tensor& grad,
-                                const Tensor& weights, const Tensor& planes, int64_t steps,
-                                const std::optional<Tensor>& class_mask);
+Tensor stencil_weights_backward_cpu(const char* op, const Stencil& stencil, const Tensor& grad,
+                                    const Tensor& weights, const Tensor& planes, int64_t steps,
+                                    const std::optional<Tensor>& class_mask);
+Tensor stencil_weights_backward_cuda(const char* op, const Stencil& stencil, const Tensor& grad,
+                                     const Tensor& weights, const Tensor& planes, int64_t steps,
+                                     const std::optional<Tensor>& class_mask);
 
 }  // namespace afa

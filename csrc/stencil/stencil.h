@@ -21,11 +21,11 @@ struct Planes {
   // differ in their cache sets; plane_stride is the length of one row, plane_stride * n that of all.
   bool by_row = false;
   bool wide = false;     // CUDA only: of the type sums are formed in, not of the weights'
-  bool grouped = false;  // CUDA only: kGroup classes of a pixel lie side by side, see stencil_group_cuda
+  bool grouped = false;  // CUDA only: kGroup classes of a pixel lie side by side, see launch_stencil_group
 };
 
-// The variants of stencil_step_cuda and stencil_adjoint_cuda: X(name, groups of classes a thread, whether all
-// steps are one cooperative launch where the device allows it). The adjoint takes two groups at the most.
+// The variants of launch_stencil_step and launch_stencil_adjoint: X(name, groups of classes a thread, whether
+// all steps are one cooperative launch where the device allows it). The adjoint takes two groups at the most.
 #define AFA_STENCIL_STEP_VARIANTS(X) \
   X(classes4, 1, false)              \
   X(classes8, 2, false)              \
@@ -33,7 +33,7 @@ struct Planes {
   X(classes4_resident, 1, true)
 enum class StencilStepVariant { AFA_STENCIL_STEP_VARIANTS(AFA_VARIANT_NUMBER) };
 
-// The variants of stencil_ring_cuda: X(name, pixels a thread, the same).
+// The variants of launch_stencil_ring: X(name, pixels a thread, the same).
 #define AFA_STENCIL_RING_VARIANTS(X) \
   X(stack4, 4, false)                \
   X(stack2, 2, false)                \
@@ -46,7 +46,7 @@ enum class StencilRingVariant { AFA_STENCIL_RING_VARIANTS(AFA_VARIANT_NUMBER) };
 struct StencilParams {
   Stencil stencil;
   Kind kind = Kind::f32;  // type of weights and planes
-  int32_t steps = 1;      // CUDA: of stencil_step_cuda, stencil_ring_cuda and stencil_adjoint_cuda
+  int32_t steps = 1;      // CUDA: of launch_stencil_step, launch_stencil_ring and launch_stencil_adjoint
   int64_t batch = 0, classes = 0, height = 0, width = 0;
   const void* weights = nullptr;  // [B, K, H, W], unit stride in x
   int64_t weight_stride_b = 0, weight_stride_k = 0, weight_stride_y = 0;
@@ -54,6 +54,7 @@ struct StencilParams {
   Planes out;                             // [B * C] planes
   void* grad_weights = nullptr;           // [B, K, H, W] contiguous, in the type sums are formed in
   const bool* class_mask = nullptr;       // CUDA: [B, C] on the device, or null for all
+  bool zero_masked = true;                // CUDA: false leaves the output of classes that are off undefined
   const int64_t* extent = nullptr;        // CUDA, steps alone: [B, 2], see stencil_propagate
   const int64_t* active = nullptr;        // CPU: the active planes, in order
   const int64_t* active_begin = nullptr;  // CPU: [B + 1] where each image's begin
@@ -74,16 +75,16 @@ AFA_SIMD_DECLARE(void stencil_weight_grad(const StencilParams& p, int64_t begin,
 // CUDA: return nullptr, or an error's text. Step t reads `in` (t = 0) or spare[(t - 1) % 2] and writes `out`
 // (the last) or spare[t % 2]; spare[(steps - 1) % 2] may be `out`, spare[1] may be `in`.
 //
-// `in` is grouped and wide for all but two: stencil_group_cuda makes it so from planes, [B, ceil(C / kGroup),
-// H, W, kGroup], 0 for classes that class_mask leaves out; stencil_ring_cuda takes planes, and the neighbours
-// of PAR's default dilations alone. `out` is grouped if it says so; stencil_weight_grad takes the incoming
-// gradient as `out`, grouped. H and W are below 2^31, H * W below 2^32 and, for stencil_ring_cuda,
+// `in` is grouped and wide for all but two: launch_stencil_group makes it so from planes, [B, ceil(C /
+// kGroup), H, W, kGroup], 0 for classes that class_mask leaves out; launch_stencil_ring takes planes, and the
+// neighbours of PAR's default dilations alone. `out` is grouped if it says so; stencil_weight_grad takes the
+// incoming gradient as `out`, grouped. H and W are below 2^31, H * W below 2^32 and, for launch_stencil_ring,
 // below 2^31.
 constexpr int kGroup = 4;
-const char* stencil_group_cuda(const StencilParams& p, void* stream);
-const char* stencil_step_cuda(const StencilParams& p, void* stream);
-const char* stencil_ring_cuda(const StencilParams& p, void* stream);
-const char* stencil_adjoint_cuda(const StencilParams& p, void* stream);
-const char* stencil_weight_grad_cuda(const StencilParams& p, void* stream);
+const char* launch_stencil_group(const StencilParams& p, void* stream);
+const char* launch_stencil_step(const StencilParams& p, void* stream);
+const char* launch_stencil_ring(const StencilParams& p, void* stream);
+const char* launch_stencil_adjoint(const StencilParams& p, void* stream);
+const char* launch_stencil_weight_grad(const StencilParams& p, void* stream);
 
 }  // namespace afa

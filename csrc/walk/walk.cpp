@@ -21,10 +21,10 @@ bool by_offset(const Tensor& affinity) {
          affinity.stride(0) == affinity.size(1) * affinity.size(2);
 }
 
-// The affinity as p.layout has it, of the type kernels read.
-Tensor laid_out(const WalkParams& p, const Tensor& affinity) {
+// The affinity as p.layout has it, of `type`.
+Tensor laid_out(const WalkParams& p, const Tensor& affinity, ScalarType type) {
   const Tensor memory = p.layout == Layout::by_offset ? torch::stable::transpose(affinity, 1, 2) : affinity;
-  return contiguous_as(memory, work_type(affinity));
+  return contiguous_as(memory, type);
 }
 
 WalkParams make_params(const Tensor& affinity, int64_t height, int64_t width, int64_t radius,
@@ -81,65 +81,18 @@ void check_transition(const Stencil& stencil, const Tensor& transition, const Te
   check_like(planes, name, transition, "transition");
 }
 
-}  // namespace
-
-Tensor walk_transition(const Tensor& affinity, int64_t height, int64_t width, int64_t radius,
-                       const std::string& window, double power, bool normalize, double eps) {
-  WalkParams p = make_params(affinity, height, width, radius, window, power, normalize, eps);
-  const bool cuda = on_cuda(affinity);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(affinity);
-  const Tensor out = empty(affinity, {p.batch, p.stencil.size, height, width}, sum_type(affinity));
-  if (out.numel() > 0) {
-    const Tensor source = laid_out(p, affinity);
-    p.kind = kind_of(source, "affinity");
-    p.affinity = source.const_data_ptr();
-    p.out = out.mutable_data_ptr();
-    if (cuda) {
-      AFA_CUDA_LAUNCH("walk_transition", walk_transition_cuda(p, scope->stream()));
-    } else {
-      parallel_rows(p.batch * height, row_work(p), [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(2 * p.width);
-        AFA_SIMD_CALL(walk_transition_rows, p, begin, end, scratch.data());
-      });
-    }
-  }
-  return out;
-}
-
-Tensor walk_transition_backward(const Tensor& grad, const Tensor& affinity, int64_t height, int64_t width,
-                                int64_t radius, const std::string& window, double power, bool normalize,
-                                double eps) {
-  WalkParams p = make_params(affinity, height, width, radius, window, power, normalize, eps);
+WalkParams check_transition_backward(const Tensor& grad, const Tensor& affinity, int64_t height,
+                                     int64_t width, int64_t radius, const std::string& window, double power,
+                                     bool normalize, double eps) {
+  const WalkParams p = make_params(affinity, height, width, radius, window, power, normalize, eps);
   check_shape(grad, "grad", "[B, window, h, w]", {p.batch, p.stencil.size, height, width});
   AFA_CHECK(grad.scalar_type() == sum_type(affinity), "grad must have the type of the transition (",
             type_name(sum_type(affinity)), "), got ", type_name(grad.scalar_type()));
   check_device(grad, "grad", affinity, "affinity");
-  const bool cuda = on_cuda(affinity);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(affinity);
-  const ScalarType type = work_type(affinity);
-  const Tensor out = zeros(affinity, {affinity.size(0), affinity.size(1), affinity.size(2)}, type);
-  if (out.numel() > 0) {
-    const Tensor source = laid_out(p, affinity);
-    const Tensor outgoing = torch::stable::contiguous(grad);
-    p.kind = kind_of(source, "affinity");
-    p.affinity = source.const_data_ptr();
-    p.in = outgoing.const_data_ptr();
-    p.out = out.mutable_data_ptr();
-    if (cuda) {
-      AFA_CUDA_LAUNCH("walk_transition_backward", walk_transition_backward_cuda(p, scope->stream()));
-    } else {
-      parallel_rows(p.batch * height, row_work(p), [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(2 * p.width);
-        AFA_SIMD_CALL(walk_transition_backward_rows, p, begin, end, scratch.data());
-      });
-    }
-  }
-  return contiguous_as(out, affinity.scalar_type());
+  return p;
 }
 
-Tensor walk_transpose(const Tensor& transition, int64_t radius, const std::string& window) {
+WalkParams check_transpose(const Tensor& transition, int64_t radius, const std::string& window) {
   WalkParams p;
   p.stencil = window_stencil(radius, window);
   check_shape(transition, "transition", "[B, window, h, w]", {-1, p.stencil.size, -1, -1});
@@ -147,62 +100,96 @@ Tensor walk_transpose(const Tensor& transition, int64_t radius, const std::strin
   p.batch = transition.size(0);
   p.height = transition.size(2);
   p.width = transition.size(3);
-  const bool cuda = on_cuda(transition);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(transition);
-  const ScalarType type = work_type(transition);
-  const Tensor out = empty(transition, {p.batch, p.stencil.size, p.height, p.width}, type);
-  if (out.numel() > 0) {
-    const Tensor source = contiguous_as(transition, type);
-    p.kind = kind_of(source, "transition");
-    p.in = source.const_data_ptr();
-    p.out = out.mutable_data_ptr();
-    if (cuda) {
-      AFA_CUDA_LAUNCH("walk_transpose", walk_transpose_cuda(p, scope->stream()));
-    } else {
-      parallel_rows(p.batch * p.height, row_work(p),
-                    [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(walk_transpose_rows, p, begin, end); });
-    }
-  }
-  return contiguous_as(out, transition.scalar_type());
+  return p;
 }
 
-Tensor walk_step(const Tensor& scores, const Tensor& affinity, int64_t radius, const std::string& window,
-                 double power, bool normalize, double eps, const std::optional<Tensor>& class_mask) {
+WalkStepParams check_step(const Tensor& scores, const Tensor& affinity, int64_t radius,
+                          const std::string& window, double power, bool normalize, double eps,
+                          const std::optional<Tensor>& class_mask) {
   check_shape(scores, "scores", "[B, C, h, w]", {-1, -1, -1, -1});
-  const int64_t batch = scores.size(0), classes = scores.size(1);
-  const int64_t height = scores.size(2), width = scores.size(3);
   WalkStepParams p;
-  p.walk = make_params(affinity, height, width, radius, window, power, normalize, eps);
-  p.classes = classes;
+  p.walk = make_params(affinity, scores.size(2), scores.size(3), radius, window, power, normalize, eps);
+  p.classes = scores.size(1);
   check_shape(scores, "scores", "[B, C, h, w]", {p.walk.batch, -1, -1, -1});
   AFA_CHECK(scores.scalar_type() == sum_type(affinity), "scores must have the type of the transition (",
             type_name(sum_type(affinity)), "), got ", type_name(scores.scalar_type()));
   check_device(scores, "scores", affinity, "affinity");
   check_class_mask(class_mask, scores);
   if (p.walk.layout == Layout::by_offset) p.walk.layout = Layout::by_node;  // read by copy
-  const bool cuda = on_cuda(scores);
-  std::optional<CudaScope> scope;
-  if (cuda) scope.emplace(scores);
-  const ScalarType type = scores.scalar_type();
-  const Tensor out = class_mask && !cuda ? zeros(scores, {batch, classes, height, width}, type)
-                                         : empty(scores, {batch, classes, height, width}, type);
+  return p;
+}
+
+}  // namespace
+
+// ---- CPU ----
+
+Tensor walk_transition_cpu(const Tensor& affinity, int64_t height, int64_t width, int64_t radius,
+                           const std::string& window, double power, bool normalize, double eps) {
+  WalkParams p = make_params(affinity, height, width, radius, window, power, normalize, eps);
+  const Tensor out = empty(affinity, {p.batch, p.stencil.size, height, width}, sum_type(affinity));
   if (out.numel() == 0) return out;
-  const Tensor entries = laid_out(p.walk, affinity);
+  const Tensor source = laid_out(p, affinity, sum_type(affinity));
+  p.kind = kind_of(source, "affinity");
+  p.affinity = source.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  parallel_rows(p.batch * height, row_work(p), [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(2 * p.width);
+    AFA_SIMD_CALL(walk_transition_rows, p, begin, end, scratch.data());
+  });
+  return out;
+}
+
+Tensor walk_transition_backward_cpu(const Tensor& grad, const Tensor& affinity, int64_t height, int64_t width,
+                                    int64_t radius, const std::string& window, double power, bool normalize,
+                                    double eps) {
+  WalkParams p =
+      check_transition_backward(grad, affinity, height, width, radius, window, power, normalize, eps);
+  const ScalarType type = sum_type(affinity);
+  const Tensor out = zeros(affinity, {affinity.size(0), affinity.size(1), affinity.size(2)}, type);
+  if (out.numel() > 0) {
+    const Tensor source = laid_out(p, affinity, type);
+    const Tensor outgoing = torch::stable::contiguous(grad);
+    p.kind = kind_of(source, "affinity");
+    p.affinity = source.const_data_ptr();
+    p.in = outgoing.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    parallel_rows(p.batch * height, row_work(p), [&](int64_t begin, int64_t end) {
+      std::vector<double> scratch(2 * p.width);
+      AFA_SIMD_CALL(walk_transition_backward_rows, p, begin, end, scratch.data());
+    });
+  }
+  return contiguous_as(out, affinity.scalar_type());
+}
+
+Tensor walk_transpose_cpu(const Tensor& transition, int64_t radius, const std::string& window) {
+  WalkParams p = check_transpose(transition, radius, window);
+  const ScalarType type = sum_type(transition);
+  const Tensor out = empty(transition, {p.batch, p.stencil.size, p.height, p.width}, type);
+  if (out.numel() > 0) {
+    const Tensor source = contiguous_as(transition, type);
+    p.kind = kind_of(source, "transition");
+    p.in = source.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    parallel_rows(p.batch * p.height, row_work(p),
+                  [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(walk_transpose_rows, p, begin, end); });
+  }
+  return contiguous_as(out, transition.scalar_type());
+}
+
+Tensor walk_step_cpu(const Tensor& scores, const Tensor& affinity, int64_t radius, const std::string& window,
+                     double power, bool normalize, double eps, const std::optional<Tensor>& class_mask) {
+  WalkStepParams p = check_step(scores, affinity, radius, window, power, normalize, eps, class_mask);
+  const int64_t batch = p.walk.batch, height = p.walk.height, width = p.walk.width;
+  const ScalarType type = scores.scalar_type();
+  const Tensor out = class_mask ? zeros(scores, {batch, p.classes, height, width}, type)
+                                : empty(scores, {batch, p.classes, height, width}, type);
+  if (out.numel() == 0) return out;
+  const Tensor entries = laid_out(p.walk, affinity, sum_type(affinity));
   const Tensor source = torch::stable::contiguous(scores);
   p.walk.kind = kind_of(entries, "affinity");
   p.walk.affinity = entries.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  std::optional<Tensor> mask;
-  if (class_mask) mask = torch::stable::contiguous(*class_mask);
-  if (cuda) {
-    p.class_mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
-    p.scores = source.const_data_ptr();
-    p.variant = choose(kWalkStep, p.walk.kind, batch * classes * height * width);
-    AFA_CUDA_LAUNCH("walk_step", walk_step_cuda(p, scope->stream()));
-    return out;
-  }
-  const ActivePlanes active(batch, classes, mask);
+  const ActivePlanes active(batch, p.classes, class_mask);
   p.active = active.plane.data();
   p.active_begin = active.begin.data();
   const int64_t nodes = height * width;
@@ -222,30 +209,131 @@ Tensor walk_step(const Tensor& scores, const Tensor& affinity, int64_t radius, c
   return out;
 }
 
-Tensor walk_propagate(const Tensor& scores, const Tensor& transition, int64_t radius,
-                      const std::string& window, int64_t steps, const std::optional<Tensor>& class_mask) {
+// ---- CUDA ----
+
+Tensor walk_transition_cuda(const Tensor& affinity, int64_t height, int64_t width, int64_t radius,
+                            const std::string& window, double power, bool normalize, double eps) {
+  WalkParams p = make_params(affinity, height, width, radius, window, power, normalize, eps);
+  const CudaScope scope(affinity);
+  const Tensor out = empty(affinity, {p.batch, p.stencil.size, height, width}, sum_type(affinity));
+  if (out.numel() == 0) return out;
+  const Tensor source = laid_out(p, affinity, affinity.scalar_type());
+  p.kind = kind_of(source, "affinity");
+  p.affinity = source.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  AFA_CUDA_LAUNCH("walk_transition", launch_walk_transition(p, scope.stream()));
+  return out;
+}
+
+Tensor walk_transition_backward_cuda(const Tensor& grad, const Tensor& affinity, int64_t height,
+                                     int64_t width, int64_t radius, const std::string& window, double power,
+                                     bool normalize, double eps) {
+  WalkParams p =
+      check_transition_backward(grad, affinity, height, width, radius, window, power, normalize, eps);
+  const CudaScope scope(affinity);
+  const Tensor out =
+      zeros(affinity, {affinity.size(0), affinity.size(1), affinity.size(2)}, affinity.scalar_type());
+  if (out.numel() == 0) return out;
+  const Tensor source = laid_out(p, affinity, affinity.scalar_type());
+  const Tensor outgoing = torch::stable::contiguous(grad);
+  p.kind = kind_of(source, "affinity");
+  p.affinity = source.const_data_ptr();
+  p.in = outgoing.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  AFA_CUDA_LAUNCH("walk_transition_backward", launch_walk_transition_backward(p, scope.stream()));
+  return out;
+}
+
+Tensor walk_transpose_cuda(const Tensor& transition, int64_t radius, const std::string& window) {
+  WalkParams p = check_transpose(transition, radius, window);
+  const CudaScope scope(transition);
+  const Tensor out =
+      empty(transition, {p.batch, p.stencil.size, p.height, p.width}, transition.scalar_type());
+  if (out.numel() == 0) return out;
+  const Tensor source = torch::stable::contiguous(transition);
+  p.kind = kind_of(source, "transition");
+  p.in = source.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  AFA_CUDA_LAUNCH("walk_transpose", launch_walk_transpose(p, scope.stream()));
+  return out;
+}
+
+Tensor walk_step_cuda(const Tensor& scores, const Tensor& affinity, int64_t radius, const std::string& window,
+                      double power, bool normalize, double eps, const std::optional<Tensor>& class_mask) {
+  WalkStepParams p = check_step(scores, affinity, radius, window, power, normalize, eps, class_mask);
+  const CudaScope scope(scores);
+  const Tensor out =
+      empty(scores, {p.walk.batch, p.classes, p.walk.height, p.walk.width}, scores.scalar_type());
+  if (out.numel() == 0) return out;
+  const Tensor entries = laid_out(p.walk, affinity, affinity.scalar_type());
+  const Tensor source = torch::stable::contiguous(scores);
+  std::optional<Tensor> mask;
+  if (class_mask) mask = torch::stable::contiguous(*class_mask);
+  p.walk.kind = kind_of(entries, "affinity");
+  p.walk.affinity = entries.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.class_mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  p.scores = source.const_data_ptr();
+  p.variant = choose(kWalkStep, p.walk.kind, out.numel());
+  AFA_CUDA_LAUNCH("walk_step", launch_walk_step(p, scope.stream()));
+  return out;
+}
+
+// ---- many steps ----
+
+Tensor walk_propagate_cpu(const Tensor& scores, const Tensor& transition, int64_t radius,
+                          const std::string& window, int64_t steps, const std::optional<Tensor>& class_mask) {
   const Stencil stencil = window_stencil(radius, window);
   check_transition(stencil, transition, scores, "scores");
-  return stencil_propagate("walk_propagate", stencil, transition, scores, steps, class_mask);
+  return stencil_propagate_cpu("walk_propagate", stencil, transition, scores, steps, class_mask);
 }
 
-Tensor walk_propagate_backward_scores(const Tensor& grad, const Tensor& transition, int64_t radius,
-                                      const std::string& window, int64_t steps,
-                                      const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = window_stencil(radius, window);
-  check_transition(stencil, transition, grad, "grad");
-  return stencil_propagate_backward("walk_propagate_backward_scores", stencil, grad, transition, steps,
-                                    class_mask);
-}
-
-Tensor walk_propagate_backward_transition(const Tensor& grad, const Tensor& scores, const Tensor& transition,
-                                          int64_t radius, const std::string& window, int64_t steps,
+Tensor walk_propagate_backward_scores_cpu(const Tensor& grad, const Tensor& transition, int64_t radius,
+                                          const std::string& window, int64_t steps,
                                           const std::optional<Tensor>& class_mask) {
   const Stencil stencil = window_stencil(radius, window);
+  check_transition(stencil, transition, grad, "grad");
+  return stencil_propagate_backward_cpu("walk_propagate_backward_scores", stencil, grad, transition, steps,
+                                        class_mask);
+}
+
+Tensor walk_propagate_backward_transition_cpu(const Tensor& grad, const Tensor& scores,
+                                              const Tensor& transition, int64_t radius,
+                                              const std::string& window, int64_t steps,
+                                              const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = window_stencil(radius, window);
   check_transition(stencil, transition, scores, "scores");
   check_transition(stencil, transition, grad, "grad");
-  return stencil_weights_backward("walk_propagate_backward_transition", stencil, grad, transition, scores,
-                                  steps, class_mask);
+  return stencil_weights_backward_cpu("walk_propagate_backward_transition", stencil, grad, transition, scores,
+                                      steps, class_mask);
+}
+
+Tensor walk_propagate_cuda(const Tensor& scores, const Tensor& transition, int64_t radius,
+                           const std::string& window, int64_t steps,
+                           const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = window_stencil(radius, window);
+  check_transition(stencil, transition, scores, "scores");
+  return stencil_propagate_cuda("walk_propagate", stencil, transition, scores, steps, class_mask);
+}
+
+Tensor walk_propagate_backward_scores_cuda(const Tensor& grad, const Tensor& transition, int64_t radius,
+                                           const std::string& window, int64_t steps,
+                                           const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = window_stencil(radius, window);
+  check_transition(stencil, transition, grad, "grad");
+  return stencil_propagate_backward_cuda("walk_propagate_backward_scores", stencil, grad, transition, steps,
+                                         class_mask);
+}
+
+Tensor walk_propagate_backward_transition_cuda(const Tensor& grad, const Tensor& scores,
+                                               const Tensor& transition, int64_t radius,
+                                               const std::string& window, int64_t steps,
+                                               const std::optional<Tensor>& class_mask) {
+  const Stencil stencil = window_stencil(radius, window);
+  check_transition(stencil, transition, scores, "scores");
+  check_transition(stencil, transition, grad, "grad");
+  return stencil_weights_backward_cuda("walk_propagate_backward_transition", stencil, grad, transition,
+                                       scores, steps, class_mask);
 }
 
 }  // namespace afa

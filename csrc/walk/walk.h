@@ -95,9 +95,9 @@ AFA_SIMD_DECLARE(void walk_transpose_rows(const WalkParams& p, int64_t begin, in
 constexpr int64_t kStepLanes = 16;
 AFA_SIMD_DECLARE(void walk_step_rows(const WalkStepParams& p, int64_t begin, int64_t end, void* scratch))
 
-const char* walk_transition_cuda(const WalkParams& p, void* stream);
-const char* walk_transition_backward_cuda(const WalkParams& p, void* stream);
-const char* walk_transpose_cuda(const WalkParams& p, void* stream);
-const char* walk_step_cuda(const WalkStepParams& p, void* stream);
+const char* launch_walk_transition(const WalkParams& p, void* stream);
+const char* launch_walk_transition_backward(const WalkParams& p, void* stream);
+const char* launch_walk_transpose(const WalkParams& p, void* stream);
+const char* launch_walk_step(const WalkStepParams& p, void* stream);
 
 }  // namespace afa

@@ -124,6 +124,33 @@ inline __device__ DoubleFactor factor_for(double, double factor) {
   return DoubleFactor(factor);
 }
 
+// A column's sum, as exact as one in double: an error that a column shares would grow with every step of a
+// long walk. For floats it carries what each addition lost (Kahan), as GeForce GPUs add doubles at a 64th of
+// the rate.
+template <typename Sum>
+class ColumnSum {
+ public:
+  __device__ void add(Sum value) {
+    const Sum corrected = value - lost_, next = sum_ + corrected;
+    lost_ = (next - sum_) - corrected;
+    sum_ = next;
+  }
+  __device__ double total() const { return static_cast<double>(sum_) - static_cast<double>(lost_); }
+
+ private:
+  Sum sum_ = 0, lost_ = 0;
+};
+
+template <>
+class ColumnSum<double> {
+ public:
+  __device__ void add(double value) { sum_ += value; }
+  __device__ double total() const { return sum_; }
+
+ private:
+  double sum_ = 0;
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) walk_transition_kernel(const __grid_constant__ WalkParams p) {
   using Sum = typename SumOf<T>::type;
@@ -132,19 +159,18 @@ __global__ void __launch_bounds__(kThreads) walk_transition_kernel(const __grid_
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
     each_node(p, [&](const Node& node) {
       Sum* const out = static_cast<Sum*>(p.out) + b * p.stencil.size * nodes + node.index;
-      // In double: an error that a column shares would grow with every step of a long walk.
-      double sum = p.eps;
+      ColumnSum<Sum> sum;
       with_power(p, [&](auto power) {
         Sum* entry = out;
         each_source(p, b, node, [&](int64_t, bool inside, int64_t, int64_t at) {
           const Sum value = inside ? power.of(p, to_sum<Sum>(affinity[at])) : Sum{0};
-          sum += value;
+          sum.add(value);
           *entry = value;
           entry += nodes;
         });
       });
       if (!p.normalize) return;
-      const auto factor = factor_for(Sum{}, 1 / sum);
+      const auto factor = factor_for(Sum{}, 1 / (p.eps + sum.total()));
       Sum* entry = out;
 #pragma unroll 4
       for (int k = 0; k < p.stencil.size; ++k, entry += nodes) *entry = factor.times(*entry);
@@ -223,7 +249,15 @@ __global__ void __launch_bounds__(kThreads) walk_transpose_kernel(const __grid_c
 // ---- a single step
 
 constexpr int kStepClasses = 8, kStepThreads = 224;
-constexpr int64_t kStepSharedBytes = 72 << 10;  // three blocks' fit an SM of an H200
+// The shared memory of a block: a third of the SM's where that is large (A100 163 KB, H100 227 KB), half of
+// it on GeForce (99 KB), so that other blocks compute while one stages. The runtime keeps 1 KB for each
+// block.
+inline int64_t step_shared_bytes() {
+  const int64_t of_sm = shared_bytes_of_sm();
+  const int64_t of_block = shared_bytes_of_block();
+  const int64_t share = of_sm / (of_sm > (128 << 10) ? 3 : 2) - (1 << 10);
+  return share < of_block ? share : of_block;
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, min_blocks<T>(5))
@@ -584,7 +618,7 @@ __global__ void __launch_bounds__(kStepThreads, 3)
       // The last source of a run, to the right of the target, by row, column and tile as one; and the target
       // in its tile.
       const float* const tiles = entries + (target / 4 + 2 * s.reach) * 16 + target % 4;
-      double sum = 0;
+      ColumnSum<float> sum;
       for (int first = piece.first; first < piece.end; first += s.rows) {
         const int end = first + s.rows < piece.end ? first + s.rows : piece.end;
         __syncthreads();
@@ -600,7 +634,7 @@ __global__ void __launch_bounds__(kStepThreads, 3)
         for (int sx = x + half; sx >= x - half; --sx, --source, entry += nodes) {
           float value = 0;
           if (sx >= 0 && sx < width) value = row[(source >> 2) * (pitch - 16) + (source & 3) * 4];
-          sum += value;
+          sum.add(value);
           *entry = value;
         }
       }
@@ -608,7 +642,7 @@ __global__ void __launch_bounds__(kStepThreads, 3)
       if (p.normalize) {
         double* const sums = reinterpret_cast<double*>(entries);
         __syncthreads();
-        sums[strand * targets + target] = sum;
+        sums[strand * targets + target] = sum.total();
         __syncthreads();
         for (int i = 0; i < s.rows; ++i) total += sums[i * targets + target];
       }
@@ -643,7 +677,8 @@ bool find_tiles(const WalkParams& walk, int sets, int classes, int threads, Step
   int64_t most = threads / (s.groups * s.sets);
   s.rows = 1;
   const int64_t in_row_bytes = s.shared() * int64_t{sizeof(float)};
-  if (most > kStepSharedBytes / in_row_bytes) most = kStepSharedBytes / in_row_bytes;
+  const int64_t budget = step_shared_bytes();
+  if (most > budget / in_row_bytes) most = budget / in_row_bytes;
   if (most < 1) return false;
   s.rows = static_cast<int>(ceil_div(walk.stencil.runs, ceil_div(walk.stencil.runs, most)));
   const uintptr_t bytes = walk.kind == Kind::f32 ? 16 : 8;
@@ -675,7 +710,7 @@ dim3 node_grid(const WalkParams& p) {
 
 }  // namespace
 
-const char* walk_transition_cuda(const WalkParams& p, void* stream) {
+const char* launch_walk_transition(const WalkParams& p, void* stream) {
   StepTiles s;
   if (p.layout != Layout::by_offset && find_tiles(p, 4, 0, kStepThreads, s)) {
     with_type(p.kind, [&](auto type) {
@@ -693,14 +728,14 @@ const char* walk_transition_cuda(const WalkParams& p, void* stream) {
   return launch_error();
 }
 
-const char* walk_transition_backward_cuda(const WalkParams& p, void* stream) {
+const char* launch_walk_transition_backward(const WalkParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((walk_transition_backward_kernel<decltype(type)>), node_grid(p), kThreads, stream, p);
   });
   return launch_error();
 }
 
-const char* walk_step_cuda(const WalkStepParams& p, void* stream) {
+const char* launch_walk_step(const WalkStepParams& p, void* stream) {
   const auto variant = static_cast<WalkStepVariant>(p.variant);
   const int threads = variant == WalkStepVariant::tiled128   ? 128
                       : variant == WalkStepVariant::tiled160 ? 160
@@ -724,7 +759,7 @@ const char* walk_step_cuda(const WalkStepParams& p, void* stream) {
   return launch_error();
 }
 
-const char* walk_transpose_cuda(const WalkParams& p, void* stream) {
+const char* launch_walk_transpose(const WalkParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((walk_transpose_kernel<decltype(type)>),
                grid_for(p.height * p.width, p.batch * p.stencil.runs), kThreads, stream, p);

@@ -52,8 +52,8 @@ AFA_SIMD_DECLARE(void window_feature_rows(const WindowParams& p, int64_t begin, 
 AFA_SIMD_DECLARE(void window_feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end,
                                                    void* scratch))
 
-const char* window_edge_cuda(const WindowParams& p, void* stream);
-const char* window_feature_cuda(const WindowParams& p, void* stream);
-const char* window_feature_backward_cuda(const WindowParams& p, void* stream);
+const char* launch_window_edge(const WindowParams& p, void* stream);
+const char* launch_window_feature(const WindowParams& p, void* stream);
+const char* launch_window_feature_backward(const WindowParams& p, void* stream);
 
 }  // namespace afa

@@ -224,21 +224,21 @@ dim3 pair_grid(const WindowParams& p) {
 
 }  // namespace
 
-const char* window_edge_cuda(const WindowParams& p, void* stream) {
+const char* launch_window_edge(const WindowParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((window_edge_kernel<decltype(type)>), pair_grid(p), kThreads, stream, p);
   });
   return launch_error();
 }
 
-const char* window_feature_cuda(const WindowParams& p, void* stream) {
+const char* launch_window_feature(const WindowParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((window_feature_kernel<decltype(type)>), pair_grid(p), kThreads, stream, p);
   });
   return launch_error();
 }
 
-const char* window_feature_backward_cuda(const WindowParams& p, void* stream) {
+const char* launch_window_feature_backward(const WindowParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((window_feature_backward_kernel<decltype(type)>),
                grid_for(p.height * p.width, p.batch * ceil_div(p.channels, kChannels)), kThreads, stream, p);

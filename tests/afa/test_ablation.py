@@ -63,6 +63,13 @@ def test_five_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pyte
     assert steps == [(0, 2), (2, 5)]
 
 
+@pytest.mark.parametrize("base", [ablation.SETTINGS, ablation.QUICK], ids=["whole", "quick"])
+def test_settings_of_the_benchmark_are_valid(base: list[str]) -> None:
+    for row, changes in ablation.ROWS.items():
+        train = ablation.configuration(base, changes, 0).train
+        assert (train.par_until < train.iterations) == ("+ walk" in row)
+
+
 def test_mean_and_spread() -> None:
     def seed(value: float) -> dict[str, dict[str, Any]]:
         entry = {"seg": value, "cam": 0.1, "walk": 0.2, "par": 0.3, "f1": 0.9, "settings": ["a=1"]}

@@ -46,7 +46,8 @@ def _items(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-# The range stands before the validator: only then does it reach the JSON schema.
+# The range stands before the validator: only then does it reach the JSON schema. Upper limits are generous: they catch
+# typing errors before memory or processes run out.
 INT, FLOAT, LIST = BeforeValidator(_whole), BeforeValidator(_number), BeforeValidator(_items)
 Float = Annotated[float, FLOAT]
 Positive = Annotated[int, Field(ge=1), INT]
@@ -54,7 +55,8 @@ Count = Annotated[int, Field(ge=0), INT]
 Pixels = Annotated[int, Field(ge=32), INT]
 NonNegative = Annotated[float, Field(ge=0), FLOAT]
 Score = Annotated[float, Field(gt=0, lt=1), FLOAT]
-Scale = Annotated[float, Field(gt=0, le=16), FLOAT]
+Scale = Annotated[float, Field(gt=0, le=8), FLOAT]
+Resize = Annotated[float, Field(gt=0, le=16), FLOAT]
 Decay = Annotated[float, Field(ge=0, lt=1), FLOAT]
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1), LIST]
 Dilations = Annotated[tuple[Positive, ...], Field(min_length=1), LIST]
@@ -79,9 +81,9 @@ class DataConfig(Section):
     """Name of the list of training images."""
     val_split: Text = "val"
     """Name of the list of validation images."""
-    crop_size: Positive = 512
+    crop_size: Annotated[int, Field(ge=1, le=4096), INT] = 512
     """Side of the square training crop in pixels; a multiple of model.output_stride."""
-    scale_range: Annotated[tuple[Scale, Scale], LIST] = (0.5, 2.0)
+    scale_range: Annotated[tuple[Resize, Resize], LIST] = (0.5, 2.0)
     """Smallest and largest factor of the random resize before the crop."""
     flip: StrictBool = True
     """Mirror half of the training crops."""
@@ -90,7 +92,7 @@ class DataConfig(Section):
     follow. null: never, as published."""
     bad_images: Literal["refuse", "skip"] = "refuse"
     """What to do with a file that can't be decoded: 'refuse' to start, or 'skip' its image. Both report the file."""
-    workers: Count = 2
+    workers: Annotated[int, Field(ge=0, le=256), INT] = 2
     """Loader processes; 0 loads in the training process."""
 
 
@@ -110,7 +112,7 @@ class ModelConfig(Section):
     """How many of the last blocks give attention maps; null: all blocks of the last stage (plain ViT: 2)."""
     decoder: Literal["mlp", "single"] = "mlp"
     """'mlp': all-MLP head over all levels; 'single': a head on the last level only."""
-    decoder_width: Positive = 256
+    decoder_width: Annotated[int, Field(ge=1, le=8192), INT] = 256
     """Channels of the decoder."""
     refine_iterations: Count = 0
     """Iterations of PAR on the decoder's class probabilities, inside the network, with gradients; 0: none, as
@@ -164,7 +166,7 @@ class TrainConfig(Section):
 
     iterations: Positive = 20000
     """Updates of the weights."""
-    batch_size: Positive = 4
+    batch_size: Annotated[int, Field(ge=1, le=65536), INT] = 4
     """Images per update, over all processes together."""
     accumulate: Positive = 1
     """Micro-batches that a process splits its images into, to save memory: the same losses and gradients up to
@@ -177,7 +179,7 @@ class TrainConfig(Section):
     """Weight of the segmentation loss."""
     weight_affinity: NonNegative = 0.1
     """Weight of the affinity loss."""
-    lr: Annotated[float, Field(gt=0, le=10), FLOAT] = 6e-5
+    lr: Annotated[float, Field(gt=0, le=1), FLOAT] = 6e-5
     """Learning rate of the backbone."""
     head_lr_factor: NonNegative = 10.0
     """Factor of the learning rate for classifier, decoder and affinity head."""
@@ -270,19 +272,19 @@ class Config(BaseModel):
         data, labels, train, evaluation = self.data, self.labels, self.train, self.eval
         stride = self.model.output_stride
         if data.crop_size % stride:
-            near = max(1, round(data.crop_size / stride)) * stride
+            near = max(1, min(round(data.crop_size / stride), 4096 // stride)) * stride
             yield "data.crop_size", f"a positive multiple of model.output_stride ({stride}), such as {near}"
         if data.scale_range[0] > data.scale_range[1]:
-            yield "data.scale_range", "two factors, 0 < smallest <= largest"
+            yield "data.scale_range", "two factors, 0 < smallest <= largest <= 16"
         if labels.low > labels.high:
             yield "labels.low", f"no larger than labels.high ({labels.high})"
         if train.par_until < train.classify_until:
             yield "train.par_until", f"no smaller than train.classify_until ({train.classify_until})"
         if train.iterations <= train.classify_until:
-            reason = "otherwise only the classifier would be trained"
-            yield "train.iterations", f"more than train.classify_until ({train.classify_until}): {reason}"
+            reason = "since the decoder learns only after that"
+            yield "train.iterations", f"above train.classify_until ({train.classify_until}), {reason}"
         if train.warmup >= train.iterations:
-            yield "train.warmup", f"less than train.iterations ({train.iterations})"
+            yield "train.warmup", f"below train.iterations ({train.iterations})"
         if train.batch_size % train.accumulate:
             yield "train.accumulate", f"a divisor of train.batch_size ({train.batch_size})"
         for name in ("crf_gaussian", "crf_bilateral"):
@@ -296,6 +298,11 @@ class Config(BaseModel):
         found = []
         if train.iterations == train.classify_until + 1:
             found.append("train.iterations ends with train.classify_until, so no iteration trains the decoder")
+        elif train.par_until >= train.iterations - 1:
+            found.append(
+                f"there is no walk phase, because train.par_until ({train.par_until}) is not below the last of "
+                f"train.iterations ({train.iterations}): the segmentation learns only from PAR labels"
+            )
         side = self.data.crop_size // self.model.output_stride
         share = _window_share(radius, side)
         if share > _WIDE_WINDOW:

@@ -62,6 +62,16 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize(("par_until", "notes"), [(1, 0), (2, 1), (4, 1)])
+def test_note_without_a_walk_phase(par_until: int, notes: int, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(small), f"train.par_until={par_until}", "--quiet", "--device=cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no walk phase" in line]
+    assert len(lines) == notes
+    for line in lines:
+        assert line.startswith("note ")
+        assert f"train.par_until ({par_until})" in line and "train.iterations (3)" in line
+
+
 def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Options may stand between the overrides.
     assert main(["train", "small.yaml", "train.lr=1e-4", "--quiet", "train.seed=3", "--device", "cpu"]) == 0

@@ -21,19 +21,68 @@ def test_largest_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "words"),
     [
-        ["train.iterations=2000", "train.classify_until=2000"],
-        ["train.iterations=100"],
-        ["train.warmup=20000"],
-        ["train.lr=1e30"],
-        ["labels.cam_scales=1000"],
-        ["data.scale_range=0.5,1e9"],
+        (["train.iterations=2000"], ["train.classify_until (2000)", "the decoder learns only after that", "got 2000"]),
+        (["train.iterations=100"], ["train.classify_until (2000)", "got 100"]),
+        (["train.warmup=20000"], ["below train.iterations (20000)", "got 20000"]),
+        (["train.lr=0"], ["above 0 and at most 1", "got 0"]),
+        (["train.lr=1.001"], ["above 0 and at most 1", "got 1.001"]),
+        (["train.lr=1e30"], ["above 0 and at most 1", "got '1e30'"]),
+        (["train.warmup_ratio=-1"], ["from 0 to 1", "got -1"]),
+        (["train.warmup_ratio=1.001"], ["from 0 to 1", "got 1.001"]),
+        (["labels.cam_scales=0,1"], ["above 0 and at most 8", "got '0,1'"]),
+        (["labels.cam_scales=1,8.1"], ["above 0 and at most 8", "got '1,8.1'"]),
+        (["labels.walk_scale=0"], ["above 0 and at most 8", "got 0"]),
+        (["eval.scales=-1"], ["above 0 and at most 8", "got -1"]),
+        (["eval.scales=1,1000"], ["above 0 and at most 8", "got '1,1000'"]),
+        (["data.scale_range=0,1"], ["above 0 and at most 16", "got '0,1'"]),
+        (["data.scale_range=0.5,1e9"], ["above 0 and at most 16", "got '0.5,1e9'"]),
+        (["data.scale_range=2,1"], ["0 < smallest <= largest <= 16", "got [2.0, 1.0]"]),
+        (["data.workers=257"], ["to 256", "got 257"]),
+        (["data.crop_size=4112"], ["to 4096", "got 4112"]),
+        (["data.crop_size=4095", "model.output_stride=14"], ["multiple of model.output_stride (14)", "such as 4088,"]),
+        (["train.batch_size=65537"], ["to 65536", "got 65537"]),
+        (["model.decoder_width=8193"], ["from 1 to 8192", "got 8193"]),
+        (["model.decoder_width=0"], ["from 1 to 8192", "got 0"]),
     ],
 )
-def test_silent_settings_are_refused(overrides: list[str]) -> None:
-    with pytest.raises(UserError, match=overrides[0].partition("=")[0].replace(".", r"\.")):
+def test_out_of_range(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
         load_config("voc", overrides)
+    message = str(caught.value)
+    assert f"{overrides[0].partition('=')[0]} on the command line must be " in message
+    for word in words:
+        assert word in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.iterations=2001",
+        "train.warmup=19999",
+        "train.lr=1",
+        "train.warmup_ratio=1",
+        "labels.cam_scales=0.001,8",
+        "eval.scales=0.001,8",
+        "data.scale_range=0.001,16",
+        "data.workers=256",
+        "data.crop_size=4096",
+        "train.batch_size=65536",
+        "model.decoder_width=8192",
+        "train.par_until=20000",
+    ],
+)
+def test_largest_and_smallest_values(override: str) -> None:
+    load_config("voc", [override])
+
+
+def test_smoke_run_of_the_makefile() -> None:
+    lines = (Path(__file__).parents[3] / "Makefile").read_text(encoding="utf-8").splitlines()
+    (command,) = [line for line in lines if "afa train" in line and "train.iterations=" in line]
+    config = load_config("demo", [word for word in command.split() if "=" in word])
+    assert config.train.iterations < 100
 
 
 def test_merge_keys(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 //
 //     planted_bugs <kernel> <right|wrong> <order>...    prints the kernel's output, a line an order
 #include <cstdio>
-#include <cstdlib>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/cuda.cuh"
 
@@ -273,6 +274,11 @@ __global__ void grid_sync_without_a_block(const float* in, float* out) {
   out[item()] = in[item()];
 }
 
+// The kernels' callers would launch once per step; here a refusal is the bug to be seen.
+void granted(bool is_granted) {
+  if (!is_granted) throw std::runtime_error(cudaGetErrorString(cudaErrorCooperativeLaunchTooLarge));
+}
+
 template <bool RIGHT>
 void run(const std::string& name, const float* in, float* out) {
 #define LAUNCH_IF(kernel)                                          \
@@ -308,16 +314,16 @@ void run(const std::string& name, const float* in, float* out) {
   LAUNCH_SHARED_IF(dynamic_overflow)
   LAUNCH_SHARED_IF(unwritten_dynamic)
   LAUNCH_SHARED_IF(missing_barrier_dynamic)
-#define LAUNCH_COOPERATIVE_IF(kernel)                                             \
-  if (name == #kernel) {                                                          \
-    AFA_LAUNCH_COOPERATIVE((kernel<RIGHT>), kBlocks, kSize, 0, nullptr, in, out); \
-    return;                                                                       \
+#define LAUNCH_COOPERATIVE_IF(kernel)                                                      \
+  if (name == #kernel) {                                                                   \
+    granted(AFA_LAUNCH_COOPERATIVE((kernel<RIGHT>), kBlocks, kSize, 0, nullptr, in, out)); \
+    return;                                                                                \
   }
   LAUNCH_COOPERATIVE_IF(missing_grid_sync)
   LAUNCH_COOPERATIVE_IF(grid_sync_without_a_block)
   if (name == "grid_sync_of_a_plain_launch") {
     if (RIGHT) {
-      AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), kBlocks, kSize, 0, nullptr, in, out);
+      granted(AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), kBlocks, kSize, 0, nullptr, in, out));
     } else {
       AFA_LAUNCH((grid_sync_without_a_block<true>), kBlocks, kSize, nullptr, in, out);
     }
@@ -325,9 +331,9 @@ void run(const std::string& name, const float* in, float* out) {
     const int64_t most = afa::resident_blocks(grid_sync_without_a_block<true>, kSize, 0);
     if (most < kBlocks) throw std::logic_error("the grid of the right kernel must fit");
     const dim3 grid(static_cast<unsigned>(RIGHT ? kBlocks : most + 1));
-    AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), grid, kSize, 0, nullptr, in, out);
+    granted(AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), grid, kSize, 0, nullptr, in, out));
   } else if (name == "too_much_shared_memory") {
-    const size_t bytes = afa::most_shared_bytes() + (RIGHT ? 0 : 1);
+    const size_t bytes = static_cast<size_t>(afa::shared_bytes_of_block()) + (RIGHT ? 0 : 1);
     AFA_LAUNCH_SHARED((dynamic_overflow<true>), kBlocks, kSize, bytes, nullptr, in, out);
   } else if (name == "beyond_the_grid") {
     const int64_t count = 3 * kBlocks * kSize;
@@ -343,30 +349,36 @@ void run(const std::string& name, const float* in, float* out) {
 
 }  // namespace
 
+void check(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
 int main(int arguments, char** argument) {
   const std::string name = argument[1];
   const bool right = std::string(argument[2]) == "right";
-  const int count = (name == "beyond_the_grid" ? 3 : 1) * kBlocks * kSize;
-  float* in = new float[count];
-  float* out = new float[count];
+  const size_t count = (name == "beyond_the_grid" ? 3 : 1) * kBlocks * kSize, bytes = count * sizeof(float);
+  std::vector<float> values(count), zeros(count), result(count);
+  std::iota(values.begin(), values.end(), 1.0f);
+  void *in = nullptr, *out = nullptr;
+  check(cudaMalloc(&in, bytes));
+  check(cudaMalloc(&out, bytes));
   bool failed = false;
   for (int order = 3; order < arguments; ++order) {
     cuda_on_host_order(argument[order]);
-    for (int i = 0; i < count; ++i) {
-      in[i] = static_cast<float>(i + 1);
-      out[i] = 0;
-    }
+    check(cudaMemcpy(in, values.data(), bytes, cudaMemcpyHostToDevice));
+    check(cudaMemcpy(out, zeros.data(), bytes, cudaMemcpyHostToDevice));
     try {
-      right ? run<true>(name, in, out) : run<false>(name, in, out);
-      if (const char* error = afa::launch_error()) throw std::runtime_error(error);
+      float *const from = static_cast<float*>(in), *const to = static_cast<float*>(out);
+      right ? run<true>(name, from, to) : run<false>(name, from, to);
+      check(cudaGetLastError());
+      check(cudaDeviceSynchronize());
     } catch (const std::exception& error) {
       std::fprintf(stderr, "%s\n", error.what());
       failed = true;
     }
-    for (int i = 0; i < count; ++i) std::printf("%g ", out[i]);
+    check(cudaMemcpy(result.data(), out, bytes, cudaMemcpyDeviceToHost));
+    for (float value : result) std::printf("%g ", value);
     std::printf("\n");
   }
-  delete[] in;
-  delete[] out;
   return failed ? 1 : 0;
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from . import build
+from .. import build
 from .conftest import ORDERS
 
 # How the bug of each kernel shows, first in the build whose every access is checked (memory_check.cpp), then under
@@ -18,7 +18,8 @@ from .conftest import ORDERS
 NAN, ORDER, VALUE = "nan", "order", "value"
 SHARED_RACE = "race: static shared memory at byte"
 GLOBAL_RACE = "race: global memory at"
-OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
+POISONED = "AddressSanitizer: use-after-poison"
+BLOCK = "of a block of 1024 bytes of global memory"
 DIVERGENT = "divergent barrier: "
 BUGS = {
     "missing_barrier": (SHARED_RACE, NAN),
@@ -35,9 +36,9 @@ BUGS = {
     "unwritten_dynamic": (NAN, NAN),
     "shared_overflow": (None, "AddressSanitizer: global-buffer-overflow"),
     "shared_row_overflow": ("index 32 out of bounds for type 'float [32]'",) * 2,
-    "dynamic_overflow": ("out of bounds: byte 256 of 256 of dynamic", "AddressSanitizer: use-after-poison"),
-    "global_read_overflow": (None, OVERFLOW),
-    "global_write_underflow": (None, OVERFLOW),
+    "dynamic_overflow": ("out of bounds: byte 256 of 256 of dynamic", POISONED),
+    "global_read_overflow": (f"out of bounds: byte 1024 {BLOCK} read", POISONED),
+    "global_write_underflow": (f"out of bounds: byte -4 {BLOCK} written", POISONED),
     "misaligned_vector": ("misaligned address",) * 2,
     "misaligned_ldg": ("misaligned address",) * 2,
     "early_return": (DIVERGENT + "32 of a block's 64 threads have ended, the others wait at ",) * 2,
@@ -56,9 +57,10 @@ BUGS = {
 
 
 def planted_bugs(sanitize: bool) -> Path:
-    if build.cuda_headers() is None:
-        pytest.skip("the CUDA toolkit's headers (cuda_fp16.h) are not installed")
-    return build.build_program(build.HERE / "planted_bugs.cu", sanitize)
+    reason = build.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    return build.build_program(build.KERNELS / "planted_bugs.cu", sanitize)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,12 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <tuple>
 #include <type_traits>
+
+#include "runtime/api.h"
+#include "runtime/limits.h"
 
 // The headers above leave attributes that only nvcc knows.
 #undef __global__
@@ -49,26 +54,54 @@ extern Position position;
 // can't hold.
 constexpr int64_t kMaxGridX = 3;
 constexpr int64_t kMaxGridY = 2;
-// In place of a GPU's occupancy: odd, few. And the least shared memory of any GPU since Ampere.
-constexpr int kProcessors = 3;
-constexpr int kBlocksPerProcessor = 2;
-constexpr int kMostSharedBytes = 99 << 10;
 
 struct Launch {
   const char* name;
-  const void* kernel;
   dim3 grid, block;
   size_t shared_bytes;
   bool cooperative;
 };
 
-template <typename... Parameters>
-const void* address_of(void (*kernel)(Parameters...)) {
-  return reinterpret_cast<const void*>(kernel);
-}
+// Runs a kernel, which may touch these blocks of device memory alone. Returns what it does wrong, or nullptr.
+const char* run(const Launch& launch, const std::function<void()>& kernel, const stand_in_span* blocks,
+                size_t block_count);
 
-// Throws what the kernel does wrong; cudaGetLastError returns what a GPU would not launch.
-void launch(const Launch& launch, const std::function<void()>& kernel);
+// Hands a kernel and a copy of its arguments to the stand-in runtime, which checks the launch and runs it
+// when the host waits for its stream. cudaGetLastError returns what is wrong with the launch.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Launch& launch, void* stream,
+            const Arguments&... arguments) {
+  struct State {
+    void (*kernel)(Parameters...);
+    Launch launch;
+    std::tuple<std::remove_cv_t<Parameters>...> values;
+  };
+  auto state = std::make_unique<State>(State{kernel, launch, {static_cast<Parameters>(arguments)...}});
+  stand_in_span parameters[sizeof...(Parameters)];
+  std::apply(
+      [&](const auto&... value) {
+        size_t i = 0;
+        ((parameters[i++] = {reinterpret_cast<const char*>(&value), sizeof(value)}), ...);
+      },
+      state->values);
+  stand_in_launch given;
+  given.name = launch.name;
+  given.kernel = reinterpret_cast<const void*>(kernel);
+  given.grid = launch.grid;
+  given.block = launch.block;
+  given.shared_bytes = launch.shared_bytes;
+  given.cooperative = launch.cooperative;
+  given.stream = static_cast<cudaStream_t>(stream);
+  given.parameters = parameters;
+  given.parameter_count = sizeof...(Parameters);
+  given.run = [](void* at, const stand_in_span* blocks, size_t count) {
+    const State& state = *static_cast<const State*>(at);
+    return run(state.launch, [&] { std::apply(state.kernel, state.values); }, blocks, count);
+  };
+  given.destroy = [](void* at) { delete static_cast<State*>(at); };
+  given.state = state.release();
+  stand_in_launch_kernel(&given);
+}
 
 // The calls of a kernel. A place is where in the source it waits.
 struct Place {
@@ -222,14 +255,16 @@ inline int __clz(int x) {
 }
 
 #define AFA_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::cuda_on_host::dynamic_shared())
-#define AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, cooperative, stream, ...)          \
-  (::afa::allow_shared(kernel, shared_bytes),                                                    \
-   ::cuda_on_host::launch({#kernel, ::cuda_on_host::address_of(kernel), dim3(grid), dim3(block), \
-                           static_cast<size_t>(shared_bytes), cooperative},                      \
-                          [&] { (void)(stream), kernel(__VA_ARGS__); }))
+#define AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, cooperative, stream, ...)                    \
+  (::afa::allow_shared(kernel, shared_bytes),                                                              \
+   ::cuda_on_host::launch(                                                                                 \
+       kernel, {#kernel, dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), cooperative}, stream, \
+       __VA_ARGS__))
 #define AFA_LAUNCH(kernel, grid, block, stream, ...) \
   AFA_LAUNCH_ON_HOST(kernel, grid, block, 0, false, stream, __VA_ARGS__)
 #define AFA_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
   AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, false, stream, __VA_ARGS__)
-#define AFA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
-  (AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, true, stream, __VA_ARGS__), true)
+#define AFA_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)           \
+  ::afa::cooperative_granted(                                                            \
+      (AFA_LAUNCH_ON_HOST(kernel, grid, block, shared_bytes, true, stream, __VA_ARGS__), \
+       cudaPeekAtLastError()))

@@ -38,6 +38,13 @@ struct Range {
 Range static_shared();
 extern Range dynamic_part, dynamic_arena;
 
+// The blocks of device memory that the running kernel's arguments point to.
+struct Blocks {
+  const stand_in_span* first = nullptr;
+  size_t count = 0;
+};
+extern Blocks allowed_blocks;
+
 std::string thread_name(uint32_t block, uint32_t thread);
 void start_memory_check();  // at each launch
 

@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
-#include <map>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -36,6 +35,7 @@ Position position;
 Running running;
 thread_local bool in_kernel = false;
 Range dynamic_part, dynamic_arena;
+Blocks allowed_blocks;
 
 Range static_shared() {
   return {__start_afa_shared, __stop_afa_shared};
@@ -153,19 +153,9 @@ class Device {
     }
   }
 
-  cudaError_t take_error() { return std::exchange(error_, cudaSuccess); }
-  cudaError_t error(cudaError_t error) { return error_ = error; }
-
-  cudaError_t set_most_shared(const void* kernel, int bytes) {
+  // Throws what the kernel does wrong.
+  void run(const Launch& launch, const std::function<void()>& kernel) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (bytes < 0 || bytes > kMostSharedBytes) return error(cudaErrorInvalidValue);
-    most_shared_[kernel] = static_cast<size_t>(bytes);
-    return cudaSuccess;
-  }
-
-  void launch(const Launch& launch, const std::function<void()>& kernel) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!launchable(launch)) return;
     position.grid = launch.grid;
     position.block = launch.block;
     kernel_ = &kernel;
@@ -264,31 +254,9 @@ class Device {
   Device() {
     const char* order = std::getenv("AFA_CUDA_ON_HOST_ORDER");
     set_order(order == nullptr ? "" : order);
-    const size_t size = kMostSharedBytes + 2 * kZone;
+    const size_t size = stand_in::kMaxSharedBytes + 2 * kZone;
     dynamic_arena.begin = map_memory(size);
     dynamic_arena.end = dynamic_arena.begin + size;
-  }
-
-  bool launchable(const Launch& launch) {
-    const dim3 grid = launch.grid, block = launch.block;
-    const bool empty =
-        grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0;
-    const bool grid_fits = grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16;
-    const bool block_fits =
-        block.x <= 1024 && block.y <= 1024 && block.z <= 64 && uint64_t{block.x} * block.y * block.z <= 1024;
-    const auto allowed = most_shared_.find(launch.kernel);
-    const size_t most =
-        allowed == most_shared_.end() ? 48 << 10 : std::max<size_t>(allowed->second, 48 << 10);
-    if (empty || !grid_fits || !block_fits) {
-      error_ = cudaErrorInvalidConfiguration;
-    } else if (launch.shared_bytes > most) {
-      error_ = cudaErrorInvalidValue;
-    } else if (launch.cooperative && uint64_t{grid.x} * grid.y * grid.z > kProcessors * kBlocksPerProcessor) {
-      error_ = cudaErrorCooperativeLaunchTooLarge;
-    } else {
-      return true;
-    }
-    return false;
   }
 
   // Fills `indices` with 0, 1, 2, ... in the order of this launch.
@@ -576,10 +544,8 @@ class Device {
   }
 
   std::mutex mutex_;
-  cudaError_t error_ = cudaSuccess;
   Order order_ = Order::any, now_ = Order::forward;
   std::mt19937_64 random_;
-  std::map<const void*, size_t> most_shared_;
   const std::function<void()>* kernel_ = nullptr;
   const char* name_ = "";
   bool cooperative_ = false;
@@ -598,8 +564,17 @@ class Device {
 
 }  // namespace
 
-void launch(const Launch& launch, const std::function<void()>& kernel) {
-  Device::instance().launch(launch, kernel);
+const char* run(const Launch& launch, const std::function<void()>& kernel, const stand_in_span* blocks,
+                size_t block_count) {
+  static std::string failure;  // under the runtime's lock
+  allowed_blocks = {blocks, block_count};
+  try {
+    Device::instance().run(launch, kernel);
+    return nullptr;
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return failure.c_str();
+  }
 }
 void block_barrier(const Place& place) {
   Device::instance().block_barrier(place);
@@ -640,59 +615,4 @@ void fail(const char* format, ...) {
 // (one of these for each launch, always the same). At first what AFA_CUDA_ON_HOST_ORDER says.
 extern "C" __attribute__((visibility("default"))) void cuda_on_host_order(const char* name) {
   cuda_on_host::Device::instance().set_order(name);
-}
-
-// ---- the CUDA runtime's functions that the project calls ----
-
-cudaError_t cudaGetLastError() {
-  return cuda_on_host::Device::instance().take_error();
-}
-
-const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidConfiguration:
-      return "invalid configuration argument";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorCooperativeLaunchTooLarge:
-      return "too many blocks in cooperative launch";
-    default:
-      return "another error";
-  }
-}
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = cuda_on_host::kProcessors;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = cuda_on_host::kMostSharedBytes;
-      return cudaSuccess;
-    case cudaDevAttrCooperativeLaunch:
-      *value = 1;
-      return cudaSuccess;
-    default:
-      return cuda_on_host::Device::instance().error(cudaErrorInvalidValue);
-  }
-}
-
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  auto& device = cuda_on_host::Device::instance();
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return device.error(cudaErrorInvalidValue);
-  return device.set_most_shared(kernel, value);
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
-                                                          size_t shared_bytes) {
-  const bool fits = threads > 0 && threads <= 1024 && shared_bytes <= cuda_on_host::kMostSharedBytes;
-  *blocks = fits ? cuda_on_host::kBlocksPerProcessor : 0;
-  return cudaSuccess;
 }

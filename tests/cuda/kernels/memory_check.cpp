@@ -186,6 +186,30 @@ void check_cells(const char* from, size_t size, bool write, uint32_t code, uint6
   }
 }
 
+// An access of device memory lies within one of the blocks that the kernel's arguments point to.
+void check_block(const char* at, size_t size, bool write, uint32_t code) {
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(at) - stand_in::kDeviceMemory;
+  if (offset >= stand_in::kDeviceRange * stand_in::kMaxDevices) return;
+  const stand_in_span *const begin = allowed_blocks.first, *const end = begin + allowed_blocks.count;
+  static const stand_in_span* last = nullptr;  // in most cases the same again
+  const auto holds = [&](const stand_in_span& block) {
+    return at >= block.begin && at + size <= block.begin + block.size;
+  };
+  if (last >= begin && last < end && holds(*last)) return;
+  for (const stand_in_span* block = begin; block != end; ++block) {
+    if (!holds(*block)) continue;
+    last = block;
+    return;
+  }
+  for (const stand_in_span* block = begin; block != end; ++block) {
+    if (at + size <= block->begin - 4096 || at >= block->begin + block->size + 4096) continue;
+    fail("out of bounds: byte %td of a block of %zu bytes of global memory %s at %s", at - block->begin,
+         block->size, write ? "written" : "read", source_of(code).c_str());
+  }
+  fail("out of bounds: global memory at %p, in no block that an argument points to, %s at %s",
+       static_cast<const void*>(at), write ? "written" : "read", source_of(code).c_str());
+}
+
 void check(const void* address, size_t size, bool write, const void* return_address) {
   if (!in_kernel) return;
   const char* at = static_cast<const char*>(address);
@@ -203,6 +227,8 @@ void check(const void* address, size_t size, bool write, const void* return_addr
     space = 1 + running.place;
   } else if (static_shared().holds(at)) {
     space = 1 + running.place;
+  } else {
+    check_block(at, size, write, code);
   }
   while (size > 0) {  // page by page
     const size_t page = size_t{1} << kPageBits,

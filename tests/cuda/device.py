@@ -1,0 +1,144 @@
+"""The stand-in GPU as a test sees it: faults, counts and knobs of the runtime (runtime/api.h), through ctypes.
+
+It is there in a process that `python -m tests.cuda.run` started; `active` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+active = "AFA_STAND_IN" in os.environ
+NOT_REFUSED, NOT_AN_ATTRIBUTE, TOO_LARGE = 0, 1, 2
+
+
+class Counts(ctypes.Structure):
+    """runtime/api.h's stand_in_counts."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "launches",
+            "torch_operations",
+            "synchronizations",
+            "device_allocations",
+            "allocations",
+            "allocated_bytes",
+        )
+    ]
+
+
+def _load() -> Any:
+    library = ctypes.CDLL(None)
+    for name in ("stand_in_launches", "stand_in_faults"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.stand_in_live_bytes.restype = ctypes.c_size_t
+    return library
+
+
+_runtime = _load() if active else None
+
+
+def attach(bridge: Path) -> None:
+    """Tells the runtime of torch's allocator and streams, and gives torch's own operators real values."""
+    import torch
+
+    torch.cuda.init()
+    library = ctypes.CDLL(str(bridge))
+    library.stand_in_attach()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel.*")
+        library.stand_in_override_operators()
+    torch.backends.cudnn.enabled = False  # its convolutions have no CPU kernel of the same name
+
+
+def faults() -> list[str]:
+    """What the stand-in found wrong since the last call."""
+    return _runtime.stand_in_faults().decode().splitlines()
+
+
+def counts() -> Counts:
+    result = Counts()
+    _runtime.stand_in_get_counts(ctypes.byref(result))
+    return result
+
+
+def live_bytes(device: int) -> int:
+    """The caching allocator's blocks that are not freed."""
+    return int(_runtime.stand_in_live_bytes(device))
+
+
+@dataclass
+class Recording:
+    """What happened inside `recorded()`: each launch as a dictionary (runtime/launches.cpp), and the counts."""
+
+    launches: list[dict[str, Any]] = field(default_factory=list)
+    torch_operations: int = 0
+    """Of torch's own on CUDA tensors; most are one launch."""
+    synchronizations: int = 0
+    device_allocations: int = 0
+    """Calls of cudaMalloc."""
+    allocations: int = 0
+    """Blocks of the caching allocator."""
+    allocated_bytes: int = 0
+
+
+@contextmanager
+def recorded() -> Iterator[Recording]:
+    result, before = Recording(), counts()
+    _runtime.stand_in_record_launches(True)
+    try:
+        yield result
+    finally:
+        _runtime.stand_in_record_launches(False)
+        result.launches = [json.loads(line) for line in _runtime.stand_in_launches().decode().splitlines()]
+        after = counts()
+        for name, _ in Counts._fields_[1:]:
+            setattr(result, name, getattr(after, name) - getattr(before, name))
+
+
+@contextmanager
+def never_waits() -> Iterator[None]:
+    """Makes each synchronization, read-back and cudaMalloc a fault."""
+    _runtime.stand_in_forbid_waiting(True)
+    try:
+        yield
+    finally:
+        _runtime.stand_in_forbid_waiting(False)
+
+
+@contextmanager
+def stream_order(name: str) -> Iterator[None]:
+    """Runs streams that nothing orders in this order: "latest", or a number that seeds one."""
+    _runtime.stand_in_set_order(name.encode())
+    try:
+        yield
+    finally:
+        _runtime.stand_in_set_order(b"latest")
+
+
+@contextmanager
+def kernels_skipped() -> Iterator[None]:
+    """Kernels are checked and counted, but not run: for sizes that would take long."""
+    _runtime.stand_in_skip_kernels(True)
+    try:
+        yield
+    finally:
+        _runtime.stand_in_skip_kernels(False)
+
+
+@contextmanager
+def refused_cooperative_launches(how: int) -> Iterator[None]:
+    """As under MPS: the attribute says that there are none, or each launch fails as too large."""
+    _runtime.stand_in_refuse_cooperative(how)
+    try:
+        yield
+    finally:
+        _runtime.stand_in_refuse_cooperative(NOT_REFUSED)

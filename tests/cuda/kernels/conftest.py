@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from afa_ext import _native
+
+from .. import device
+
+ORDERS = ("forward", "backward", "1", "2")
+C = _native._C
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.uint8) if t.numel() > 0 else t
+
+
+def to(place: str, value: Any) -> Any:
+    """The same on another device. The strides stay, and where in a vector's alignment it begins."""
+    if not isinstance(value, Tensor) or value.device.type == place:
+        return value
+    size = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    offset = value.storage_offset() % 16
+    if value.numel() == 0:
+        return value.to(place)
+    whole = torch.empty(offset + size, dtype=value.dtype, device=place)
+    return torch.as_strided(whole, value.shape, value.stride(), offset).copy_(value)
+
+
+class Kernels:
+    """Every operator on the stand-in GPU, with arguments and result on the CPU: in several orders of threads and
+    blocks, which must give the same result to the last bit."""
+
+    def __init__(self) -> None:
+        self.set_order = ctypes.CDLL(C.__file__).cuda_on_host_order
+
+    @contextmanager
+    def forced(self, kernel: str, variant: str) -> Iterator[None]:
+        """Launches this variant of the kernel, whatever the plan. Fails if the kernel is never launched."""
+
+        def times_chosen() -> int:
+            return next(entry["times_chosen"] for entry in C.launch_plans() if entry["kernel"] == kernel)
+
+        before = times_chosen()
+        C.set_launch_plan(kernel, variant)
+        try:
+            yield
+        finally:
+            C.set_launch_plan(kernel, None)
+        assert times_chosen() > before, f"nothing here launches {kernel}"
+
+    def __getattr__(self, name: str) -> Any:
+        operator = getattr(torch.ops.afa_ext, name)
+
+        def call(*arguments: Any) -> Tensor:
+            given = [to("cuda", value) for value in arguments]
+            results = []
+            for order in ORDERS:
+                self.set_order(order.encode())
+                results.append(operator(*given).cpu())
+            self.set_order(b"any")
+            for order, result in zip(ORDERS[1:], results[1:], strict=True):
+                same = torch.equal(bits(result), bits(results[0]))
+                assert same, f"{name}: the order {order} of threads and blocks gives another result than {ORDERS[0]}"
+            return results[0]
+
+        return call
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    if not device.active:
+        pytest.skip("runs on the stand-in GPU: python -m tests.cuda.run")
+    return Kernels()

@@ -1,0 +1,122 @@
+"""Runs tests on the stand-in GPU (README.md): builds what changed, then pytest where torch finds its two devices.
+
+    python -m tests.cuda.run                              # every test that needs a GPU, each access checked
+    python -m tests.cuda.run --sanitize                   # part of them, under AddressSanitizer
+    python -m tests.cuda.run tests/test_par.py -k golden  # these only
+    python -m tests.cuda.run --python script.py           # a script in place of pytest
+
+The tests of a file run in one process, and as many files at once as there are cores.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from . import build
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PLUGIN = ["-m", "pytest", "-q", "-p", "tests.cuda.plugin", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+OPERATORS = ("affinity", "cuda", "labels", "ops_meta", "par", "par_properties", "refine_labels", "walk")
+# Under AddressSanitizer: the recorded cases, empty and strided tensors, types, and each operator on its own.
+SANITIZED = "not compile and not subprocess and (golden or empty or strided or contiguous or dtype or half or opcheck)"
+
+
+def sanitizer_runtimes() -> list[str]:
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    command = ["gcc", "-print-file-name="]
+    paths = [subprocess.check_output([command[0], command[1] + name], text=True).strip() for name in names]
+    missing = [path for path in paths if not os.path.isabs(path)]
+    if missing:
+        raise SystemExit(f"gcc's sanitizer runtimes are not installed: {', '.join(missing)}")
+    return paths
+
+
+def environment(sanitize: bool = False) -> dict[str, str]:
+    """That of a process which sees the stand-in's devices and imports the package with the host-compiled kernels."""
+    runtime, bridge, package = build.build_runtime(), build.build_bridge(), build.build_package(sanitize)
+    return settings(runtime, bridge, package, sanitize)
+
+
+def settings(runtime: Path, bridge: Path, package: Path, sanitize: bool = False) -> dict[str, str]:
+    preload = [str(runtime / "libstand_in_cudart.so")]
+    env = {
+        **os.environ,
+        "AFA_STAND_IN": "1",
+        "AFA_STAND_IN_BRIDGE": str(bridge),
+        "LD_LIBRARY_PATH": str(runtime),
+        "PYTHONPATH": os.pathsep.join([str(package), str(ROOT), str(ROOT / "python")]),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    if sanitize:
+        preload = [*sanitizer_runtimes(), *preload]
+        env["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=1"  # Python itself leaks at exit
+        env["UBSAN_OPTIONS"] = "print_stacktrace=1:halt_on_error=1"
+    env["LD_PRELOAD"] = " ".join(preload)
+    return env
+
+
+def run(arguments: list[str], env: dict[str, str]) -> tuple[int, str, float]:
+    """The exit code, what was printed, and the seconds it took."""
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-P", *arguments],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stdout, time.monotonic() - start
+
+
+def run_files(sanitize: bool, env: dict[str, str]) -> int:
+    files = [ROOT / "tests" / f"test_{name}.py" for name in OPERATORS]
+    planned = [
+        (path, ["-k", SANITIZED] if sanitize else []) for path in files if path.stem != "test_cuda" or not sanitize
+    ]
+    # Two start processes of their own: the plain run of the tests has them.
+    elsewhere = ("test_harness", "test_shipped")
+    planned += [(path, []) for path in Path(__file__).parent.rglob("test_*.py") if path.stem not in elsewhere]
+    planned.sort(key=lambda plan: (plan[0].stem != "test_kernels", -plan[0].stat().st_size))
+    start = time.monotonic()
+    passed, failed = 0, False
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        results = pool.map(lambda plan: run([*PLUGIN, "--capture=sys", str(plan[0]), *plan[1]], env), planned)
+        for (path, _), (code, text, seconds) in zip(planned, results, strict=True):
+            bad = code not in (0, 5)  # 5: none of its tests was chosen
+            failed |= bad
+            passed += sum(int(count) for count in re.findall(r"(\d+) passed", text))
+            if bad:
+                print(text)
+            summary = text.strip().splitlines()[-1] if text.strip() else f"exit code {code}, no output"
+            print(f"{path.relative_to(ROOT)}: {summary} ({seconds:.0f} s)", flush=True)
+    print(f"{passed} tests passed on the stand-in GPU in {time.monotonic() - start:.0f} s")
+    return 1 if failed or passed == 0 else 0
+
+
+def main(arguments: list[str]) -> int:
+    reason = build.why_not()
+    if reason is not None:
+        print(f"not run: {reason}")
+        return 0
+    sanitize = "--sanitize" in arguments
+    arguments = [argument for argument in arguments if argument != "--sanitize"]
+    start = time.monotonic()
+    env = environment(sanitize)
+    print(f"built in {time.monotonic() - start:.0f} s", flush=True)
+    if not arguments:
+        return run_files(sanitize, env)
+    command = arguments[1:] if arguments[0] == "--python" else [*PLUGIN, *arguments]
+    return subprocess.run([sys.executable, "-P", *command], cwd=ROOT, env=env, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
