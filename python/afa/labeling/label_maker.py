@@ -106,17 +106,11 @@ class LabelMaker:
         if "walk" in sources:
             assert outputs.affinity is not None and outputs.grid is not None
             walk = (cams, outputs.affinity, outputs.grid, classes, settings)
-            maps["walk"] = (
-                walk_labels(
-                    images,
-                    *walk,
-                    thresholds=self.walk_thresholds,
-                    box=box,
-                    weights=weights if box is None else None,
-                )
-                if self.refine_walk
-                else walked_cam_labels(*walk, self.walk_thresholds)
-            )
+            if self.refine_walk:
+                whole = weights if box is None else None
+                maps["walk"] = walk_labels(images, *walk, thresholds=self.walk_thresholds, box=box, weights=whole)
+            else:
+                maps["walk"] = walked_cam_labels(*walk, self.walk_thresholds)
         return maps, cams
 
     @torch.inference_mode()
