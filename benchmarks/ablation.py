@@ -115,7 +115,7 @@ def _steps(train_step: TrainStep, begin: int, end: int, title: str) -> None:
         train_step.update(next(batches), iteration)
 
 
-def summarise(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def summarize(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """One entry a row: the seeds' segmentation scores, their mean and standard deviation."""
     rows = []
     for row in ROWS:
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     root = Path(configuration(base, [], 0).data.root)
     if not root.exists():
         make_dataset(root)
-    rows = summarise([run_seed(seed, base, options.runs, device) for seed in options.seeds])
+    rows = summarize([run_seed(seed, base, options.runs, device) for seed in options.seeds])
     cells = [
         {
             "labels and losses": row["row"],

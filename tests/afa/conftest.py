@@ -1,4 +1,4 @@
-"""A tiny data set in VOC layout: coloured squares, discs and stripes on noise, with exact masks."""
+"""A tiny data set in VOC layout: colored squares, discs and stripes on noise, with exact masks."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _scene(rng: np.random.Generator, size: tuple[int, int], objects: list[int]) 
         inside = np.maximum(abs(y - cy), abs(x - cx)) <= radius
         if number == 2:
             inside = (y - cy) ** 2 + (x - cx) ** 2 <= radius**2
-        colour = np.array([(220, 40, 40), (40, 200, 60), (60, 80, 230)][number - 1])
+        color = np.array([(220, 40, 40), (40, 200, 60), (60, 80, 230)][number - 1])
         shade = np.where((x // 3 % 2 == 0) | (number != 3), 1.0, 0.3)[..., None]
-        image[inside] = (shade * colour)[inside].astype(np.uint8)
+        image[inside] = (shade * color)[inside].astype(np.uint8)
         mask[inside] = number
     edge = np.zeros(size, bool)
     edge[1:] |= mask[1:] != mask[:-1]

@@ -50,7 +50,7 @@ def test_five_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pyte
     decoders = [trained[f"seed 0, {row}"]["decoder.predict.weight"] for row in ablation.ROWS]
     for first in range(5):
         for second in range(first):
-            assert not torch.equal(decoders[first], decoders[second]), "two rows learnt from the same labels"
+            assert not torch.equal(decoders[first], decoders[second]), "two rows learned from the same labels"
     # The affinity loss moves its head in all rows but the first two.
     heads = [trained[f"seed 0, {row}"]["affinity_head.weight"] for row in ablation.ROWS]
     assert torch.equal(heads[0], heads[1])
@@ -75,9 +75,9 @@ def test_mean_and_spread() -> None:
         entry = {"seg": value, "cam": 0.1, "walk": 0.2, "par": 0.3, "f1": 0.9, "settings": ["a=1"]}
         return {row: dict(entry) for row in ablation.ROWS}
 
-    rows = ablation.summarise([seed(0.5), seed(0.6), seed(0.7)])
+    rows = ablation.summarize([seed(0.5), seed(0.6), seed(0.7)])
     assert [row["row"] for row in rows] == list(ablation.ROWS)
     assert rows[0]["mean"] == pytest.approx(0.6) and rows[0]["std"] == pytest.approx(0.1)
     assert rows[0]["seg_miou"] == [0.5, 0.6, 0.7]
-    assert ablation.summarise([seed(0.5)])[0]["std"] is None
+    assert ablation.summarize([seed(0.5)])[0]["std"] is None
     json.dumps(rows)

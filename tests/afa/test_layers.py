@@ -84,7 +84,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def test_names_of_a_runs_files_are_in_one_place() -> None:
-    from afa.run import EVALUATION_FILES, LOG, MODEL
+    from afa.run import CONFIG, EVALUATION_FILES, LOG, MODEL
 
     for path in FILES:
         if path.name == "run.py" and path.parent == ROOT:
@@ -95,5 +95,5 @@ def test_names_of_a_runs_files_are_in_one_place() -> None:
             for node in ast.walk(ast.parse(text))
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
-        found = strings & {LOG, MODEL, *EVALUATION_FILES}
+        found = strings & {CONFIG, LOG, MODEL, *EVALUATION_FILES}
         assert not found, f"{path} spells out {found}; take the name from afa.run"

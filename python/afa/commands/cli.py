@@ -76,7 +76,7 @@ Segment pictures: files, folders (searched to the bottom) and quoted glob patter
 examples:
   afa predict runs/demo photo.jpg
   afa predict runs/voc holiday/ 'more/*.png' --out results
-  afa predict runs/voc photo.jpg --scales 1,0.5,1.5 --flip --crf     slower, and borders closer to the colours
+  afa predict runs/voc photo.jpg --scales 1,0.5,1.5 --flip --crf     slower, and borders closer to the colors
 """
 
 PSEUDO = """\
@@ -233,7 +233,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     predict.add_argument("--scales", metavar="S,S", help="sizes to compute at, such as 1,0.5,1.5 (default: the run's)")
     predict.add_argument("--flip", action="store_true", help="also the mirrored picture")
-    predict.add_argument("--crf", action="store_true", help="draw borders along colours by a dense CRF")
+    predict.add_argument("--crf", action="store_true", help="draw borders along colors by a dense CRF")
     common(predict, "")
 
     pseudo = add("pseudo-labels", "write a training set's pseudo labels", PSEUDO)

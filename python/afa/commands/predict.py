@@ -18,7 +18,7 @@ from afa.commands.common import choose_device, colored, need_run, say
 from afa.config import Config, with_overrides
 from afa.data.listing import IMAGE_SUFFIXES, visible_files
 from afa.data.transforms import read_image
-from afa.data.visualize import SCREEN_COLOURS, heat, overlay, save_mask, save_picture
+from afa.data.visualize import SCREEN_COLORS, heat, overlay, save_mask, save_picture
 from afa.errors import UserError, printable
 from afa.files import check_writable, is_output, mark_output
 from afa.labeling.cam import pack_classes
@@ -79,7 +79,7 @@ def _square(index: int) -> str:
     """A square in the color of the class, on a terminal."""
     if not colored():
         return ""
-    red, green, blue = SCREEN_COLOURS[index].tolist()
+    red, green, blue = SCREEN_COLORS[index].tolist()
     return f"\033[38;2;{red};{green};{blue}m■\033[0m "
 
 

@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if step % 10 == 0:
             value = float(textures.detach())
             running = value if math.isnan(running) else 0.9 * running + 0.1 * value
-            # The images get harder as fast as the textures are learnt, and easier again when they are forgotten.
+            # The images get harder as fast as the textures are learned, and easier again when they are forgotten.
             stream.difficulty += 0.01 if running < 1.1 else -0.005 if running > 1.5 else 0.0
             bar.update(seen - bar.n)
             bar.set_postfix(textures=f"{running:.2f}", difficulty=f"{stream.difficulty:.2f}", lr=f"{lr:.1e}")

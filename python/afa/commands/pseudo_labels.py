@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     say(
         "measured",
         f"mIoU {done.scores['miou']:.3f} on {done.measured:,} images with masks, over the "
-        f"{done.scores['labelled']:.1%} of their pixels that are labelled",
+        f"{done.scores['labeled']:.1%} of their pixels that are labeled",
     )
 
 
@@ -158,12 +158,12 @@ def export_labels(
     ):
         writer.run(left, bar)
     seconds = time.perf_counter() - started
-    metrics, measured, labelled = _score(dataset, out, mine)
+    metrics, measured, labeled = _score(dataset, out, mine)
     assert metrics.confusion is not None
-    sums = torch.tensor([len(left), len(mine) - len(left), measured, *labelled])
+    sums = torch.tensor([len(left), len(mine) - len(left), measured, *labeled])
     written, skipped, measured, known, pixels = all_reduce_sum_(sums).tolist()
     metrics.confusion = all_reduce_sum_(metrics.confusion)
-    scores = {**metrics.compute(), "labelled": known / pixels} if measured else None
+    scores = {**metrics.compute(), "labeled": known / pixels} if measured else None
     return Export(written, skipped, seconds, scores, measured)
 
 
@@ -180,7 +180,7 @@ class _Writer:
         self.threads = ThreadPoolExecutor(_WRITERS)
         self.writing: deque[Future[None]] = deque()
         settings = maker.config.eval
-        self.crf: CrfPool[_Labelled] | None = None
+        self.crf: CrfPool[_Labeled] | None = None
         if source == "seg" and settings.crf:
             self.crf = CrfPool(CrfSettings.of(settings), settings.crf_workers)
 
@@ -194,7 +194,7 @@ class _Writer:
             for i, name in enumerate(batch["name"]):
                 present = batch["tags"][i].nonzero()[:, 0].numpy().astype(np.uint8)
                 own = None if maps_of_classes is None else maps_of_classes[i, : len(present)]
-                item = _Labelled(name, maps[i], present + 1, own)
+                item = _Labeled(name, maps[i], present + 1, own)
                 if self.crf is None:
                     self._write(item)
                 else:
@@ -209,12 +209,12 @@ class _Writer:
             self._refined(self.crf.take(everything=True))
         self._wait(0)
 
-    def _refined(self, results: Iterable[tuple[_Labelled, NDArray[np.uint8]]]) -> None:
+    def _refined(self, results: Iterable[tuple[_Labeled, NDArray[np.uint8]]]) -> None:
         for item, choice in results:
             numbers = np.concatenate([np.zeros(1, np.uint8), item.classes])
             self._write(replace(item, label=numbers[choice]))
 
-    def _write(self, item: _Labelled) -> None:
+    def _write(self, item: _Labeled) -> None:
         self._wait(8 * _WRITERS)
         size = None if self.dataset.largest_side is None else self.dataset.paths[self.numbers[item.name]]
         self.writing.append(self.threads.submit(_save, self.out, item, size))
@@ -231,7 +231,7 @@ class _Writer:
 
 
 @dataclass(frozen=True, eq=False)
-class _Labelled:
+class _Labeled:
     """What is written of one image."""
 
     name: str
@@ -249,7 +249,7 @@ def _cam_path(out: Path, name: str) -> Path:
     return out / "cams" / f"{name}.npz"
 
 
-def _save(out: Path, item: _Labelled, sized_as: Path | None) -> None:
+def _save(out: Path, item: _Labeled, sized_as: Path | None) -> None:
     """Write an image's files, the label last: where it is, all is. sized_as: the picture, when it was read smaller."""
     if item.cams is not None:
         path = _cam_path(out, item.name)
@@ -276,8 +276,8 @@ def _there(out: Path, name: str, cams: bool) -> bool:
 def _score(
     dataset: TaggedDataset, out: Path, indices: Iterable[int]
 ) -> tuple[SegmentationMetrics, int, tuple[int, int]]:
-    """Labels against the masks that are there, over the labelled pixels: counts, how many images, and of all pixels
-    with a true class how many are labelled, and how many there are."""
+    """Labels against the masks that are there, over the labeled pixels: counts, how many images, and of all pixels
+    with a true class how many are labeled, and how many there are."""
     metrics = SegmentationMetrics(len(dataset.classes) + 1)
     metrics.confusion = torch.zeros(metrics.num_classes, metrics.num_classes + 1, dtype=torch.int64)
     measured = known = pixels = 0

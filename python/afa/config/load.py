@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from afa.config.schema import SECTIONS, Config, all_keys, section_fields
 from afa.errors import UserError, did_you_mean
+from afa.run import CONFIG
 
 READY = Path(__file__).parent / "ready"
 _COMMAND_LINE = "on the command line"
@@ -36,8 +37,8 @@ def resolve(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    if (path / "config.yaml").is_file():
-        return path / "config.yaml"
+    if (path / CONFIG).is_file():
+        return path / CONFIG
     raise UserError(
         f"there is no configuration '{text}': it is neither a file nor one of the ready names "
         f"{', '.join(ready_names())}{did_you_mean(text, ready_names())}"

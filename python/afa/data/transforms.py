@@ -32,7 +32,7 @@ _DECODE_ERRORS = (
 
 
 def voc_palette() -> NDArray[np.uint8]:
-    """VOC's 256 colours, uint8 [256, 3]: the bits of the index spread over red, green and blue, highest
+    """VOC's 256 colors, uint8 [256, 3]: the bits of the index spread over red, green and blue, highest
     first."""
     index = np.arange(256)
     palette = np.zeros((256, 3), np.uint8)
@@ -144,7 +144,7 @@ def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None =
     """The class map at `path`, uint8 [H, W]: 0 background, 1..num_classes, 255 ignored.
 
     Turned by its own EXIF orientation. Palette and grey files hold the class itself; RGB files must use VOC's
-    colours. Raises UserError naming the file: not decodable, not of `size` (height, width), or holding a value that
+    colors. Raises UserError naming the file: not decodable, not of `size` (height, width), or holding a value that
     is no class.
     """
     try:
@@ -154,14 +154,14 @@ def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None =
     except _DECODE_ERRORS as error:
         raise UserError(f"the mask {path} can't be decoded ({_reason(error)}); replace it") from error
     if image.mode in ("RGB", "RGBA"):
-        mask = _from_colours(np.asarray(image)[..., :3], path)
+        mask = _from_colors(np.asarray(image)[..., :3], path)
     elif image.mode in ("LA", "PA"):
         mask = np.asarray(image)[..., 0]
     elif len(image.getbands()) == 1:
         mask = np.asarray(image)
     else:
         raise UserError(
-            f"the mask {path} is a colour picture ({image.mode}); save the class numbers as a palette or 8-bit grey PNG"
+            f"the mask {path} is a color picture ({image.mode}); save the class numbers as a palette or 8-bit grey PNG"
         )
     if size is not None and mask.shape != size:
         hint = ""
@@ -184,18 +184,18 @@ def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None =
     return mask.astype(np.uint8)
 
 
-def _from_colours(rgb: NDArray[np.uint8], path: str | Path) -> NDArray[np.int64]:
+def _from_colors(rgb: NDArray[np.uint8], path: str | Path) -> NDArray[np.int64]:
     keys = np.array([1 << 16, 1 << 8, 1])
     known = voc_palette().astype(np.int64) @ keys
     order = np.argsort(known)
-    colours = rgb.astype(np.int64) @ keys
-    place = np.searchsorted(known[order], colours).clip(max=255)
+    colors = rgb.astype(np.int64) @ keys
+    place = np.searchsorted(known[order], colors).clip(max=255)
     found = order[place]
-    strange = known[found] != colours
+    strange = known[found] != colors
     if strange.any():
-        colour = tuple(int(v) for v in rgb[strange][0])
+        color = tuple(int(v) for v in rgb[strange][0])
         raise UserError(
-            f"the mask {path} is a colour picture holding {colour}, which is no colour of VOC's palette; "
+            f"the mask {path} is a color picture holding {color}, which is no color of VOC's palette; "
             "save the class numbers as a palette or 8-bit grey PNG"
         )
     return found
@@ -210,7 +210,7 @@ def random_crop(
     crop is put at a random place on black, as in the published code (AFA, CVPR 2022). Only the part that stays is
     resampled.
     """
-    # Every draw happens whatever the image, so that a sample's numbers do not depend on its neighbours'.
+    # Every draw happens whatever the image, so that a sample's numbers do not depend on its neighbors'.
     draws = rng.random(4)
     scale = scale_range[0] + (scale_range[1] - scale_range[0]) * draws[0]
     boxes, sources = [], []

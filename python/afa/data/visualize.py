@@ -17,9 +17,9 @@ Picture = NDArray[np.uint8]
 
 PALETTE = voc_palette()
 
-# VOC's colours are made for files: on a screen, over a photograph, half of them look alike and dark. Lit by one
+# VOC's colors are made for files: on a screen, over a photograph, half of them look alike and dark. Lit by one
 # factor they keep their hues, and so their names.
-SCREEN_COLOURS = np.clip(PALETTE.astype(np.float64) * 1.55, 0, 255).astype(np.uint8)
+SCREEN_COLORS = np.clip(PALETTE.astype(np.float64) * 1.55, 0, 255).astype(np.uint8)
 
 _HEAT = np.array(
     [(16, 12, 48), (60, 26, 120), (132, 32, 130), (200, 50, 96), (240, 98, 52), (252, 170, 42), (252, 244, 150)],
@@ -28,9 +28,9 @@ _HEAT = np.array(
 """Dark to bright with rising lightness throughout, so that it also reads in grey."""
 
 
-def class_colour(index: int) -> str:
-    """The colour of a class on the screen, as CSS: '#rrggbb'."""
-    return "#{:02x}{:02x}{:02x}".format(*SCREEN_COLOURS[index].tolist())
+def class_color(index: int) -> str:
+    """The color of a class on the screen, as CSS: '#rrggbb'."""
+    return "#{:02x}{:02x}{:02x}".format(*SCREEN_COLORS[index].tolist())
 
 
 def save_mask(path: str | Path, mask: NDArray[np.integer]) -> None:
@@ -60,9 +60,9 @@ def _overlay_rows(picture: Picture, whole: NDArray[np.integer], rows: slice, str
     mask = whole[rows]
     base = picture.astype(np.float64)
     grey = base.mean(-1, keepdims=True)
-    colours = SCREEN_COLOURS[np.clip(mask, 0, 255)].astype(np.float64)
-    # Half of the photograph's own colour goes, so that the class's is seen and not a mixture.
-    result = (1 - strength) * (0.5 * base + 0.5 * grey) + strength * colours
+    colors = SCREEN_COLORS[np.clip(mask, 0, 255)].astype(np.float64)
+    # Half of the photograph's own color goes, so that the class's is seen and not a mixture.
+    result = (1 - strength) * (0.5 * base + 0.5 * grey) + strength * colors
     result = np.where((mask == 0)[..., None], 0.62 * (0.35 * base + 0.65 * grey), result)
     y, x = np.mgrid[rows, : mask.shape[1]]
     hatch = np.where((x + y) % 6 < 3, 215.0, 160.0)[..., None]
@@ -84,9 +84,9 @@ def heat(picture: Picture, cam: NDArray[np.floating]) -> Picture:
         place = np.nan_to_num(cam[rows].astype(np.float64)).clip(0, 1) * (len(_HEAT) - 1)
         low = np.minimum(place.astype(int), len(_HEAT) - 2)
         part = (place - low)[..., None]
-        colours = (1 - part) * _HEAT[low] + part * _HEAT[low + 1]
+        colors = (1 - part) * _HEAT[low] + part * _HEAT[low + 1]
         grey = picture[rows].astype(np.float64).mean(-1, keepdims=True)
-        result[rows] = (0.38 * grey + 0.72 * colours).clip(0, 255)
+        result[rows] = (0.38 * grey + 0.72 * colors).clip(0, 255)
     return result
 
 

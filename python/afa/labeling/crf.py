@@ -67,9 +67,9 @@ def dense_crf(
     model.setUnaryEnergy(np.ascontiguousarray(energy, np.float32))
     deviation, weight = settings.gaussian
     model.addPairwiseGaussian(sxy=deviation, compat=weight)
-    deviation, colour, weight = settings.bilateral
+    deviation, color, weight = settings.bilateral
     pixels = np.ascontiguousarray(image)
-    model.addPairwiseBilateral(sxy=deviation, srgb=colour, rgbim=pixels, compat=weight)
+    model.addPairwiseBilateral(sxy=deviation, srgb=color, rgbim=pixels, compat=weight)
     return np.array(model.inference(settings.iterations), np.float32).reshape(count, height, width)
 
 

@@ -63,8 +63,8 @@ def par_labels(
 def par_weights(images: Tensor, config: LabelConfig) -> Tensor:
     """PAR's affinity of uint8 images [B, 3, H, W] at reduced size: once per image, for every threshold and label."""
     small = [max(1, side // config.par_downscale) for side in images.shape[2:]]
-    colours = F.interpolate(images.float() / 255, size=small, mode="bilinear", align_corners=False)
-    return afa_ext.par_affinity(colours, dilations=config.par_dilations)
+    colors = F.interpolate(images.float() / 255, size=small, mode="bilinear", align_corners=False)
+    return afa_ext.par_affinity(colors, dilations=config.par_dilations)
 
 
 @torch.no_grad()

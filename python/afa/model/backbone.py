@@ -121,7 +121,7 @@ class Backbone(nn.Module):
         return paths[-count:]
 
     def forward(self, images: Tensor, record: bool = False) -> Features:
-        """Normalised images [B,3,H,W] -> feature maps, and queries and keys when `record`.
+        """Normalized images [B,3,H,W] -> feature maps, and queries and keys when `record`.
 
         A plain ViT wants sides that are multiples of its patch: others are resized to the nearest multiple. A pyramid's
         attention shrinks its keys, which needs a side of 32 pixels in the PVTv2 family: smaller images are enlarged.

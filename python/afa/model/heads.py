@@ -63,7 +63,7 @@ class SingleDecoder(nn.Module):
         return self.predict(self.dropout(F.relu(self.norm(self.fuse(maps[-1])))))
 
 
-def refine_along_colours(
+def refine_along_colors(
     logits: Tensor, images: Tensor, *, iterations: int, dilations: Sequence[int], downscale: int
 ) -> Tensor:
     """The decoder's last step where model.refine_iterations asks for it: PAR (AFA, CVPR 2022, section 3.3) on class

@@ -19,7 +19,7 @@ from afa.data.class_names import check_class_list
 from afa.errors import UserError, one_line
 from afa.files import atomic_path
 from afa.model.backbone import Backbone
-from afa.model.heads import DECODERS, AffinityHead, refine_along_colours
+from afa.model.heads import DECODERS, AffinityHead, refine_along_colors
 from afa.model.normalization import Normalization
 from afa.model.weights import load_backbone_weights
 
@@ -106,7 +106,7 @@ class AFANet(nn.Module):
         if "seg" in want:
             out.seg_logits = self.decoder(features.maps)
             if self.config.refine_iterations:
-                out.seg_logits = refine_along_colours(
+                out.seg_logits = refine_along_colors(
                     out.seg_logits,
                     images,
                     iterations=self.config.refine_iterations,

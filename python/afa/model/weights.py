@@ -23,7 +23,7 @@ def load_backbone_weights(backbone: Backbone, weights: str | None, args: Mapping
     """Fill the backbone: 'timm', 'bundled:<name>', a .safetensors or .pth path, or null to leave it random.
 
     Files as timm names the tensors, or as the network's authors do where timm can rename them: SegFormer's mit_b*.pth,
-    PVTv2's, DeiT's, DINOv2's and DINOv3's. Positions learnt at another size are interpolated. Nothing is unpickled but
+    PVTv2's, DeiT's, DINOv2's and DINOv3's. Positions learned at another size are interpolated. Nothing is unpickled but
     tensors. A classifier in the file is left out; any other missing, unexpected or wrong-shaped tensor is a UserError
     that names them.
     """

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from afa.data.classes import IGNORE
-from afa.data.visualize import Picture, class_colour, heat, overlay
+from afa.data.visualize import Picture, class_color, heat, overlay
 from afa.evaluation.result import Example
 from afa.report.curves import PHASES
 from afa.report.tables import View, number
@@ -30,7 +30,7 @@ def with_key(samples: Sequence[Example], names: Sequence[str]) -> View:
 def class_key(samples: Sequence[Mapping[str, Any]], keys: Sequence[str], names: Sequence[str]) -> View:
     """The colors of the classes that the label maps `keys` of the samples show."""
     shown = {int(label) for sample in samples for key in keys for label in np.unique(sample[key])}
-    classes = [{"color": class_colour(index), "name": names[index]} for index in range(1, len(names)) if index in shown]
+    classes = [{"color": class_color(index), "name": names[index]} for index in range(1, len(names)) if index in shown]
     return {"classes": classes, "ignored": IGNORE in shown}
 
 
@@ -91,7 +91,7 @@ def _grown(key: str, title: str, end: int, item: Mapping[str, Any]) -> View | No
 
 
 def _tags(tags: Sequence[str], names: Sequence[str]) -> list[View]:
-    return [{"name": tag, "color": class_colour(names.index(tag) if tag in names else 0)} for tag in tags]
+    return [{"name": tag, "color": class_color(names.index(tag) if tag in names else 0)} for tag in tags]
 
 
 def _picture(picture: Picture, alt: str) -> View:

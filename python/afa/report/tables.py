@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from afa.data.visualize import class_colour
+from afa.data.visualize import class_color
 
 ROWS = {
     "cam": ("CAM", "where the classifier looked, cut at one threshold; uses the image-level tags"),
@@ -83,7 +83,7 @@ def class_bars(metrics: Metrics, names: Sequence[str]) -> View:
         bars.append(
             {
                 "name": name,
-                "color": class_colour(index),
+                "color": class_color(index),
                 "width": _percent(iou[last]),
                 "value": number(iou[last]),
                 "ticks": ticks,
@@ -102,7 +102,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> View:
     counts: pixels by true (row) and predicted class (column).
     """
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
-    colors = [class_colour(index) for index in range(len(names))]
+    colors = [class_color(index) for index in range(len(names))]
     pairs = sorted(((shares[t][p], t, p) for t in range(len(names)) for p in range(len(names)) if t != p), reverse=True)
     matrix = [
         {

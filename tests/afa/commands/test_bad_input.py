@@ -143,7 +143,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], Callable[[Path], None], list
         _val,
         ["SegmentationClass/v1.png", "60 x 48", "64 x 48"],
     ),
-    "mask in other colours": (
+    "mask in other colors": (
         lambda root: _write_mask(root, np.full((48, 64, 3), 77)),
         _val,
         ["SegmentationClass/v1.png", "(77, 77, 77)", "palette"],

@@ -20,9 +20,9 @@ from afa.data.readers.own import read_own_folder
 from afa.errors import UserError
 
 
-def _picture(path: Path, size: tuple[int, int] = (40, 30), colour: tuple[int, int, int] = (90, 120, 40)) -> None:
+def _picture(path: Path, size: tuple[int, int] = (40, 30), color: tuple[int, int, int] = (90, 120, 40)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 @pytest.fixture

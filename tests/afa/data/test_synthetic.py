@@ -10,7 +10,7 @@ from PIL import Image
 from afa.data.dataset import TaggedDataset, check_dataset
 from afa.data.synthetic import CLASSES, make_dataset
 from afa.data.synthetic import backgrounds as bg
-from afa.data.synthetic.embedded import draw_labelled
+from afa.data.synthetic.embedded import draw_labeled
 from afa.data.synthetic.pretraining import HARDEST, TAGS, TaggedStream, draw_tagged
 from afa.data.synthetic.shapes import DEMO_SHAPES, PRETRAIN_SHAPES, rasterize
 from afa.data.synthetic.textures import DEMO_TEXTURES, PRETRAIN_TEXTURES, paint
@@ -66,7 +66,7 @@ def test_train_and_val_share_no_photograph():
 
 
 def test_splits_and_numbers_differ():
-    pictures = [draw_labelled(split, n, 64, 0)[0] for split in ("train", "val") for n in (0, 1)]
+    pictures = [draw_labeled(split, n, 64, 0)[0] for split in ("train", "val") for n in (0, 1)]
     assert len({p.tobytes() for p in pictures}) == 4
 
 

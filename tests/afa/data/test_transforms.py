@@ -29,12 +29,12 @@ def _ramp(height: int, width: int) -> Image.Image:
 def test_picture_encodings(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    colour = Image.fromarray(rgb)
-    grey = colour.convert("L")
-    alpha = colour.convert("RGBA")
+    color = Image.fromarray(rgb)
+    grey = color.convert("L")
+    alpha = color.convert("RGBA")
     alpha.putpixel((0, 0), (9, 9, 9, 0))
     cases: dict[str, tuple[Image.Image, np.ndarray]] = {
-        "rgb": (colour, rgb),
+        "rgb": (color, rgb),
         "grey": (grey, np.asarray(grey)[..., None].repeat(3, 2)),
         "palette": (grey.convert("P"), np.asarray(grey)[..., None].repeat(3, 2)),
         "sixteen": (
@@ -51,7 +51,7 @@ def test_picture_encodings(tmp_path: Path) -> None:
     found = np.asarray(read_image(tmp_path / "alpha.png"))
     assert found[0, 0].tolist() == [255, 255, 255]
     assert np.array_equal(found[1:], rgb[1:])
-    colour.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    color.convert("CMYK").save(tmp_path / "cmyk.jpg")
     assert np.asarray(read_image(tmp_path / "cmyk.jpg")).shape == (5, 7, 3)
 
 
@@ -73,8 +73,8 @@ def test_mask_encodings(tmp_path: Path) -> None:
     assert indexed.mode == "P"
     indexed.save(tmp_path / "indexed.png")
     Image.fromarray(mask).save(tmp_path / "grey.png")
-    Image.fromarray(palette[mask]).save(tmp_path / "colours.png")
-    for name in ("indexed", "grey", "colours"):
+    Image.fromarray(palette[mask]).save(tmp_path / "colors.png")
+    for name in ("indexed", "grey", "colors"):
         assert np.array_equal(read_mask(tmp_path / f"{name}.png", 3, (2, 3)), mask), name
 
 
@@ -89,13 +89,13 @@ def test_voc_palette() -> None:
         [0, 64, 128],
         [224, 224, 192],
     ]
-    assert len({tuple(colour) for colour in palette.tolist()}) == 256
+    assert len({tuple(color) for color in palette.tolist()}) == 256
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (31, 97), (5, 3), (200, 20)])
 @pytest.mark.parametrize("size", [32, 48])
 def test_crop_box_is_where_the_picture_lies(height: int, width: int, size: int) -> None:
-    # No pixel is near the padding's colour, so that padding can be told from picture.
+    # No pixel is near the padding's color, so that padding can be told from picture.
     image = Image.new("RGB", (width, height), (250, 10, 250))
     seen = set()
     for seed in range(40):
@@ -184,7 +184,7 @@ def test_more_mask_encodings(tmp_path: Path) -> None:
         "bits": Image.fromarray(mask.astype(bool)),
         "sixteen": Image.fromarray(mask.astype(np.uint16)),
         "grey and alpha": grey.convert("LA"),
-        "colours and alpha": indexed.convert("RGBA"),
+        "colors and alpha": indexed.convert("RGBA"),
     }
     for name, image in cases.items():
         image.save(tmp_path / f"{name}.png")
@@ -196,25 +196,25 @@ def test_more_mask_encodings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds the value 300"):
         read_mask(tmp_path / "too large.png", 3)
     Image.new("CMYK", (3, 2)).save(tmp_path / "print.tif")
-    with pytest.raises(UserError, match=r"colour picture \(CMYK\)"):
+    with pytest.raises(UserError, match=r"color picture \(CMYK\)"):
         read_mask(tmp_path / "print.tif", 3)
 
 
 def test_more_picture_encodings(tmp_path: Path) -> None:
-    colour = _ramp(24, 31)
-    rgb = np.asarray(colour)
-    indexed = colour.quantize(64)
+    color = _ramp(24, 31)
+    rgb = np.asarray(color)
+    indexed = color.quantize(64)
     indexed.save(tmp_path / "see-through.png", transparency=indexed.getpixel((0, 0)))
     found = np.asarray(read_image(tmp_path / "see-through.png"))
     assert found[0, 0].tolist() == [255, 255, 255]
     assert abs(found[-1, -1].astype(int) - rgb[-1, -1]).max() < 40
-    colour.convert("CMYK").save(tmp_path / "print.jpg", quality=100)
+    color.convert("CMYK").save(tmp_path / "print.jpg", quality=100)
     found = np.asarray(read_image(tmp_path / "print.jpg")).astype(int)
-    assert abs(found - rgb).mean() < 3  # the colours themselves, and not their negatives
+    assert abs(found - rgb).mean() < 3  # the colors themselves, and not their negatives
     Image.fromarray(np.full((2, 3), 70_000, np.int32)).save(tmp_path / "wide.tif")
     assert np.asarray(read_image(tmp_path / "wide.tif")).max() == 255
     for name, mode in (("bits.png", "1"), ("grey and alpha.png", "LA"), ("scan.tif", "L"), ("web.webp", "RGB")):
-        colour.convert(mode).save(tmp_path / name)
+        color.convert(mode).save(tmp_path / name)
         image = read_image(tmp_path / name)
         assert (image.mode, image.size) == ("RGB", (31, 24)), name
     for size in ((1, 1), (1, 500), (333, 1)):

@@ -16,13 +16,13 @@ PUBLISHED = CrfSettings.of(EvalConfig())
 
 
 def _mean_field(image: np.ndarray, probabilities: np.ndarray, settings: CrfSettings) -> np.ndarray:
-    """Every pair of pixels, as the paper's algorithm 1 has it, each kernel normalised on both sides by the square root
+    """Every pair of pixels, as the paper's algorithm 1 has it, each kernel normalized on both sides by the square root
     of its row sums, as the authors' code does."""
     count, height, width = probabilities.shape
     y, x = np.mgrid[:height, :width].reshape(2, -1).astype(float)
-    colours = image.reshape(-1, 3).astype(float)
+    colors = image.reshape(-1, 3).astype(float)
     near = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
-    like = ((colours[:, None] - colours) ** 2).sum(2)
+    like = ((colors[:, None] - colors) ** 2).sum(2)
     unary = -np.log(np.clip(probabilities, 1e-5, 1)).reshape(count, -1)
 
     def kernel(exponent: np.ndarray) -> np.ndarray:
@@ -32,8 +32,8 @@ def _mean_field(image: np.ndarray, probabilities: np.ndarray, settings: CrfSetti
 
     deviation, weight = settings.gaussian
     total = weight * kernel(near / deviation**2)
-    deviation, colour, weight = settings.bilateral
-    total += weight * kernel(near / deviation**2 + like / colour**2)
+    deviation, color, weight = settings.bilateral
+    total += weight * kernel(near / deviation**2 + like / color**2)
     q = np.exp(-unary)
     for _ in range(settings.iterations):
         q /= q.sum(0)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from afa.config import Config
-from afa.data.visualize import PALETTE, class_colour, heat, overlay, save_mask
+from afa.data.visualize import PALETTE, class_color, heat, overlay, save_mask
 from afa.errors import UserError
 from afa.evaluation.evaluate import EvalResult
 from afa.report.curves import nice_ticks
@@ -112,7 +112,7 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path, result: EvalResult
         assert words in page.text, words
     for head in ("Image", "Tags", "CAM", "Walk", "PAR label", "Prediction", "Truth", "ignored"):
         assert head in page.text
-    assert text.count(class_colour(1)) >= 4
+    assert text.count(class_color(1)) >= 4
     assert list(tmp_path.glob(".*")) == []
 
 

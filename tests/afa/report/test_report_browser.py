@@ -109,8 +109,8 @@ def _measuring(page: Path, out: Path) -> Path:
     }
     function ground(element) {
       for (let e = element; e; e = e.parentElement) {
-        const colour = getComputedStyle(e).backgroundColor;
-        if (rgb(colour)[3] === 255) return rgb(colour);
+        const color = getComputedStyle(e).backgroundColor;
+        if (rgb(color)[3] === 255) return rgb(color);
       }
       return rgb('white');
     }
@@ -158,7 +158,7 @@ def test_screenshot(page: Path, tmp_path: Path, dark: bool) -> None:
     assert console == ""
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert picture.shape[1] == 1280
-    # The margin is the page's colour, and every band of the page has something in it.
+    # The margin is the page's color, and every band of the page has something in it.
     assert picture[5, 5].tolist() == ([17, 20, 26] if dark else [246, 247, 249])
     assert (picture.mean() < 80) == dark and (picture.mean() > 180) != dark
     for band in np.array_split(picture @ [1 << 16, 1 << 8, 1], 12):

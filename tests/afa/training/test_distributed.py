@@ -106,10 +106,10 @@ def test_alone_it_does_nothing() -> None:
 def test_batch_norm_alone_is_batch_norm() -> None:
     torch.manual_seed(0)
     x = torch.rand(2, 3, 4, 4)
-    plain, synchronised = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))
-    distributed.synchronize_batch_norm(synchronised)
-    assert torch.equal(plain(x), synchronised(x))
-    assert torch.equal(plain.running_var, synchronised[0].running_var)
+    plain, synchronized = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))
+    distributed.synchronize_batch_norm(synchronized)
+    assert torch.equal(plain(x), synchronized(x))
+    assert torch.equal(plain.running_var, synchronized[0].running_var)
 
 
 def test_devices_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:

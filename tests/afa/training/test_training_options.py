@@ -192,7 +192,7 @@ def test_half_precision_learns(config: Config, precision: str) -> None:
     assert losses[17:20, 0].mean() < 0.6 * losses[0, 0]
     assert losses[37:, 1].mean() < losses[21, 1]
     assert train_step.scaler.is_enabled() == (precision == "fp16")
-    # What is learnt stays in float32.
+    # What is learned stays in float32.
     assert {p.dtype for p in train_step.model.parameters()} == {torch.float32}
 
 

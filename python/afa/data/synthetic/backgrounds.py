@@ -46,7 +46,7 @@ def _photograph(name: str) -> Image.Image:
 
 
 def photograph(rng: np.random.Generator, size: int, names: tuple[str, ...]) -> np.ndarray:
-    """A warped, recoloured crop of one of the named photographs, uint8 [size, size, 3]."""
+    """A warped, recolored crop of one of the named photographs, uint8 [size, size, 3]."""
     image = _photograph(names[rng.integers(len(names))])
     side = rng.uniform(0.2, 0.9) * min(image.size)
     x, y = (rng.uniform(0, extent - side) for extent in image.size)
@@ -77,13 +77,13 @@ def _noise(rng: np.random.Generator, size: int, octaves: tuple[int, ...], fallof
 
 
 def _colors(rng: np.random.Generator, n: int) -> np.ndarray:
-    """[n, 3] colours in 0..255 around one random mean."""
+    """[n, 3] colors in 0..255 around one random mean."""
     mean, spread = rng.uniform(40, 215, 3), rng.uniform(15, 70)
     return np.clip(mean + rng.normal(0, spread, (n, 3)), 0, 255)
 
 
 def _colorize(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Map [H, W] values to a random path through three colours."""
+    """Map [H, W] values to a random path through three colors."""
     low, high = values.min(), values.max()
     t = (values - low) * np.float32(2 / max(high - low, 1e-6))
     a, b, c = (color.astype(np.float32) for color in _colors(rng, 3))
@@ -120,7 +120,7 @@ def patchwork(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def clouds(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Fractal noise with some independent colour noise."""
+    """Fractal noise with some independent color noise."""
     image = _colorize(_noise(rng, size, (3, 6, 12, 24, 48), rng.uniform(0.4, 0.85)), rng).astype(np.float32)
     image += rng.uniform(0, 40) * _noise(rng, size, (6, 20))[..., None] * rng.normal(0, 1, 3).astype(np.float32)
     return image.clip(0, 255).astype(np.uint8)

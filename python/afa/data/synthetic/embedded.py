@@ -21,14 +21,14 @@ from .shapes import DEMO_SHAPES
 from .textures import DEMO_TEXTURES
 
 CLASSES: tuple[str, ...] = tuple(DEMO_SHAPES)
-"""Every class has an outline and a texture of its own; the colours are random."""
+"""Every class has an outline and a texture of its own; the colors are random."""
 
 _OBJECTS = list(zip(DEMO_SHAPES.values(), DEMO_TEXTURES.values(), strict=True))
 _SPLITS = {"train": (0, TRAIN_PHOTOGRAPHS), "val": (1, VAL_PHOTOGRAPHS)}
 _SHARE_OF_PHOTOGRAPHS = 0.6
 
 
-def draw_labelled(split: str, number: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_labeled(split: str, number: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Image `number` of a split and its mask: [size, size, 3] and [size, size] uint8, 0 background, 1.. the classes."""
     stream, photographs = _SPLITS[split]
     rng = np.random.default_rng([seed, stream, number])
@@ -53,7 +53,7 @@ def _annotation(name: str, size: int, present: list[str]) -> str:
 
 def _write_one(folder: Path, split: str, size: int, seed: int, number: int) -> str:
     name = f"{split}_{number:05d}"
-    image, mask = draw_labelled(split, number, size, seed)
+    image, mask = draw_labeled(split, number, size, seed)
     Image.fromarray(image).save(folder / "JPEGImages" / f"{name}.jpg", quality=92)
     paletted = Image.fromarray(mask, mode="P")
     paletted.putpalette(voc_palette().tobytes())

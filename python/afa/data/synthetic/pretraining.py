@@ -62,7 +62,7 @@ class TaggedStream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """Endless `(image uint8 [3, crop, crop], tags float32 [len(TAGS)])`.
 
     Drawing costs more than a small network's step, so each drawn image is served about `reuse` times from a pool, each
-    time with another crop, flip and order of the colour channels.
+    time with another crop, flip and order of the color channels.
     """
 
     def __init__(

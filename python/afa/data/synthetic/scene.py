@@ -16,7 +16,7 @@ _PLACEMENTS = 8
 
 
 def _two_tones(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A random object colour and a second tone of it, darker or lighter with the hue a little off; [3] in 0..255."""
+    """A random object color and a second tone of it, darker or lighter with the hue a little off; [3] in 0..255."""
     hue, saturation, value = rng.random(), rng.uniform(0.15, 0.95), rng.uniform(0.5, 1.0)
     other = value * rng.uniform(0.25, 0.55)
     hue2 = (hue + rng.normal(0, 0.06)) % 1.0

@@ -1,7 +1,7 @@
 """Surface patterns: functions of pixel coordinates that return a value in [0, 1] for each pixel.
 
 `x` and `y` are float32 arrays in units of the pattern's period, already turned and shifted at random; the value
-mixes the object's two colours. What tells a class apart is the pattern, never the colours.
+mixes the object's two colors. What tells a class apart is the pattern, never the colors.
 """
 
 from __future__ import annotations
