@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +43,9 @@ def take_over(run: Path) -> None:
 
     result, _, _ = load_result(run)
     DEMO.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run / "metrics.json", DEMO / "metrics.json")
+    scores = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    del scores["data"]  # a folder of the machine it ran on
+    (DEMO / "metrics.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     step = max(1, len(result.samples) // SHOWN)
     columns = ("image", "CAM", "walk", "PAR label", "prediction", "truth")
     rows = []
