@@ -185,5 +185,5 @@ PYBIND11_MODULE(_C, m) {
       "for all. What is set for arch=None goes before all else. variant=None takes back what was set for the "
       "same arch.");
   m.def("reset_launch_plans", &afa::reset_plans,
-        "Takes back everything that was set: the defaults alone are left.");
+        "Takes back everything that was set, so that only the defaults are left.");
 }

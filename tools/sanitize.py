@@ -48,8 +48,9 @@ def build() -> None:
     subprocess.run(command, check=True, cwd=ROOT, env=environment)
 
 
-def environment() -> dict[str, str]:
-    """That of a process which loads the instrumented library into a Python built without sanitizers."""
+def sanitized(*preloaded: str) -> dict[str, str]:
+    """The settings with which a Python built without sanitizers loads an instrumented library; `preloaded`: libraries
+    to preload after the sanitizers' own."""
     runtimes = [
         subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in RUNTIMES
@@ -58,12 +59,15 @@ def environment() -> dict[str, str]:
     if missing:
         raise SystemExit(f"gcc's sanitizer runtimes are not installed: {', '.join(missing)}")
     return {
-        **os.environ,
-        "LD_PRELOAD": " ".join(runtimes),
+        "LD_PRELOAD": " ".join([*runtimes, *preloaded]),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # Python itself leaks at exit
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "PYTHONPATH": str(FOLDER / "lib"),
     }
+
+
+def environment() -> dict[str, str]:
+    """That of a process which loads the instrumented library in place of the installed one."""
+    return {**os.environ, **sanitized(), "PYTHONPATH": str(FOLDER / "lib")}
 
 
 def run(arguments: list[str], **settings: str) -> None:

@@ -10,57 +10,65 @@
 namespace afa {
 namespace {
 
-// A question about a kernel, or, without one, an attribute of the device.
+// What was asked about a device: of a kernel with so many threads and bytes of shared memory, or, with kernel
+// null, the attribute of this number.
 struct Question {
   int device;
   const void* kernel;
-  int number;  // the attribute, or the threads of a block
+  int number;
   size_t shared_bytes;
   bool operator<(const Question& other) const {
     return std::tie(device, kernel, number, shared_bytes) <
            std::tie(other.device, other.kernel, other.number, other.shared_bytes);
   }
 };
+std::mutex asking;
+std::map<Question, int64_t> answers;
 
-// The driver's answers don't change, and a question costs a microsecond or more, as much as a launch.
+// The driver's answers don't change, and a question costs a microsecond or more, as much as a launch. `ask`
+// returns a negative number where the driver gives no answer, which is then asked again the next time.
 template <typename F>
 int64_t asked_once(const Question& question, const F& ask) {
-  static std::mutex writing;
-  static std::map<Question, int64_t> answers;
-  const std::lock_guard<std::mutex> lock(writing);
+  const std::lock_guard<std::mutex> lock(asking);
   const auto known = answers.find(question);
   if (known != answers.end()) return known->second;
   const int64_t answer = ask();
+  if (answer < 0) {
+    cudaGetLastError();  // so that the next launch isn't blamed
+    return 0;
+  }
   return answers[question] = answer;
 }
 
 int current_device() {
   int device = 0;
   if (cudaGetDevice(&device) == cudaSuccess) return device;
-  cudaGetLastError();  // so that the next launch isn't blamed
+  cudaGetLastError();
   return -1;
 }
 
-int64_t attribute_of(int device, cudaDeviceAttr attribute) {
+int64_t ask_attribute(int device, cudaDeviceAttr attribute) {
   int value = 0;
-  if (device >= 0 && cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return value;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : -1;
 }
 
 int64_t attribute(cudaDeviceAttr which) {
   const int device = current_device();
-  const auto ask = [&] { return attribute_of(device, which); };
-  return device < 0 ? 0 : asked_once({device, nullptr, static_cast<int>(which), 0}, ask);
+  return device < 0 ? 0
+                    : asked_once({device, nullptr, which, 0}, [&] { return ask_attribute(device, which); });
 }
 
 }  // namespace
 
 int current_architecture() {
-  return static_cast<int>(10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-                          attribute(cudaDevAttrComputeCapabilityMinor));
+  const int device = current_device();
+  if (device < 0) return 0;
+  constexpr int kArchitecture = -1;  // no attribute has this number
+  return static_cast<int>(asked_once({device, nullptr, kArchitecture, 0}, [&]() -> int64_t {
+    const int64_t major = ask_attribute(device, cudaDevAttrComputeCapabilityMajor);
+    const int64_t minor = ask_attribute(device, cudaDevAttrComputeCapabilityMinor);
+    return major < 0 || minor < 0 ? -1 : 10 * major + minor;
+  }));
 }
 
 int64_t shared_bytes_of_sm() {
@@ -73,24 +81,29 @@ int64_t shared_bytes_of_block() {
 
 void allow_shared_of(const void* kernel, size_t bytes) {
   constexpr size_t kFreeBytes = 48 << 10;
+  constexpr int kAllowed = -1;  // no block has so many threads
   if (bytes <= kFreeBytes) return;
-  asked_once({current_device(), kernel, -1, bytes}, [&]() -> int64_t {
-    // A failure is left for the launch to report.
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(bytes)) == cudaSuccess;
+  asked_once({current_device(), kernel, kAllowed, bytes}, [&]() -> int64_t {
+    const auto wanted = static_cast<int>(bytes);
+    // A launch with too much then reports it.
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, wanted) == cudaSuccess
+               ? 1
+               : -1;
   });
 }
 
 int64_t resident_blocks_of(const void* kernel, int threads, size_t shared_bytes) {
   allow_shared_of(kernel, shared_bytes);
-  const int64_t cooperative = attribute(cudaDevAttrCooperativeLaunch);
-  const int64_t processors = attribute(cudaDevAttrMultiProcessorCount);
-  if (cooperative == 0) return 0;
-  return processors * asked_once({current_device(), kernel, threads, shared_bytes}, [&]() -> int64_t {
-           int blocks = 0;
-           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
-           return blocks;
-         });
+  const int device = current_device();
+  return asked_once({device, kernel, threads, shared_bytes}, [&]() -> int64_t {
+    const int64_t cooperative = ask_attribute(device, cudaDevAttrCooperativeLaunch);
+    if (cooperative <= 0) return cooperative;
+    int blocks = 0;
+    if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess)
+      return -1;
+    const int64_t processors = ask_attribute(device, cudaDevAttrMultiProcessorCount);
+    return processors < 0 ? -1 : processors * blocks;
+  });
 }
 
 }  // namespace afa

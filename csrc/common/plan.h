@@ -45,7 +45,7 @@ class TunedKernel {
 };
 
 // The number of the variant to launch on the current device. `items` is what the kernel computes, such as
-// B * C * H * W outputs: the same formula at every call. From any thread; takes no lock.
+// B * C * H * W outputs: the same formula at every call. From any thread; plans are read without a lock.
 int choose(const TunedKernel& kernel, Kind kind, int64_t items);
 
 // ---- what the Python module shows and sets ----

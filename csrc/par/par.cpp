@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -39,11 +41,17 @@ void position_weights(const std::vector<int64_t>& dilations, double w1, double w
   }
 }
 
-void check_propagate(const Stencil& stencil, const Tensor& weights, const Tensor& planes, const char* name) {
+// The ring of neighbors, once weights and planes are checked against it.
+Stencil checked_ring(const std::vector<int64_t>& dilations, const Tensor& weights,
+                     std::initializer_list<std::pair<const Tensor&, const char*>> planes) {
+  const Stencil stencil = ring_stencil(dilations);
   check_shape(weights, "weights", "[B, 8*len(dilations), H, W]", {-1, stencil.size, -1, -1});
-  check_shape(planes, name, "[B, C, H, W]", {weights.size(0), -1, weights.size(2), weights.size(3)});
   kind_of(weights, "weights");
-  check_like(planes, name, weights, "weights");
+  for (const auto& [tensor, name] : planes) {
+    check_shape(tensor, name, "[B, C, H, W]", {weights.size(0), -1, weights.size(2), weights.size(3)});
+    check_like(tensor, name, weights, "weights");
+  }
+  return stencil;
 }
 
 // Checks the images and fills in what both devices need; the weights [B, K, H, W] of `type`.
@@ -138,16 +146,14 @@ Tensor pamr_affinity_cuda(const Tensor& images, const std::vector<int64_t>& dila
 
 Tensor par_propagate_cpu(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
                          int64_t num_iter, const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = ring_stencil(dilations);
-  check_propagate(stencil, weights, masks, "masks");
+  const Stencil stencil = checked_ring(dilations, weights, {{masks, "masks"}});
   return stencil_propagate_cpu("par_propagate", stencil, weights, masks, num_iter, class_mask);
 }
 
 Tensor par_propagate_backward_masks_cpu(const Tensor& grad, const Tensor& weights,
                                         const std::vector<int64_t>& dilations, int64_t num_iter,
                                         const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = ring_stencil(dilations);
-  check_propagate(stencil, weights, grad, "grad");
+  const Stencil stencil = checked_ring(dilations, weights, {{grad, "grad"}});
   return stencil_propagate_backward_cpu("par_propagate_backward_masks", stencil, grad, weights, num_iter,
                                         class_mask);
 }
@@ -155,25 +161,21 @@ Tensor par_propagate_backward_masks_cpu(const Tensor& grad, const Tensor& weight
 Tensor par_propagate_backward_weights_cpu(const Tensor& grad, const Tensor& weights, const Tensor& masks,
                                           const std::vector<int64_t>& dilations, int64_t num_iter,
                                           const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = ring_stencil(dilations);
-  check_propagate(stencil, weights, masks, "masks");
-  check_propagate(stencil, weights, grad, "grad");
+  const Stencil stencil = checked_ring(dilations, weights, {{masks, "masks"}, {grad, "grad"}});
   return stencil_weights_backward_cpu("par_propagate_backward_weights", stencil, grad, weights, masks,
                                       num_iter, class_mask);
 }
 
 Tensor par_propagate_cuda(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
                           int64_t num_iter, const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = ring_stencil(dilations);
-  check_propagate(stencil, weights, masks, "masks");
+  const Stencil stencil = checked_ring(dilations, weights, {{masks, "masks"}});
   return stencil_propagate_cuda("par_propagate", stencil, weights, masks, num_iter, class_mask);
 }
 
 Tensor par_propagate_backward_masks_cuda(const Tensor& grad, const Tensor& weights,
                                          const std::vector<int64_t>& dilations, int64_t num_iter,
                                          const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = ring_stencil(dilations);
-  check_propagate(stencil, weights, grad, "grad");
+  const Stencil stencil = checked_ring(dilations, weights, {{grad, "grad"}});
   return stencil_propagate_backward_cuda("par_propagate_backward_masks", stencil, grad, weights, num_iter,
                                          class_mask);
 }
@@ -181,9 +183,7 @@ Tensor par_propagate_backward_masks_cuda(const Tensor& grad, const Tensor& weigh
 Tensor par_propagate_backward_weights_cuda(const Tensor& grad, const Tensor& weights, const Tensor& masks,
                                            const std::vector<int64_t>& dilations, int64_t num_iter,
                                            const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = ring_stencil(dilations);
-  check_propagate(stencil, weights, masks, "masks");
-  check_propagate(stencil, weights, grad, "grad");
+  const Stencil stencil = checked_ring(dilations, weights, {{masks, "masks"}, {grad, "grad"}});
   return stencil_weights_backward_cuda("par_propagate_backward_weights", stencil, grad, weights, masks,
                                        num_iter, class_mask);
 }

@@ -212,6 +212,27 @@ std::optional<Tensor> dense_mask(const std::optional<Tensor>& class_mask) {
   return torch::stable::contiguous(*class_mask);
 }
 
+// Steps or adjoint steps of planes [B, C, H, W], checks included.
+Tensor steps_cuda(const char* op, const Stencil& stencil, bool adjoint, const Tensor& weights,
+                  const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask,
+                  const std::optional<Tensor>& extent, bool zero_masked) {
+  const Sizes s = sizes_of(planes);
+  check_class_mask(class_mask, planes);
+  check_steps(op, steps);
+  const CudaScope scope(planes);
+  const Tensor out = empty(planes, {s.batch, s.classes, s.height, s.width}, planes.scalar_type());
+  if (out.numel() == 0) return out;
+  const Tensor w = torch::stable::contiguous(weights);
+  const std::optional<Tensor> mask = dense_mask(class_mask);
+  StencilParams p = make_params(stencil, s, w);
+  p.steps = static_cast<int32_t>(steps);
+  p.class_mask = device_mask(mask);
+  p.zero_masked = zero_masked;
+  p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
+  propagate_cuda(op, p, adjoint, torch::stable::contiguous(planes), out, scope);
+  return out;
+}
+
 template <typename T>
 void fill_padded(const T* from, const Planes& to, const ActivePlanes& active, int64_t height, int64_t width) {
   const auto batch = static_cast<int64_t>(active.begin.size()) - 1;
@@ -407,39 +428,13 @@ Tensor stencil_weights_backward_cpu(const char* op, const Stencil& stencil, cons
 Tensor stencil_propagate_cuda(const char* op, const Stencil& stencil, const Tensor& weights,
                               const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask,
                               const std::optional<Tensor>& extent, bool zero_masked) {
-  const Sizes s = sizes_of(planes);
-  check_class_mask(class_mask, planes);
-  check_steps(op, steps);
-  const CudaScope scope(planes);
-  const Tensor out = empty(planes, {s.batch, s.classes, s.height, s.width}, planes.scalar_type());
-  if (out.numel() == 0) return out;
-  const Tensor w = torch::stable::contiguous(weights);
-  const std::optional<Tensor> mask = dense_mask(class_mask);
-  StencilParams p = make_params(stencil, s, w);
-  p.steps = static_cast<int32_t>(steps);
-  p.class_mask = device_mask(mask);
-  p.zero_masked = zero_masked;
-  p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
-  propagate_cuda(op, p, false, torch::stable::contiguous(planes), out, scope);
-  return out;
+  return steps_cuda(op, stencil, false, weights, planes, steps, class_mask, extent, zero_masked);
 }
 
 Tensor stencil_propagate_backward_cuda(const char* op, const Stencil& stencil, const Tensor& grad,
                                        const Tensor& weights, int64_t steps,
                                        const std::optional<Tensor>& class_mask) {
-  const Sizes s = sizes_of(grad);
-  check_class_mask(class_mask, grad);
-  check_steps(op, steps);
-  const CudaScope scope(grad);
-  const Tensor out = empty(grad, {s.batch, s.classes, s.height, s.width}, grad.scalar_type());
-  if (out.numel() == 0) return out;
-  const Tensor w = torch::stable::contiguous(weights);
-  const std::optional<Tensor> mask = dense_mask(class_mask);
-  StencilParams p = make_params(stencil, s, w);
-  p.steps = static_cast<int32_t>(steps);
-  p.class_mask = device_mask(mask);
-  propagate_cuda(op, p, true, torch::stable::contiguous(grad), out, scope);
-  return out;
+  return steps_cuda(op, stencil, true, weights, grad, steps, class_mask, std::nullopt, true);
 }
 
 Tensor stencil_weights_backward_cuda(const char* op, const Stencil& stencil, const Tensor& grad,

@@ -77,7 +77,7 @@ AFA_SIMD_DECLARE(void stencil_weight_grad(const StencilParams& p, int64_t begin,
 //
 // `in` is grouped and wide for all but two: launch_stencil_group makes it so from planes, [B, ceil(C /
 // kGroup), H, W, kGroup], 0 for classes that class_mask leaves out; launch_stencil_ring takes planes, and the
-// neighbours of PAR's default dilations alone. `out` is grouped if it says so; stencil_weight_grad takes the
+// neighbours of PAR's default dilations only. `out` is grouped if it says so; stencil_weight_grad takes the
 // incoming gradient as `out`, grouped. H and W are below 2^31, H * W below 2^32 and, for launch_stencil_ring,
 // below 2^31.
 constexpr int kGroup = 4;

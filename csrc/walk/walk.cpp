@@ -1,6 +1,8 @@
 #include "walk/walk.h"
 
 #include <algorithm>
+#include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -73,12 +75,18 @@ void classes_last(const ActivePlanes& active, const Tensor& planes, const Tensor
   });
 }
 
-void check_transition(const Stencil& stencil, const Tensor& transition, const Tensor& planes,
-                      const char* name) {
+// The window, once transition and planes are checked against it.
+Stencil checked_window(int64_t radius, const std::string& window, const Tensor& transition,
+                       std::initializer_list<std::pair<const Tensor&, const char*>> planes) {
+  const Stencil stencil = window_stencil(radius, window);
   check_shape(transition, "transition", "[B, window, h, w]", {-1, stencil.size, -1, -1});
-  check_shape(planes, name, "[B, C, h, w]", {transition.size(0), -1, transition.size(2), transition.size(3)});
   kind_of(transition, "transition");
-  check_like(planes, name, transition, "transition");
+  for (const auto& [tensor, name] : planes) {
+    check_shape(tensor, name, "[B, C, h, w]",
+                {transition.size(0), -1, transition.size(2), transition.size(3)});
+    check_like(tensor, name, transition, "transition");
+  }
+  return stencil;
 }
 
 WalkParams check_transition_backward(const Tensor& grad, const Tensor& affinity, int64_t height,
@@ -283,16 +291,14 @@ Tensor walk_step_cuda(const Tensor& scores, const Tensor& affinity, int64_t radi
 
 Tensor walk_propagate_cpu(const Tensor& scores, const Tensor& transition, int64_t radius,
                           const std::string& window, int64_t steps, const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = window_stencil(radius, window);
-  check_transition(stencil, transition, scores, "scores");
+  const Stencil stencil = checked_window(radius, window, transition, {{scores, "scores"}});
   return stencil_propagate_cpu("walk_propagate", stencil, transition, scores, steps, class_mask);
 }
 
 Tensor walk_propagate_backward_scores_cpu(const Tensor& grad, const Tensor& transition, int64_t radius,
                                           const std::string& window, int64_t steps,
                                           const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = window_stencil(radius, window);
-  check_transition(stencil, transition, grad, "grad");
+  const Stencil stencil = checked_window(radius, window, transition, {{grad, "grad"}});
   return stencil_propagate_backward_cpu("walk_propagate_backward_scores", stencil, grad, transition, steps,
                                         class_mask);
 }
@@ -301,9 +307,7 @@ Tensor walk_propagate_backward_transition_cpu(const Tensor& grad, const Tensor& 
                                               const Tensor& transition, int64_t radius,
                                               const std::string& window, int64_t steps,
                                               const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = window_stencil(radius, window);
-  check_transition(stencil, transition, scores, "scores");
-  check_transition(stencil, transition, grad, "grad");
+  const Stencil stencil = checked_window(radius, window, transition, {{scores, "scores"}, {grad, "grad"}});
   return stencil_weights_backward_cpu("walk_propagate_backward_transition", stencil, grad, transition, scores,
                                       steps, class_mask);
 }
@@ -311,16 +315,14 @@ Tensor walk_propagate_backward_transition_cpu(const Tensor& grad, const Tensor& 
 Tensor walk_propagate_cuda(const Tensor& scores, const Tensor& transition, int64_t radius,
                            const std::string& window, int64_t steps,
                            const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = window_stencil(radius, window);
-  check_transition(stencil, transition, scores, "scores");
+  const Stencil stencil = checked_window(radius, window, transition, {{scores, "scores"}});
   return stencil_propagate_cuda("walk_propagate", stencil, transition, scores, steps, class_mask);
 }
 
 Tensor walk_propagate_backward_scores_cuda(const Tensor& grad, const Tensor& transition, int64_t radius,
                                            const std::string& window, int64_t steps,
                                            const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = window_stencil(radius, window);
-  check_transition(stencil, transition, grad, "grad");
+  const Stencil stencil = checked_window(radius, window, transition, {{grad, "grad"}});
   return stencil_propagate_backward_cuda("walk_propagate_backward_scores", stencil, grad, transition, steps,
                                          class_mask);
 }
@@ -329,9 +331,7 @@ Tensor walk_propagate_backward_transition_cuda(const Tensor& grad, const Tensor&
                                                const Tensor& transition, int64_t radius,
                                                const std::string& window, int64_t steps,
                                                const std::optional<Tensor>& class_mask) {
-  const Stencil stencil = window_stencil(radius, window);
-  check_transition(stencil, transition, scores, "scores");
-  check_transition(stencil, transition, grad, "grad");
+  const Stencil stencil = checked_window(radius, window, transition, {{scores, "scores"}, {grad, "grad"}});
   return stencil_weights_backward_cuda("walk_propagate_backward_transition", stencil, grad, transition,
                                        scores, steps, class_mask);
 }

@@ -18,6 +18,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tools.sanitize import sanitized
+
 from . import build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,16 +29,6 @@ OPERATORS = ("affinity", "cuda", "labels", "ops_meta", "par", "par_properties", 
 SANITIZED = "not compile and not subprocess and (golden or empty or strided or contiguous or dtype or half or opcheck)"
 
 
-def sanitizer_runtimes() -> list[str]:
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")
-    command = ["gcc", "-print-file-name="]
-    paths = [subprocess.check_output([command[0], command[1] + name], text=True).strip() for name in names]
-    missing = [path for path in paths if not os.path.isabs(path)]
-    if missing:
-        raise SystemExit(f"gcc's sanitizer runtimes are not installed: {', '.join(missing)}")
-    return paths
-
-
 def environment(sanitize: bool = False) -> dict[str, str]:
     """That of a process which sees the stand-in's devices and imports the package with the host-compiled kernels."""
     runtime, bridge, package = build.build_runtime(), build.build_bridge(), build.build_package(sanitize)
@@ -44,8 +36,8 @@ def environment(sanitize: bool = False) -> dict[str, str]:
 
 
 def settings(runtime: Path, bridge: Path, package: Path, sanitize: bool = False) -> dict[str, str]:
-    preload = [str(runtime / "libstand_in_cudart.so")]
-    env = {
+    preloaded = str(runtime / "libstand_in_cudart.so")
+    return {
         **os.environ,
         "AFA_STAND_IN": "1",
         "AFA_STAND_IN_BRIDGE": str(bridge),
@@ -53,13 +45,8 @@ def settings(runtime: Path, bridge: Path, package: Path, sanitize: bool = False)
         "PYTHONPATH": os.pathsep.join([str(package), str(ROOT), str(ROOT / "python")]),
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
+        **(sanitized(preloaded) if sanitize else {"LD_PRELOAD": preloaded}),
     }
-    if sanitize:
-        preload = [*sanitizer_runtimes(), *preload]
-        env["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=1"  # Python itself leaks at exit
-        env["UBSAN_OPTIONS"] = "print_stacktrace=1:halt_on_error=1"
-    env["LD_PRELOAD"] = " ".join(preload)
-    return env
 
 
 def run(arguments: list[str], env: dict[str, str]) -> tuple[int, str, float]:

@@ -15,7 +15,7 @@ from typing import Any
 from afa.errors import UserError, did_you_mean, printable
 
 ABOUT = """\
-Weakly-supervised semantic segmentation: learn masks from image tags alone
+Weakly-supervised semantic segmentation: learn masks from image-level tags
 (AFA, CVPR 2022).
 
   afa train demo                    train on the embedded data set and measure
@@ -56,8 +56,8 @@ examples:
 
 EVALUATE = """\
 Measure a trained run again and rewrite its metrics.json, metrics.csv (IoU by class), images.csv (IoU by image),
-confusion.csv and report.html. A measurement that was stopped goes on where it was. Of a split without masks only
-the classifier's F1 is measured.
+confusion.csv and report.html. An evaluation that was stopped resumes where it was. Without masks, a split only
+gets the classifier's F1.
 
 examples:
   afa evaluate runs/voc
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] not in commands:
             if arguments and not arguments[0].startswith("-"):
                 hint = did_you_mean(arguments[0], commands)
-                raise UserError(f"'{arguments[0]}' is no command; the commands are {', '.join(commands)}{hint}")
+                raise UserError(f"unknown command '{arguments[0]}'; the commands are {', '.join(commands)}{hint}")
             parser.parse_args(arguments)
             parser.print_help()
             return 0

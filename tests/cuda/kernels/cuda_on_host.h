@@ -62,7 +62,7 @@ struct Launch {
   bool cooperative;
 };
 
-// Runs a kernel, which may touch these blocks of device memory alone. Returns what it does wrong, or nullptr.
+// Runs a kernel, which may touch only these blocks of device memory. Returns what it does wrong, or nullptr.
 const char* run(const Launch& launch, const std::function<void()>& kernel, const stand_in_span* blocks,
                 size_t block_count);
 

@@ -25,7 +25,7 @@ struct stand_in_launch {
   const stand_in_span* parameters;  // the bytes of each argument
   size_t parameter_count;
   void* state;  // given to run, later, as often as a graph replays the launch; then to destroy
-  // Runs the kernel, which may touch these blocks alone. Returns nullptr, or what went wrong.
+  // Runs the kernel, which may touch only these blocks. Returns nullptr, or what went wrong.
   const char* (*run)(void* state, const stand_in_span* blocks, size_t block_count);
   void (*destroy)(void* state);
 };
