@@ -3,7 +3,6 @@
 Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain PyTorch.
 """
 
-from . import tuning  # noqa: F401  (puts the shipped launch plans in force)
 from ._native import build_info
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss
 from .labels import pseudo_labels, refine_labels

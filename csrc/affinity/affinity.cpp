@@ -2,14 +2,14 @@
 
 #include <vector>
 
+#include "common/variants.h"
 #include "ops.h"
 
 namespace afa {
 namespace {
 
-constexpr const char* kVariants[] = {AFA_AFFINITY_VARIANTS(AFA_VARIANT_NAME)};
-const TunedKernel kForward("affinity", kVariants,
-                           [](Kind, int64_t) { return static_cast<int>(AffinityVariant::maps2); });
+constexpr const char* kNames[] = {AFA_AFFINITY_VARIANTS(AFA_VARIANT_NAME)};
+const KernelVariants kForward("affinity", kNames);
 
 PairLayout make_layout(int64_t batch, int64_t height, int64_t width, std::optional<int64_t> radius,
                        bool windowed) {
@@ -325,7 +325,7 @@ Tensor affinity_from_attention_cuda(const Tensor& attention, const Tensor& weigh
   p.weight = w.const_data_ptr();
   p.bias = shift.const_data_ptr();
   p.affinity = affinity.mutable_data_ptr();
-  p.variant = choose(kForward, p.kind, p.pairs.batch * nodes * size);
+  p.variant = static_cast<AffinityVariant>(kForward.pick(static_cast<int>(affinity_variant())));
   AFA_CUDA_LAUNCH("affinity_from_attention", launch_affinity(p, scope.stream()));
   return affinity;
 }

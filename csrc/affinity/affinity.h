@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "common/geometry.h"
-#include "common/plan.h"
 #include "common/simd.h"
+#include "heuristics.h"
 
 namespace afa {
 
@@ -18,10 +18,6 @@ struct PairLayout {
   int64_t radius = -1;    // Chebyshev, in nodes; below 0: all pairs
   bool windowed = false;  // storage; a dense one may have a radius too, and is empty outside the window then
 };
-
-// The variants of launch_affinity: X(name, maps read ahead).
-#define AFA_AFFINITY_VARIANTS(X) X(maps2, 2) X(maps1, 1) X(maps4, 4)
-enum class AffinityVariant { AFA_AFFINITY_VARIANTS(AFA_VARIANT_NUMBER) };
 
 struct AffinityParams {
   PairLayout pairs;
@@ -37,8 +33,8 @@ struct AffinityParams {
   void* grad_attention = nullptr;  // [B, K, N, N] contiguous
   void* partial =
       nullptr;  // [parts, K + 1] sums towards the gradients of weight and bias, in the type of sums
-  void* grad_weight = nullptr;  // CUDA: [K + 1], the sums of `partial`
-  int variant = 0;              // CUDA, forward: an AffinityVariant
+  void* grad_weight = nullptr;   // CUDA: [K + 1], the sums of `partial`
+  AffinityVariant variant = {};  // CUDA, forward
 };
 
 struct AffinityLabelParams {

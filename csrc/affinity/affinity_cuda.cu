@@ -755,7 +755,7 @@ const char* launch_affinity(const AffinityParams& p, void* stream) {
   case AffinityVariant::name:                                                                            \
     AFA_LAUNCH((affinity_kernel<T, V, (V == 1 ? 1 : kMaps), kPairs>), grid, kTileThreads<V>, stream, p); \
     break;
-      switch (static_cast<AffinityVariant>(p.variant)) { AFA_AFFINITY_VARIANTS(AFA_CASE) }
+      switch (p.variant) { AFA_AFFINITY_VARIANTS(AFA_CASE) }
 #undef AFA_CASE
     });
   });

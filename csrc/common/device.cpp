@@ -60,19 +60,12 @@ int64_t attribute(cudaDeviceAttr which) {
 
 }  // namespace
 
-int current_architecture() {
-  const int device = current_device();
-  if (device < 0) return 0;
-  constexpr int kArchitecture = -1;  // no attribute has this number
-  return static_cast<int>(asked_once({device, nullptr, kArchitecture, 0}, [&]() -> int64_t {
-    const int64_t major = ask_attribute(device, cudaDevAttrComputeCapabilityMajor);
-    const int64_t minor = ask_attribute(device, cudaDevAttrComputeCapabilityMinor);
-    return major < 0 || minor < 0 ? -1 : 10 * major + minor;
-  }));
-}
-
-int64_t shared_bytes_of_sm() {
-  return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+Gpu current_gpu() {
+  Gpu gpu;
+  gpu.processors = attribute(cudaDevAttrMultiProcessorCount);
+  gpu.shared_of_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  gpu.shared_of_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return gpu;
 }
 
 int64_t shared_bytes_of_block() {
@@ -110,8 +103,8 @@ int64_t resident_blocks_of(const void* kernel, int threads, size_t shared_bytes)
 #else
 namespace afa {
 
-int current_architecture() {
-  return 0;
+Gpu current_gpu() {
+  return {};
 }
 
 }  // namespace afa

@@ -4,14 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "heuristics.h"
+
 namespace afa {
 
-// The compute capability, 90 for 9.0; 0 where there is no device, as in a CPU build.
-int current_architecture();
+// What heuristics.h knows of it; zeros where there is no device, as in a CPU build.
+Gpu current_gpu();
 
 // Only in builds with CUDA:
-// The shared memory of an SM, and the most that one block may have of it, in bytes.
-int64_t shared_bytes_of_sm();
+// The most shared memory that one block may have, in bytes.
 int64_t shared_bytes_of_block();
 // Lets a kernel be launched with this much dynamic shared memory, for which beyond 48 KiB it has to be asked.
 void allow_shared_of(const void* kernel, size_t bytes);

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "ops.h"
-#include "stencil/propagate.h"
+#include "par/propagate.h"
 
 namespace afa {
 namespace {
@@ -598,8 +598,8 @@ Tensor pseudo_labels_cuda(const Tensor& images, const Tensor& cams, const Tensor
           AFA_CUDA_LAUNCH("pseudo_labels", launch_shrink(shrink, scope.stream()));
           affinity = par_affinity_cuda(small, dilations, w1, w2);
         }
-        maps = stencil_propagate_cuda("pseudo_labels", ring_stencil(dilations), affinity, maps, num_iter,
-                                      part_of(packed.mask, first, count), std::nullopt, false);
+        maps = par_iterations_cuda("pseudo_labels", ring_stencil(dilations), affinity, maps, num_iter,
+                                   part_of(packed.mask, first, count), std::nullopt, false);
       }
     }
     choice.maps = maps.const_data_ptr();
@@ -687,8 +687,8 @@ Tensor refine_labels_cuda(const Tensor& images, const Tensor& scores, const std:
         AFA_CUDA_LAUNCH("refine_labels", launch_shrink(shrink, scope.stream()));
         affinity = par_affinity_within_cuda(small, dilations, w1, w2, extent);
       }
-      maps = stencil_propagate_cuda("refine_labels", ring_stencil(dilations), affinity, maps, num_iter, mask,
-                                    extent, false);
+      maps = par_iterations_cuda("refine_labels", ring_stencil(dilations), affinity, maps, num_iter, mask,
+                                 extent, false);
     }
     choice.maps = maps.const_data_ptr();
     choice.labels = static_cast<int64_t*>(labels.mutable_data_ptr()) + first * height * width;

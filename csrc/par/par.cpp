@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "ops.h"
-#include "stencil/propagate.h"
+#include "par/propagate.h"
 
 namespace afa {
 namespace {
@@ -169,7 +169,7 @@ Tensor par_propagate_backward_weights_cpu(const Tensor& grad, const Tensor& weig
 Tensor par_propagate_cuda(const Tensor& weights, const Tensor& masks, const std::vector<int64_t>& dilations,
                           int64_t num_iter, const std::optional<Tensor>& class_mask) {
   const Stencil stencil = checked_ring(dilations, weights, {{masks, "masks"}});
-  return stencil_propagate_cuda("par_propagate", stencil, weights, masks, num_iter, class_mask);
+  return par_iterations_cuda("par_propagate", stencil, weights, masks, num_iter, class_mask);
 }
 
 Tensor par_propagate_backward_masks_cuda(const Tensor& grad, const Tensor& weights,

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/device.h"
+#include "common/variants.h"
+
 namespace afa {
 namespace {
 
@@ -78,41 +81,13 @@ void weight_grad_cpu(const StencilParams& p) {
 
 // ---- CUDA ----
 
-constexpr const char* kStepVariants[] = {AFA_STENCIL_STEP_VARIANTS(AFA_VARIANT_NAME)};
-const TunedKernel kStep("stencil_step", kStepVariants, [](Kind, int64_t items) {
-  // Small calls are launch-bound, large ones read fewer weights with more classes a thread.
-  return static_cast<int>(items <= 1 << 17 ? StencilStepVariant::classes4_resident
-                                           : StencilStepVariant::classes8);
-});
-constexpr const char* kRingVariants[] = {AFA_STENCIL_RING_VARIANTS(AFA_VARIANT_NAME)};
-const TunedKernel kRing("stencil_ring", kRingVariants, [](Kind, int64_t items) {
-  return static_cast<int>(items <= 1 << 14   ? StencilRingVariant::stack1_resident
-                          : items <= 1 << 17 ? StencilRingVariant::stack2_resident
-                          : items <= 1 << 20 ? StencilRingVariant::stack4_resident
-                                             : StencilRingVariant::stack4);
-});
+constexpr const char* kNames[] = {AFA_STENCIL_VARIANTS(AFA_VARIANT_NAME)};
+const KernelVariants kStencil("stencil", kNames);
 
-int choose_variant(const TunedKernel& kernel, const StencilParams& p) {
-  return choose(kernel, p.kind, p.batch * p.classes * p.height * p.width);
-}
-
-// Whether the neighbours are PAR's default ones.
-bool is_ring(const Stencil& stencil) {
-  static const Stencil ring = ring_stencil({1, 2, 4, 8, 12, 24});
-  bool same = stencil.runs == ring.runs;
-  for (int r = 0; same && r < ring.runs; ++r) {
-    const Run &a = stencil.run[r], &b = ring.run[r];
-    same = a.dy == b.dy && a.dx == b.dx && a.step == b.step && a.count == b.count;
-  }
-  return same;
-}
-
-// Whether launch_stencil_ring computes it: not in float64, and what it counts by 32 bits, pixels of an image
-// and tiles of at least 8 by 32 among them.
-bool fits_ring(const StencilParams& p) {
-  constexpr int64_t kMost = int64_t{1} << 31;
-  const int64_t tiles = p.batch * ((p.height + 7) / 8) * ((p.width + 31) / 32);
-  return p.kind != Kind::f64 && p.height * p.width < kMost && p.classes < kMost && tiles < kMost;
+StencilVariant pick_variant(const StencilParams& p) {
+  const StencilVariant by_rule =
+      stencil_variant(current_gpu(), p.batch, p.classes, p.height * p.width, p.steps);
+  return static_cast<StencilVariant>(kStencil.pick(static_cast<int>(by_rule)));
 }
 
 ScalarType type_of(const StencilParams& p) {
@@ -146,31 +121,15 @@ Tensor grouped(const char* op, StencilParams p, const Tensor& source,
 }
 
 // Steps or adjoint steps from `source` to `out`, both contiguous and of the weights' type.
-void propagate_cuda(const char* op, StencilParams& p, bool adjoint, const Tensor& source, const Tensor& out,
-                    [[maybe_unused]] const CudaScope& scope) {
+void general_steps(const char* op, StencilParams& p, bool adjoint, const Tensor& source, const Tensor& out,
+                   [[maybe_unused]] const CudaScope& scope) {
+  const Tensor last = grouped(op, p, source, scope);
+  const Tensor other = p.steps > 1 ? empty_grouped(p, source) : out;
   p.out.data = out.mutable_data_ptr();
-  Tensor spare[2] = {out, out};
-  const bool ring = !adjoint && is_ring(p.stencil);
-  if (ring) p.variant = choose_variant(kRing, p);
-  if (ring && fits_ring(p)) {
-    const bool wide = p.kind == Kind::f32;
-    p.in.data = source.mutable_data_ptr();
-    p.in.wide = p.out.wide = wide;
-    for (int32_t i = 0; i < 2; ++i) {  // `out` itself is the one of them that the last step may pass by
-      const bool needed = p.steps > i + 1 && !(wide && i == (p.steps - 1) % 2);
-      if (needed) {
-        spare[i] = empty(source, {p.batch, p.classes, p.height, p.width}, ScalarType::Float);
-      }
-      p.spare[i] = spare[i].mutable_data_ptr();
-    }
-    AFA_CUDA_LAUNCH(op, launch_stencil_ring(p, scope.stream()));
-    return;
-  }
-  spare[1] = grouped(op, p, source, scope);
-  if (p.steps > 1) spare[0] = empty_grouped(p, source);
-  p.variant = choose_variant(kStep, p);
-  p.in = grouped_planes(spare[1]);
-  for (int i = 0; i < 2; ++i) p.spare[i] = spare[i].mutable_data_ptr();
+  p.in = grouped_planes(last);
+  p.spare[0] = other.mutable_data_ptr();
+  p.spare[1] = last.mutable_data_ptr();
+  p.variant = pick_variant(p);
   if (adjoint) {
     AFA_CUDA_LAUNCH(op, launch_stencil_adjoint(p, scope.stream()));
   } else {
@@ -181,7 +140,7 @@ void propagate_cuda(const char* op, StencilParams& p, bool adjoint, const Tensor
 // The gradient of the weights is added to p.grad_weights.
 void weights_backward_cuda(const char* op, StencilParams& p, int64_t steps, const Tensor& source,
                            const Tensor& grad, [[maybe_unused]] const CudaScope& scope) {
-  p.variant = choose_variant(kStep, p);
+  p.variant = pick_variant(p);
   p.out.grouped = true;
   std::vector<Tensor> before{grouped(op, p, source, scope)};  // each step
   for (int64_t t = 0; t + 1 < steps; ++t) {
@@ -213,9 +172,9 @@ std::optional<Tensor> dense_mask(const std::optional<Tensor>& class_mask) {
 }
 
 // Steps or adjoint steps of planes [B, C, H, W], checks included.
-Tensor steps_cuda(const char* op, const Stencil& stencil, bool adjoint, const Tensor& weights,
-                  const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask,
-                  const std::optional<Tensor>& extent, bool zero_masked) {
+Tensor steps_cuda(const char* op, const Stencil& stencil, const Tensor& weights, const Tensor& planes,
+                  int64_t steps, const std::optional<Tensor>& class_mask, const std::optional<Tensor>& extent,
+                  bool zero_masked, StepsCuda run) {
   const Sizes s = sizes_of(planes);
   check_class_mask(class_mask, planes);
   check_steps(op, steps);
@@ -229,7 +188,7 @@ Tensor steps_cuda(const char* op, const Stencil& stencil, bool adjoint, const Te
   p.class_mask = device_mask(mask);
   p.zero_masked = zero_masked;
   p.extent = extent ? static_cast<const int64_t*>(extent->const_data_ptr()) : nullptr;
-  propagate_cuda(op, p, adjoint, torch::stable::contiguous(planes), out, scope);
+  run(op, p, torch::stable::contiguous(planes), out, scope);
   return out;
 }
 
@@ -425,16 +384,25 @@ Tensor stencil_weights_backward_cpu(const char* op, const Stencil& stencil, cons
 
 // ---- operators on CUDA ----
 
+void stencil_steps_cuda(const char* op, StencilParams& p, const Tensor& source, const Tensor& out,
+                        const CudaScope& scope) {
+  general_steps(op, p, false, source, out, scope);
+}
+
 Tensor stencil_propagate_cuda(const char* op, const Stencil& stencil, const Tensor& weights,
                               const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask,
-                              const std::optional<Tensor>& extent, bool zero_masked) {
-  return steps_cuda(op, stencil, false, weights, planes, steps, class_mask, extent, zero_masked);
+                              const std::optional<Tensor>& extent, bool zero_masked, StepsCuda run) {
+  return steps_cuda(op, stencil, weights, planes, steps, class_mask, extent, zero_masked, run);
 }
 
 Tensor stencil_propagate_backward_cuda(const char* op, const Stencil& stencil, const Tensor& grad,
                                        const Tensor& weights, int64_t steps,
                                        const std::optional<Tensor>& class_mask) {
-  return steps_cuda(op, stencil, true, weights, grad, steps, class_mask, std::nullopt, true);
+  const StepsCuda adjoint_steps = [](const char* op, StencilParams& p, const Tensor& source,
+                                     const Tensor& out, const CudaScope& scope) {
+    general_steps(op, p, true, source, out, scope);
+  };
+  return steps_cuda(op, stencil, weights, grad, steps, class_mask, std::nullopt, true, adjoint_steps);
 }
 
 Tensor stencil_weights_backward_cuda(const char* op, const Stencil& stencil, const Tensor& grad,

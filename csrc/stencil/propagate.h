@@ -38,11 +38,17 @@ struct PaddedPlanes {
 // weights [B, K, H, W], planes [B, C, H, W] of one type and device, class_mask bool [B, C] (false: output 0).
 Tensor stencil_propagate_cpu(const char* op, const Stencil& stencil, const Tensor& weights,
                              const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask);
+// Launches p.steps steps from `source` to `out`, both contiguous [B, C, H, W] of the weights' type.
+using StepsCuda = void (*)(const char* op, StencilParams& p, const Tensor& source, const Tensor& out,
+                           const CudaScope& scope);
+void stencil_steps_cuda(const char* op, StencilParams& p, const Tensor& source, const Tensor& out,
+                        const CudaScope& scope);
 // extent, int64 [B, 2]: of image b only its first extent[b] = (rows, columns) count; the rest of the output
-// is undefined.
+// is undefined. `run`: the kernel for these neighbors.
 Tensor stencil_propagate_cuda(const char* op, const Stencil& stencil, const Tensor& weights,
                               const Tensor& planes, int64_t steps, const std::optional<Tensor>& class_mask,
-                              const std::optional<Tensor>& extent = std::nullopt, bool zero_masked = true);
+                              const std::optional<Tensor>& extent = std::nullopt, bool zero_masked = true,
+                              StepsCuda run = stencil_steps_cuda);
 // The gradient with respect to planes of <grad, stencil_propagate(...)>.
 Tensor stencil_propagate_backward_cpu(const char* op, const Stencil& stencil, const Tensor& grad,
                                       const Tensor& weights, int64_t steps,

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "common/geometry.h"
-#include "common/plan.h"
 #include "common/simd.h"
+#include "heuristics.h"
 
 namespace afa {
 
@@ -24,29 +24,10 @@ struct Planes {
   bool grouped = false;  // CUDA only: kGroup classes of a pixel lie side by side, see launch_stencil_group
 };
 
-// The variants of launch_stencil_step and launch_stencil_adjoint: X(name, groups of classes a thread, whether
-// all steps are one cooperative launch where the device allows it). The adjoint takes two groups at the most.
-#define AFA_STENCIL_STEP_VARIANTS(X) \
-  X(classes4, 1, false)              \
-  X(classes8, 2, false)              \
-  X(classes12, 3, false)             \
-  X(classes4_resident, 1, true)
-enum class StencilStepVariant { AFA_STENCIL_STEP_VARIANTS(AFA_VARIANT_NUMBER) };
-
-// The variants of launch_stencil_ring: X(name, pixels a thread, the same).
-#define AFA_STENCIL_RING_VARIANTS(X) \
-  X(stack4, 4, false)                \
-  X(stack2, 2, false)                \
-  X(stack1, 1, false)                \
-  X(stack4_resident, 4, true)        \
-  X(stack2_resident, 2, true)        \
-  X(stack1_resident, 1, true)
-enum class StencilRingVariant { AFA_STENCIL_RING_VARIANTS(AFA_VARIANT_NUMBER) };
-
 struct StencilParams {
   Stencil stencil;
   Kind kind = Kind::f32;  // type of weights and planes
-  int32_t steps = 1;      // CUDA: of launch_stencil_step, launch_stencil_ring and launch_stencil_adjoint
+  int32_t steps = 1;      // CUDA: of launch_stencil_step, launch_stencil_adjoint and launch_par_ring
   int64_t batch = 0, classes = 0, height = 0, width = 0;
   const void* weights = nullptr;  // [B, K, H, W], unit stride in x
   int64_t weight_stride_b = 0, weight_stride_k = 0, weight_stride_y = 0;
@@ -59,7 +40,7 @@ struct StencilParams {
   const int64_t* active = nullptr;        // CPU: the active planes, in order
   const int64_t* active_begin = nullptr;  // CPU: [B + 1] where each image's begin
   void* spare[2] = {};                    // CUDA: as large as `in`, what step t writes for step t + 1
-  int variant = 0;                        // CUDA: a StencilStepVariant or StencilRingVariant
+  StencilVariant variant = {};            // CUDA
   bool upwards = false;                   // CPU: stencil_step takes the last row first
 };
 
@@ -75,15 +56,13 @@ AFA_SIMD_DECLARE(void stencil_weight_grad(const StencilParams& p, int64_t begin,
 // CUDA: return nullptr, or an error's text. Step t reads `in` (t = 0) or spare[(t - 1) % 2] and writes `out`
 // (the last) or spare[t % 2]; spare[(steps - 1) % 2] may be `out`, spare[1] may be `in`.
 //
-// `in` is grouped and wide for all but two: launch_stencil_group makes it so from planes, [B, ceil(C /
-// kGroup), H, W, kGroup], 0 for classes that class_mask leaves out; launch_stencil_ring takes planes, and the
-// neighbours of PAR's default dilations only. `out` is grouped if it says so; stencil_weight_grad takes the
-// incoming gradient as `out`, grouped. H and W are below 2^31, H * W below 2^32 and, for launch_stencil_ring,
-// below 2^31.
+// `in` is grouped and wide but for launch_stencil_group, which makes it so from planes: [B, ceil(C / kGroup),
+// H, W, kGroup], 0 for classes that class_mask leaves out. `out` is grouped if it says so;
+// stencil_weight_grad takes the incoming gradient as `out`, grouped. H and W are below 2^31, H * W below
+// 2^32.
 constexpr int kGroup = 4;
 const char* launch_stencil_group(const StencilParams& p, void* stream);
 const char* launch_stencil_step(const StencilParams& p, void* stream);
-const char* launch_stencil_ring(const StencilParams& p, void* stream);
 const char* launch_stencil_adjoint(const StencilParams& p, void* stream);
 const char* launch_stencil_weight_grad(const StencilParams& p, void* stream);
 

@@ -2,275 +2,15 @@
 // needed and results are the same every time; sums are formed and, between steps, kept in float32 (float64
 // for float64).
 //
-// ring: steps with PAR's default neighbours. A block owns a tile of 32 columns; a thread owns 1,
-// 2 or 4 pixels of a column and holds their 48 weights each in registers for all classes (and all steps,
-// where a cooperative launch has a block for every tile). Class after class, the tile's values with a halo of
-// 24 come into shared memory by asynchronous copies, one or two classes ahead; clamping at borders is done by
-// these copies, and what follows has one path: each value that a thread's pixels read is read once, at an
-// offset known to the compiler.
-//
 // step, adjoint: any neighbours. A thread owns one pixel and 4, 8 or 12 classes; values lie in groups of four
 // classes a pixel, so that any neighbour is a 16-byte load, coalesced over the warp, and one weight and one
 // offset serve all classes of the thread.
 //
 // weight gradient: a thread owns one pixel and eight neighbours; it reads a class's gradient once for these.
-#include <type_traits>
-#include <utility>
-
-#include "common/async_copy.cuh"
-#include "stencil/ring.cuh"
-#include "stencil/stencil.h"
+#include "stencil/steps.cuh"
 
 namespace afa {
 namespace {
-
-// What step t reads and writes.
-__device__ inline const void* source_of(const StencilParams& p, int t) {
-  return t == 0 ? p.in.data : p.spare[(t - 1) % 2];
-}
-__device__ inline void* result_of(const StencilParams& p, int t) {
-  return t + 1 == p.steps ? p.out.data : p.spare[t % 2];
-}
-
-__device__ inline bool is_active(const StencilParams& p, int64_t b, int64_t c) {
-  return p.class_mask == nullptr || p.class_mask[b * p.classes + c];
-}
-
-// The active classes of an image in order, found 32 at a time by a ballot, so that absent ones cost a warp
-// nothing. All lanes of a warp go through the same classes together.
-class ActiveClasses {
- public:
-  __device__ ActiveClasses(const bool* class_mask, int classes)
-      : mask_(class_mask), classes_(classes), lane_(static_cast<int>(threadIdx.x) % 32) {
-    look();
-  }
-
-  // The class at hand; the number of classes where none is left.
-  __device__ int current() const {
-    return bits_ == 0 ? classes_ : base_ + __ffs(static_cast<int>(bits_)) - 1;
-  }
-  __device__ void next() {
-    bits_ &= bits_ - 1;
-    if (bits_ == 0) {
-      base_ += 32;
-      look();
-    }
-  }
-
- private:
-  // Moves on to the first 32 classes from base_ on that hold an active one.
-  __device__ void look() {
-    for (; base_ < classes_; base_ += 32) {
-      const int c = base_ + lane_;
-      bits_ = __ballot_sync(0xffffffffu, c < classes_ && (mask_ == nullptr || mask_[c]));
-      if (bits_ != 0) return;
-    }
-    bits_ = 0;
-  }
-
-  const bool* mask_;
-  int classes_, lane_, base_ = 0;
-  unsigned bits_ = 0;
-};
-
-// ---- PAR's default neighbours
-// -----------------------------------------------------------------------------------
-
-constexpr int kTileWidth = 32;
-
-template <int STACK>
-struct RingTile {
-  // As many as the registers allow that hold the weights: 1 block of an SM, with STACK = 1 two.
-  static constexpr int kWarps = STACK == 2 ? 12 : 8;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kBlocks = STACK == 1 ? 2 : 1;
-  static constexpr int kHeight = kWarps * STACK;
-  static constexpr int kPitch = kTileWidth + 2 * kRingReach;
-  static constexpr int kRows = kHeight + 2 * kRingReach;
-  static constexpr int kFloats = kPitch * kRows;
-  static constexpr int kStages = STACK == 1 ? 2 : 3;
-  static constexpr int kBytes = kStages * kFloats * 4;
-};
-
-// The products with one value, of all pixels that read it.
-template <int STACK, int VALUE, int... PIXEL>
-__device__ inline void add_value(const float* at, const float (&weight)[STACK][kRingSize],
-                                 float (&sum)[STACK], std::integer_sequence<int, PIXEL...>) {
-  using Table = RingTable<STACK>;
-  constexpr int offset = Table::kValues.row[VALUE] * RingTile<STACK>::kPitch + Table::kValues.column[VALUE];
-  const float value = at[offset];
-  (
-      [&] {
-        constexpr int k = Table::kValues.neighbour[VALUE][PIXEL];
-        if constexpr (k >= 0) sum[PIXEL] += weight[PIXEL][k] * value;
-      }(),
-      ...);
-}
-
-template <int STACK, int... VALUE>
-__device__ inline void add_values(const float* at, const float (&weight)[STACK][kRingSize],
-                                  float (&sum)[STACK], std::integer_sequence<int, VALUE...>) {
-  (add_value<STACK, VALUE>(at, weight, sum, std::make_integer_sequence<int, STACK>{}), ...);
-}
-
-// Where a tile lies.
-struct Tile {
-  int b, y, x;        // image, first pixel
-  int height, width;  // of its image
-};
-
-__device__ inline int clamped(int i, int size) {
-  return i < 0 ? 0 : i >= size ? size - 1 : i;
-}
-
-// The same number, which the compiler takes for another each time: what depends on it is formed where it is
-// needed, not kept in registers that the weights take.
-__device__ inline int formed_here(int i) {
-#ifndef AFA_CUDA_ON_HOST
-  asm volatile("" : "+r"(i));
-#endif
-  return i;
-}
-
-// Begins to copy a class's values, with the halo: a warp takes a row of 20 pieces of four. `plane` is of
-// floats, or, where the masks come in a narrower type, of T, which the threads widen themselves.
-template <typename T, int STACK>
-__device__ inline void fill(float* stage, const void* plane, bool wide, int stride, const Tile& tile) {
-  using Shape = RingTile<STACK>;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  if (lane >= Shape::kPitch / 4) return;
-  const int column = formed_here(tile.x - kRingReach + 4 * lane),
-            top = formed_here(tile.y - kRingReach + warp);
-  float* to = stage + warp * Shape::kPitch + 4 * lane;
-  [[maybe_unused]] constexpr int kUnrolled = STACK == 4 ? 5 : 2;  // more doesn't leave enough registers
-  const auto each_row = [&](const auto& f) {
-#pragma unroll kUnrolled
-    for (int row = 0; row < Shape::kRows; row += Shape::kWarps) {
-      f(to + row * Shape::kPitch, clamped(top + row, tile.height) * stride);
-    }
-  };
-  if (std::is_same<T, float>::value || wide) {
-    const float* const from = static_cast<const float*>(plane);
-    if (column >= 0 && column + 3 < tile.width && stride % 4 == 0 &&
-        reinterpret_cast<uintptr_t>(plane) % 16 == 0) {
-      each_row([&](float* at, int start) { copy_async<16>(at, from + column + start); });
-    } else {
-      each_row([&](float* at, int start) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) copy_async<4>(at + j, from + clamped(column + j, tile.width) + start);
-      });
-    }
-  } else {
-    const T* const from = static_cast<const T*>(plane);
-    each_row([&](float* at, int start) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) at[j] = to_sum<float>(from[start + clamped(column + j, tile.width)]);
-    });
-  }
-}
-
-// Writes a thread's values of a class, those inside the image.
-template <typename T, int STACK>
-__device__ inline void store(void* plane, bool wide, int stride, int y, int x, const Tile& tile,
-                             const float (&value)[STACK]) {
-  if (x >= tile.width) return;
-  const int first = formed_here(y);
-#pragma unroll
-  for (int i = 0; i < STACK; ++i) {
-    const int row = first + kStackStep * i;
-    if (row >= tile.height) continue;
-    const int at = row * stride + x;
-    if (std::is_same<T, float>::value || wide) {
-      static_cast<float*>(plane)[at] = value[i];
-    } else {
-      static_cast<T*>(plane)[at] = from_sum<T>(value[i]);
-    }
-  }
-}
-
-template <typename T, int STACK>
-__global__ void __launch_bounds__(RingTile<STACK>::kThreads, RingTile<STACK>::kBlocks)
-    ring_kernel(const __grid_constant__ StencilParams p, int first_step, int end_step) {
-  using Shape = RingTile<STACK>;
-  AFA_DYNAMIC_SHARED(float, stages);
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int row = warp / kStackStep * (kStackStep * STACK) + warp % kStackStep;  // of the uppermost pixel
-  const int classes = static_cast<int>(p.classes), stride = static_cast<int>(p.width);
-  const int tiles_x = (stride + kTileWidth - 1) / kTileWidth;
-  const int tiles_y = (static_cast<int>(p.height) + Shape::kHeight - 1) / Shape::kHeight;
-  const int tiles = static_cast<int>(p.batch) * tiles_y * tiles_x;
-  float weight[STACK][kRingSize];
-  for (int t = first_step; t < end_step; ++t) {
-    const bool wide_in = t > 0 || p.in.wide, wide_out = t + 1 < p.steps || p.out.wide;
-    for (int index = static_cast<int>(blockIdx.x); index < tiles; index += static_cast<int>(gridDim.x)) {
-      Tile tile;
-      tile.b = index / (tiles_y * tiles_x);
-      const int in_image = index - tile.b * (tiles_y * tiles_x);
-      tile.y = in_image / tiles_x * Shape::kHeight;
-      tile.x = in_image % tiles_x * kTileWidth;
-      tile.height = static_cast<int>(p.extent == nullptr ? p.height : p.extent[2 * tile.b]);
-      tile.width = static_cast<int>(p.extent == nullptr ? p.width : p.extent[2 * tile.b + 1]);
-      if (tile.y >= tile.height || tile.x >= tile.width) continue;
-      const int y = tile.y + row, x = tile.x + lane;
-
-      const bool* const mask = p.class_mask == nullptr ? nullptr : p.class_mask + tile.b * p.classes;
-      // One more class begins to come into a stage; a group of copies even where there is none.
-      ActiveClasses asked(mask, classes);
-      const auto ask = [&](int stage) {
-        if (asked.current() < classes) {
-          const int64_t plane = (int64_t{tile.b} * p.classes + asked.current()) * p.height * p.width;
-          const void* from = static_cast<const char*>(source_of(p, t)) +
-                             plane * static_cast<int64_t>(wide_in ? sizeof(float) : sizeof(T));
-          fill<T, STACK>(stages + stage * Shape::kFloats, from, wide_in, stride, tile);
-          asked.next();
-        }
-        commit_async();
-      };
-      const auto write = [&](int c, const float (&value)[STACK]) {
-        const int64_t plane = (int64_t{tile.b} * p.classes + c) * p.height * p.width;
-        void* to = static_cast<char*>(result_of(p, t)) +
-                   plane * static_cast<int64_t>(wide_out ? sizeof(float) : sizeof(T));
-        store<T, STACK>(to, wide_out, stride, y, x, tile, value);
-      };
-
-      __syncthreads();  // all are done with the tile before
-#pragma unroll 1
-      for (int stage = 0; stage + 1 < Shape::kStages; ++stage) ask(stage);
-      if (t == first_step || tiles > static_cast<int>(gridDim.x)) {
-        // Pixels past the image take its last one's weights: nothing is written for them.
-        const T* const weights =
-            static_cast<const T*>(p.weights) + tile.b * p.weight_stride_b + clamped(x, stride);
-#pragma unroll
-        for (int i = 0; i < STACK; ++i) {
-          const T* at = weights + clamped(y + kStackStep * i, static_cast<int>(p.height)) * p.weight_stride_y;
-#pragma unroll
-          for (int k = 0; k < kRingSize; ++k, at += p.weight_stride_k) weight[i][k] = to_sum<float>(*at);
-        }
-      }
-      int stage = 0;
-      for (ActiveClasses active(mask, classes); active.current() < classes; active.next()) {
-        wait_async<Shape::kStages - 2>();
-        __syncthreads();  // all have this class's values, and are done with those of the class before
-        ask(stage == 0 ? Shape::kStages - 1 : stage - 1);
-        float sum[STACK] = {};
-        add_values<STACK>(
-            stages + stage * Shape::kFloats + (row + kRingReach) * Shape::kPitch + lane + kRingReach, weight,
-            sum, std::make_integer_sequence<int, RingValues<STACK>::kCount>{});
-        write(active.current(), sum);
-        stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
-      }
-      if (t + 1 < p.steps || p.class_mask == nullptr || !p.zero_masked) continue;
-      constexpr float kZeros[STACK] = {};
-      for (int c = 0; c < classes; ++c) {
-        if (!is_active(p, tile.b, c)) write(c, kZeros);
-      }
-    }
-    if (t + 1 < end_step) grid_sync();
-  }
-}
-
-// ---- any neighbours
-// ---------------------------------------------------------------------------------------------
 
 // A pixel's values of a group of classes.
 template <typename Sum>
@@ -347,8 +87,11 @@ __device__ inline void each_of_run(const Run& run, int x, int width, bool inside
   }
 }
 
-template <typename T, bool ADJOINT, int GROUPS>
-__device__ inline void gather_step(const StencilParams& p, const void* in, void* out, bool grouped_out) {
+// One step. KEPT: a thread has one pixel, whose weights lie in shared memory from `kept` on, kThreads apart.
+template <typename T, bool ADJOINT, int GROUPS, bool KEPT = false>
+__device__ inline void gather_step(const StencilParams& p, const void* in, void* out, bool grouped_out,
+                                   [[maybe_unused]] const T* kept = nullptr) {
+  const int64_t weight_stride = KEPT ? kThreads : p.weight_stride_k;
   using Sum = typename SumOf<T>::type;
   const auto pixels = static_cast<uint32_t>(p.height * p.width);
   const auto stride = static_cast<uint32_t>(p.width);
@@ -379,8 +122,8 @@ __device__ inline void gather_step(const StencilParams& p, const void* in, void*
       if (!ADJOINT && (y >= height || x >= width)) continue;
       Four<Sum> sum[GROUPS] = {};
       if (some >= 0) {
-        const T* weights = static_cast<const T*>(p.weights) + b * p.weight_stride_b;
-        if (!ADJOINT) weights += pixel;
+        const T* weights = KEPT ? kept : static_cast<const T*>(p.weights) + b * p.weight_stride_b;
+        if (!ADJOINT && !KEPT) weights += pixel;
         const bool inside = x >= reach && x < width - reach && (!ADJOINT || (x > 0 && x < width - 1));
         for (int r = 0; r < p.stencil.runs; ++r) {
           const Run run = p.stencil.run[r];
@@ -397,7 +140,7 @@ __device__ inline void gather_step(const StencilParams& p, const void* in, void*
             to_row(clamped(y + run.dy, height));
             each_of_run(run, x, width, inside, [&](int at) {
               add(to_sum<Sum>(*weights), at);
-              weights += p.weight_stride_k;
+              weights += weight_stride;
             });
             continue;
           }
@@ -409,17 +152,17 @@ __device__ inline void gather_step(const StencilParams& p, const void* in, void*
             if (inside) {
               each_of_run({run.dy, -run.dx, -run.step, run.count}, x, width, true, [&](int at) {
                 add(to_sum<Sum>(in_row[at]), at);
-                in_row += p.weight_stride_k;
+                in_row += weight_stride;
               });
             } else {
-              for (int j = 0; j < run.count; ++j, in_row += p.weight_stride_k) {
+              for (int j = 0; j < run.count; ++j, in_row += weight_stride) {
                 const Range xs = clamp_preimage(x, run.dx + int64_t{j} * run.step, width);
                 for (int64_t at = xs.begin; at < xs.end; ++at)
                   add(to_sum<Sum>(in_row[at]), static_cast<int>(at));
               }
             }
           }
-          weights += run.count * p.weight_stride_k;
+          weights += run.count * weight_stride;
         }
       }
       if (grouped_out) {
@@ -446,13 +189,30 @@ __device__ inline void gather_step(const StencilParams& p, const void* in, void*
 }
 
 template <typename T, bool ADJOINT, int GROUPS>
-__global__ void __launch_bounds__(kThreads, min_blocks<T>(GROUPS == 1   ? 5
-                                                          : GROUPS == 2 ? 4
-                                                                        : 3))
+__global__ void __launch_bounds__(kThreads, min_blocks<T>(stencil_blocks_per_sm(GROUPS)))
     stencil_kernel(const __grid_constant__ StencilParams p, int first_step, int end_step) {
   for (int t = first_step; t < end_step; ++t) {
     gather_step<T, ADJOINT, GROUPS>(p, source_of(p, t), result_of(p, t), t + 1 < p.steps || p.out.grouped);
     if (t + 1 < end_step) grid_sync();
+  }
+}
+
+// All steps, where the grid has a thread for each pixel and group of classes: it reads its weights once.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, min_blocks<T>(stencil_blocks_per_sm(1)))
+    stencil_kept_kernel(const __grid_constant__ StencilParams p) {
+  AFA_DYNAMIC_SHARED(T, shared);
+  T* const kept = shared + threadIdx.x;
+  const int64_t pixel = first_item(), b = blockIdx.y / groups_of(p);
+  if (pixel < p.height * p.width) {
+    const T* from = static_cast<const T*>(p.weights) + b * p.weight_stride_b + pixel;
+#pragma unroll 4
+    for (int k = 0; k < p.stencil.size; ++k, from += p.weight_stride_k) kept[k * kThreads] = *from;
+  }
+  for (int t = 0; t < p.steps; ++t) {
+    gather_step<T, false, 1, true>(p, source_of(p, t), result_of(p, t), t + 1 < p.steps || p.out.grouped,
+                                   kept);
+    if (t + 1 < p.steps) grid_sync();
   }
 }
 
@@ -506,26 +266,18 @@ __global__ void __launch_bounds__(kThreads) weight_grad_kernel(const __grid_cons
 }
 
 // ---- launches
-// ---------------------------------------------------------------------------------------------------
 
-template <typename T, int STACK>
-void launch_ring(const StencilParams& p, bool resident, void* stream) {
-  using Shape = RingTile<STACK>;
-  const int64_t tiles = p.batch * ceil_div(p.height, Shape::kHeight) * ceil_div(p.width, kTileWidth);
-  const auto kernel = ring_kernel<T, STACK>;
-  const int64_t blocks =
-      resident && p.steps > 1 ? resident_blocks(kernel, Shape::kThreads, size_t{Shape::kBytes}) : 0;
-  if (blocks > 0) {
-    const dim3 grid(static_cast<unsigned>(tiles < blocks ? tiles : blocks));
-    if (AFA_LAUNCH_COOPERATIVE(kernel, grid, dim3(Shape::kThreads), size_t{Shape::kBytes}, stream, p, 0,
-                               static_cast<int>(p.steps))) {
-      return;
-    }
-  }
-  const dim3 grid(static_cast<unsigned>(tiles < kMaxGridX ? tiles : kMaxGridX));
-  for (int t = 0; t < p.steps; ++t) {
-    AFA_LAUNCH_SHARED(kernel, grid, dim3(Shape::kThreads), size_t{Shape::kBytes}, stream, p, t, t + 1);
-  }
+// Whether stencil_kept_kernel was launched: where all its blocks run at once.
+template <typename T>
+bool launch_kept(const StencilParams& p, void* stream) {
+  const int64_t columns = ceil_div(p.height * p.width, kThreads),
+                sets = p.batch * ceil_div(p.classes, kGroup);
+  const size_t bytes = p.stencil.size * kThreads * sizeof(T);
+  const auto kernel = stencil_kept_kernel<T>;
+  if (p.steps < 2 || bytes > static_cast<size_t>(shared_bytes_of_block())) return false;
+  if (sets > kMaxGridY || columns * sets > resident_blocks(kernel, kThreads, bytes)) return false;
+  return AFA_LAUNCH_COOPERATIVE(kernel, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(sets)),
+                                dim3(kThreads), bytes, stream, p);
 }
 
 template <typename T, bool ADJOINT, int GROUPS>
@@ -549,11 +301,12 @@ template <bool ADJOINT>
 void launch_steps(const StencilParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     using T = decltype(type);
-#define AFA_CASE(name, groups, resident)                                                 \
-  case StencilStepVariant::name:                                                         \
+#define AFA_CASE(name, groups, resident, kept)                                           \
+  case StencilVariant::name:                                                             \
+    if (kept && !ADJOINT && launch_kept<T>(p, stream)) break;                            \
     launch_steps<T, ADJOINT, (ADJOINT && groups > 2 ? 2 : groups)>(p, resident, stream); \
     break;
-    switch (static_cast<StencilStepVariant>(p.variant)) { AFA_STENCIL_STEP_VARIANTS(AFA_CASE) }
+    switch (p.variant) { AFA_STENCIL_VARIANTS(AFA_CASE) }
 #undef AFA_CASE
   });
 }
@@ -564,21 +317,6 @@ const char* launch_stencil_group(const StencilParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
     AFA_LAUNCH((group_kernel<decltype(type)>),
                grid_for(p.height * p.width, p.batch * ceil_div(p.classes, kGroup)), kThreads, stream, p);
-  });
-  return launch_error();
-}
-
-const char* launch_stencil_ring(const StencilParams& p, void* stream) {
-  with_type(p.kind, [&](auto type) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) < 8) {
-#define AFA_CASE(name, stack, resident)         \
-  case StencilRingVariant::name:                \
-    launch_ring<T, stack>(p, resident, stream); \
-    break;
-      switch (static_cast<StencilRingVariant>(p.variant)) { AFA_STENCIL_RING_VARIANTS(AFA_CASE) }
-#undef AFA_CASE
-    }
   });
   return launch_error();
 }

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/variants.h"
 #include "ops.h"
 #include "stencil/propagate.h"
 
@@ -13,9 +14,8 @@ namespace {
 
 constexpr double kMaxWholePower = 64;
 
-constexpr const char* kWalkStepVariants[] = {AFA_WALK_STEP_VARIANTS(AFA_VARIANT_NAME)};
-const TunedKernel kWalkStep("walk_step", kWalkStepVariants,
-                            [](Kind, int64_t) { return static_cast<int>(WalkStepVariant::tiled224); });
+constexpr const char* kNames[] = {AFA_WALK_STEP_VARIANTS(AFA_VARIANT_NAME)};
+const KernelVariants kStep("walk_step", kNames);
 
 // Whether [B, N, K] is a view of a contiguous [B, K, N].
 bool by_offset(const Tensor& affinity) {
@@ -282,7 +282,7 @@ Tensor walk_step_cuda(const Tensor& scores, const Tensor& affinity, int64_t radi
   p.out = out.mutable_data_ptr();
   p.class_mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   p.scores = source.const_data_ptr();
-  p.variant = choose(kWalkStep, p.walk.kind, out.numel());
+  p.variant = static_cast<WalkStepVariant>(kStep.pick(static_cast<int>(walk_step_variant())));
   AFA_CUDA_LAUNCH("walk_step", launch_walk_step(p, scope.stream()));
   return out;
 }

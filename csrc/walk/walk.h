@@ -10,8 +10,8 @@
 #include <cstdint>
 
 #include "common/geometry.h"
-#include "common/plan.h"
 #include "common/simd.h"
+#include "heuristics.h"
 
 namespace afa {
 
@@ -32,11 +32,6 @@ struct WalkParams {
   void* out = nullptr;       // [B, K, h, w]; backward: [B, N, N or K], zero outside the window beforehand
 };
 
-// Of walk_step_kernel: a thread a target, or tiles of so many threads (fewer: fewer rows of sources at a
-// time).
-#define AFA_WALK_STEP_VARIANTS(X) X(by_target) X(tiled128) X(tiled160) X(tiled224)
-enum class WalkStepVariant { AFA_WALK_STEP_VARIANTS(AFA_VARIANT_NUMBER) };
-
 struct WalkStepParams {
   WalkParams walk;  // dense or by_node
   int64_t classes = 0;
@@ -44,7 +39,7 @@ struct WalkStepParams {
   // of image b from active_begin[b] * N.
   const void* scores = nullptr;
   void* out = nullptr;                    // [B, C, h, w]
-  int variant = 0;                        // CUDA
+  WalkStepVariant variant = {};           // CUDA
   const bool* class_mask = nullptr;       // CUDA: [B, C] on the device, or null for all
   const int64_t* active = nullptr;        // CPU: the active planes, in order
   const int64_t* active_begin = nullptr;  // CPU: [B + 1] where each image's begin
