@@ -42,18 +42,18 @@ class Kernels:
 
     @contextmanager
     def forced(self, kernel: str, variant: str) -> Iterator[None]:
-        """Launches this variant of the kernel, whatever the plan. Fails if the kernel is never launched."""
+        """Launches this variant of the kernel, whatever the rule. Fails if the kernel is never launched."""
 
-        def times_chosen() -> int:
-            return next(entry["times_chosen"] for entry in C.launch_plans() if entry["kernel"] == kernel)
+        def times_picked() -> int:
+            return next(entry["times_picked"] for entry in C.kernel_variants() if entry["kernel"] == kernel)
 
-        before = times_chosen()
-        C.set_launch_plan(kernel, variant)
+        before = times_picked()
+        C.force_variant(kernel, variant)
         try:
             yield
         finally:
-            C.set_launch_plan(kernel, None)
-        assert times_chosen() > before, f"nothing here launches {kernel}"
+            C.force_variant(kernel, None)
+        assert times_picked() > before, f"nothing here launches {kernel}"
 
     def __getattr__(self, name: str) -> Any:
         operator = getattr(torch.ops.afa_ext, name)

@@ -1,4 +1,4 @@
-"""Every variant of every tuned CUDA kernel, run on the CPU at sizes that no tile divides, against the CPU kernels."""
+"""Every variant of every CUDA kernel that has several, run on the CPU at sizes that no tile divides, against the CPU kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from afa_ext import _native
 
 from .test_kernels import D6, DTYPES, LIMITS, NATIVE
 
-PLANS = _native._C.launch_plans()
+VARIANTS = _native._C.kernel_variants()
 Calls = list[tuple[str, tuple[Any, ...]]]
 
 
@@ -88,20 +88,20 @@ def affinity_calls(dtype: torch.dtype) -> Calls:
 
 # By kernel, the calls that launch it: operator and arguments.
 CALLS: dict[str, Callable[[torch.dtype], Calls]] = {
-    "stencil_ring": ring_calls,
-    "stencil_step": stencil_calls,
+    "par_ring": ring_calls,
+    "stencil": stencil_calls,
     "walk_step": walk_step_calls,
     "affinity": affinity_calls,
 }
 
 
-def test_every_tuned_kernel_has_calls():
-    assert {entry["kernel"] for entry in PLANS} == set(CALLS)
+def test_every_kernel_with_variants_has_calls():
+    assert {entry["kernel"] for entry in VARIANTS} == set(CALLS)
 
 
 @DTYPES
 @pytest.mark.parametrize(
-    ("kernel", "variant"), [(entry["kernel"], variant) for entry in PLANS for variant in entry["variants"]]
+    ("kernel", "variant"), [(entry["kernel"], variant) for entry in VARIANTS for variant in entry["variants"]]
 )
 def test_variant(kernel, variant, dtype, kernels, assert_relative):
     for operator, arguments in CALLS[kernel](dtype):
@@ -115,6 +115,6 @@ def test_variant(kernel, variant, dtype, kernels, assert_relative):
 def test_an_unknown_variant_cannot_be_forced(kernels):
     with (
         pytest.raises(ValueError, match="variant must be one of"),
-        kernels.forced(PLANS[0]["kernel"], "no_such_variant"),
+        kernels.forced(VARIANTS[0]["kernel"], "no_such_variant"),
     ):
         pass
