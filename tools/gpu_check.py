@@ -36,7 +36,7 @@ from tools import kernel_report
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BENCHMARKS = ["par_kernel", "random_walk", "affinity", "pseudo_labels"]
-SANITIZED = [f"tests/test_{name}.py" for name in ("par", "walk", "affinity", "labels", "refine_labels")]
+SANITIZED = [f"tests/afa_ext/test_{name}.py" for name in ("par", "walk", "affinity", "labels", "refine_labels")]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 
 import afa_ext
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
     "README.md",
     "docs/operators.md",

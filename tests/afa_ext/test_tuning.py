@@ -12,7 +12,7 @@ import pytest
 from afa_ext import _native, tuning
 
 C = _native._C
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNEL = max(C.launch_plans(), key=lambda entry: len(entry["variants"]))
 NAME, VARIANTS = KERNEL["kernel"], KERNEL["variants"]
 
