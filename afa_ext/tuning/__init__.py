@@ -1,6 +1,6 @@
 """Launch plans of the CUDA kernels: which compiled variant is launched, by type, size and GPU.
 
-``python -m benchmarks.tune`` measures them and writes ``sm_<architecture>.json`` into this folder. All tables here are
+``python benchmarks/tune.py`` measures them and writes ``sm_<architecture>.json`` into this folder. All tables here are
 read when :mod:`afa_ext` is imported, which doesn't touch the GPU; a call on a GPU takes the plan for its architecture,
 else for the nearest older one that has one, else the kernel's built-in rule. Results differ between variants within
 rounding only.

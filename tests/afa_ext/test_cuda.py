@@ -14,7 +14,7 @@ from torch import Tensor
 
 import afa_ext
 from afa_ext import _native, reference
-from benchmarks import tune
+import tune
 from tests.afa_ext.test_ops_meta import CASES, Make
 from tests.cuda import device as stand_in
 
@@ -378,7 +378,7 @@ class Untimed:
         return dict.fromkeys(candidates, 0.0)
 
 
-@pytest.mark.real_gpu(
+@pytest.mark.real_gpu("the tuner's sizes; test_tune.py and tests/cuda/kernels run the variants at small ones")
     "the tuner's sizes; tests/benchmarks/test_tune.py and tests/cuda/kernels run the variants at small ones"
 )
 @pytest.mark.parametrize("dtype", sorted(tune.LIMITS))

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))
 
-from afa.data import TaggedDataset  # noqa: E402
-from benchmarks.timing import Limits, limits  # noqa: E402
-from tools import blocks, cutout_tree, gpu_check, kernel_report  # noqa: E402
-from tools.kernel_report import GPUS, TARGETS, Instructions, Kernel, Usage, estimate  # noqa: E402
+from timing import Limits, limits
+
+from afa.data import TaggedDataset
+from tools import blocks, cutout_tree, gpu_check, kernel_report
+from tools.kernel_report import GPUS, TARGETS, Instructions, Kernel, Usage, estimate
 
 # As nvcc 13.0 prints it: a kernel that spills, one that calls a function with a stack of its own, one in order.
 PTXAS = """\
