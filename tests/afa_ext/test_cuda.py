@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import tune
 from torch import Tensor
 
 import afa_ext
 from afa_ext import _native, reference
-import tune
 from tests.afa_ext.test_ops_meta import CASES, Make
 from tests.cuda import device as stand_in
 
@@ -379,8 +379,6 @@ class Untimed:
 
 
 @pytest.mark.real_gpu("the tuner's sizes; test_tune.py and tests/cuda/kernels run the variants at small ones")
-    "the tuner's sizes; tests/benchmarks/test_tune.py and tests/cuda/kernels run the variants at small ones"
-)
 @pytest.mark.parametrize("dtype", sorted(tune.LIMITS))
 @pytest.mark.parametrize("kernel", sorted(tune.CASES))
 def test_every_variant_of_every_kernel_is_right(kernel, dtype):

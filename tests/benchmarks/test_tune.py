@@ -219,7 +219,7 @@ sys.exit(tune.main(["--dtype", "float32", "--dtype", "float16", *sys.argv[1:]]))
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 def test_the_cuda_kernels_are_swept_on_the_stand_in(tmp_path):
     env = {**stand_in.environment(), "AFA_EXT_TUNING": "off"}
-    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(Path(tune.__file__).parent)])
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], os.path.dirname(tune.__file__)])
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-c", ON_STAND_IN, "--out", str(tmp_path), *arguments]

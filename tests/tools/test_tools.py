@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[2]
-
 from timing import Limits, limits
 
 from afa.data import TaggedDataset
 from tools import blocks, cutout_tree, gpu_check, kernel_report
 from tools.kernel_report import GPUS, TARGETS, Instructions, Kernel, Usage, estimate
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # As nvcc 13.0 prints it: a kernel that spills, one that calls a function with a stack of its own, one in order.
 PTXAS = """\
