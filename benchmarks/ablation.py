@@ -16,16 +16,13 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from timing import RESULTS, print_table, write_results
 from tqdm import trange
 
 from afa.config import Config, load_config
@@ -35,7 +32,6 @@ from afa.evaluation.evaluate import evaluate
 from afa.files import write_text
 from afa.model import build_model
 from afa.training.step import TrainStep
-from benchmarks.timing import RESULTS, print_table, write_results
 
 SETTINGS = ["model.refine_iterations=0", "train.iterations=450", "train.classify_until=260", "train.par_until=370"]
 QUICK = [

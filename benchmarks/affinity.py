@@ -21,15 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from par_kernel import parse_size, validate
+from timing import RESULTS, captured, limits, print_table, time_candidates, write_results
 from torch import Tensor, nn
 
 import afa_ext
-from benchmarks.par_kernel import parse_size, validate
-from benchmarks.timing import RESULTS, captured, limits, print_table, time_candidates, write_results
 
 STANDARD = ["1x16x32x32", "2x16x32x32", "1x16x20x20"]
 QUICK = ["1x16x16x16"]

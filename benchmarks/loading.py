@@ -15,25 +15,21 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 from PIL import Image
+from timing import RESULTS, print_table, write_results
 
 from afa.config import Config, load_config
 from afa.data import TaggedDataset, open_dataset, train_loader
 from afa.data.synthetic.backgrounds import TRAIN_PHOTOGRAPHS, photograph
 from afa.data.transforms import check_image, read_image
-from benchmarks.timing import RESULTS, print_table, write_results
 
 WORKERS = (0, 1, 2)
 

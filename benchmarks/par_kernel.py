@@ -17,20 +17,16 @@ affinity has one too: images read and weights written once. AFA_EXT_SIMD=avx2 me
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import torch.nn.functional as F
+from timing import RESULTS, captured, limits, print_table, time_candidates, write_results
 
 import afa_ext
 from afa_ext import reference
-from benchmarks.timing import RESULTS, captured, limits, print_table, time_candidates, write_results
 
 STANDARD = ["1x21x320x320", "1x3x160x160", "2x5x64x64"]
 QUICK = ["1x3x80x80", "1x5x40x40"]

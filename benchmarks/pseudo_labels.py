@@ -13,22 +13,18 @@ a large copy and product. That of all but PAR: images and the present CAMs read,
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import torch.nn.functional as F
+from par_kernel import parse_size
+from timing import RESULTS, limits, print_table, time_candidates, write_results
 
 import afa_ext
 from afa_ext import reference
 from afa_ext.reference.labels import shrink
-from benchmarks.par_kernel import parse_size
-from benchmarks.timing import RESULTS, limits, print_table, time_candidates, write_results
 
 STANDARD = ["4x20x512x512", "4x20x320x320"]
 QUICK = ["2x20x96x96"]

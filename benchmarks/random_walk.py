@@ -25,18 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import torch.nn.functional as F
+from par_kernel import validate
+from timing import RESULTS, Timing, limits, print_table, time_candidates, write_results
 from torch import Tensor
 
 import afa_ext
 from afa_ext import reference
 from afa_ext.reference.walk import dense_affinity, window_mask
-from benchmarks.par_kernel import validate
-from benchmarks.timing import RESULTS, Timing, limits, print_table, time_candidates, write_results
 
 TOLERANCE = 1e-4
 MATRIX = 1024

@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-if __package__ in (None, ""):  # run as a file: the folder above holds the packages
-    sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "python")]
-
 import torch
 import torch.nn.functional as F
+from affinity import resident
+from timing import RESULTS, print_table, time_candidates, write_results
 from torch import Tensor
 
 from afa.config import Config, LabelConfig, load_config, validate
@@ -45,8 +44,6 @@ from afa.model.heads import AffinityHead
 from afa.training import step as step_module
 from afa.training.step import StepResult, TrainStep
 from afa_ext import reference
-from benchmarks.affinity import resident
-from benchmarks.timing import RESULTS, print_table, time_candidates, write_results
 
 OURS, PLAIN = "afa", "plain PyTorch, image by image"
 PARTS = ("forward", "CAMs", "labels", "losses", "backward", "optimiser", "other")

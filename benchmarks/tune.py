@@ -1,8 +1,8 @@
 """Chooses the CUDA kernels' launch plans for this machine's GPU; writes afa_ext/tuning/sm_<architecture>.json.
 
-    python -m benchmarks.tune                                     # every kernel, type and size class
-    python -m benchmarks.tune --kernel stencil_step --dtype float16
-    python -m benchmarks.tune --dry-run                           # the table alone, nothing is written
+    python benchmarks/tune.py                                     # every kernel, type and size class
+    python benchmarks/tune.py --kernel stencil_step --dtype float16
+    python benchmarks/tune.py --dry-run                           # the table alone, nothing is written
 
 For each kernel, type and size class every compiled variant (csrc/README.md, "Variants and launch plans") is run twice
 and compared with plain PyTorch in float64. One that differs, or differs from itself, is reported and never chosen. The
@@ -22,14 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `benchmarks`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from timing import captured, machine, print_table, time_candidates
 from torch import Tensor
 
 from afa_ext import _native, build_info, reference, tuning
-from benchmarks.timing import captured, machine, print_table, time_candidates
 
 DTYPES = ["float32", "float16", "bfloat16"]
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}

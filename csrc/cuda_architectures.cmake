@@ -1,5 +1,5 @@
-# Which GPU architectures the CUDA kernels are compiled for. Kept apart from CMakeLists.txt so that tests/test_build.py
-# can call these functions without a compiler.
+# Which GPU architectures the CUDA kernels are compiled for. Kept apart from CMakeLists.txt so that
+# tests/afa_ext/test_build.py can call these functions without a compiler.
 
 # What the kernels need: asynchronous copies to shared memory (cp.async).
 set(AFA_OLDEST_ARCHITECTURE 80)

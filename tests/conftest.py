@@ -14,11 +14,14 @@ from tests.cuda import device as stand_in
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU, skips what needs one. On the stand-in GPU (tests/cuda/README.md), keeps nothing else, and skips
     what it can't do."""
     no_gpu = pytest.mark.skip(reason="no GPU on this machine; the stand-in GPU runs it: python -m tests.cuda.run")
     for item in items:
+        if item.path.is_relative_to(Path(__file__).parent / "cuda") or "stand_in" in item.name:
+            item.add_marker(pytest.mark.xdist_group("stand-in"))  # one build folder, so one process
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         real = item.get_closest_marker("real_gpu")

@@ -1,9 +1,9 @@
 """All that needs a GPU, in one command of at most eight minutes: build, tests, sanitizers, benchmarks.
 
-    python tools/gpu_check.py                    # everything
-    python tools/gpu_check.py --tune             # after the tests, tune the launch plans too: two minutes more
-    python tools/gpu_check.py --only tests       # some stages; --list names them
-    python tools/gpu_check.py --skip build       # all but some
+    python -m tools.gpu_check                    # everything
+    python -m tools.gpu_check --tune             # after the tests, tune the launch plans too: two minutes more
+    python -m tools.gpu_check --only tests       # some stages; --list names them
+    python -m tools.gpu_check --skip build       # all but some
 
 The build is in place, against the torch that is installed (2.10 or later), for this machine's GPU alone unless
 TORCH_CUDA_ARCH_LIST says otherwise, and fetches nothing. The benchmarks write their files to benchmarks/results; what
@@ -28,15 +28,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `tools`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tools import kernel_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BENCHMARKS = ["par_kernel", "random_walk", "affinity", "pseudo_labels"]
-SANITIZED = [f"tests/test_{name}.py" for name in ("par", "walk", "affinity", "labels", "refine_labels")]
+SANITIZED = [f"tests/afa_ext/test_{name}.py" for name in ("par", "walk", "affinity", "labels", "refine_labels")]
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ STAGES = [
     Stage("pseudo_labels", _benchmark("pseudo_labels", "--seconds", "0.5", "--size", "8x20x512x512"), 35),
 ]
 """In order; their limits add up to under eight minutes."""
-TUNE = Stage("tune", _python("-m", "benchmarks.tune", "--seconds", "0.1"), 120)
+TUNE = Stage("tune", _python("benchmarks/tune.py", "--seconds", "0.1"), 120)
 """With --tune, once the tests have run, so that the benchmarks run with its plans."""
 
 

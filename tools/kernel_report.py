@@ -1,8 +1,8 @@
 """What the CUDA kernels cost, without a GPU: docs/kernels.md's tables, from the compiler and from formulas.
 
-    python tools/kernel_report.py              # compile, check, write docs/kernels.md's tables
-    python tools/kernel_report.py --check      # compile and check; fail if docs/kernels.md says otherwise
-    python tools/kernel_report.py --formulas   # the tables that need no compiler; with --check too
+    python -m tools.kernel_report              # compile, check, write docs/kernels.md's tables
+    python -m tools.kernel_report --check      # compile and check; fail if docs/kernels.md says otherwise
+    python -m tools.kernel_report --formulas   # the tables that need no compiler; with --check too
 
 Every csrc/**/*.cu is compiled for sm_80, sm_90 and the newest target that nvcc knows. A kernel must not spill, use the
 stack or any local memory. Registers depend on nvcc's version, so tables are compared only under the version they were
@@ -24,9 +24,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `tools`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.blocks import block_of, stale_blocks, write_blocks
 
@@ -728,7 +725,7 @@ def main() -> None:
     if not options.check:
         write_blocks(PAGE, TOOL, blocks)
     elif stale := stale_blocks(PAGE, TOOL, blocks):
-        wrong.append(f"docs/kernels.md's {' and '.join(stale)} differ; run python tools/kernel_report.py")
+        wrong.append(f"docs/kernels.md's {' and '.join(stale)} differ; run python -m tools.kernel_report")
     if wrong:
         sys.exit("\n".join(wrong))
 

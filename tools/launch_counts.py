@@ -1,7 +1,7 @@
 """Counts what each public operator asks of a GPU at the benchmarks' sizes: launches, scratch memory, synchronizations.
 
-    python tools/launch_counts.py           # count, and write the table into docs/kernels.md
-    python tools/launch_counts.py --check   # count; fail if docs/kernels.md says otherwise
+    python -m tools.launch_counts           # count, and write the table into docs/kernels.md
+    python -m tools.launch_counts --check   # count; fail if docs/kernels.md says otherwise
 
 The shipped library runs on the stand-in GPU (tests/cuda/README.md), which has the multiprocessors and the shared
 memory of an H100 here and runs no kernel. So a change that adds a launch, a copy or a wait shows in the table.
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, BLOCK, TOOL = ROOT / "docs" / "kernels.md", "launches", "launch_counts.py"
 H100 = {"AFA_STAND_IN_PROCESSORS": "132", "AFA_STAND_IN_SHARED_BYTES": str(227 << 10), "AFA_STAND_IN_DEVICES": "1"}
-sys.path += [str(ROOT), str(ROOT / "tools")]  # last: the package under test is named by PYTHONPATH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,23 +172,22 @@ def main() -> int:
         print(json.dumps(count()))
         return 0
 
-    import blocks
-
     from tests.cuda import build, run
+    from tools import blocks
 
     reason = build.why_not() or build.why_not_shipped()
     if reason is not None:
         print(f"not counted: {reason}")
         return 0
     env = run.settings(build.build_runtime(), build.build_bridge(), build.build_shipped_package(True)) | H100
-    command = [sys.executable, "-P", str(Path(__file__).resolve()), "--in-process"]
+    command = [sys.executable, "-P", "-m", "tools.launch_counts", "--in-process"]
     result = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     text = table(json.loads(result.stdout))
     if not options.check:
         blocks.write_blocks(PAGE, TOOL, {BLOCK: text})
         return 0
     if blocks.stale_blocks(PAGE, TOOL, {BLOCK: text}):
-        print(f"docs/kernels.md is stale: run python tools/{TOOL}\n{text}")
+        print(f"docs/kernels.md is stale: run python -m tools.launch_counts\n{text}")
         return 1
     return 0
 

@@ -1,7 +1,7 @@
 """Runs the operators' tests on CPU kernels built for AddressSanitizer and UndefinedBehaviorSanitizer (GCC).
 
     python tools/sanitize.py                       # all tests at the best SIMD level, the recorded cases at the others
-    python tools/sanitize.py tests/test_par.py -k reference
+    python tools/sanitize.py tests/afa_ext/test_par.py -k reference
 
 The instrumented library is built apart, under build/sanitize, and imported from there. What needs a compiler of its
 own or a second process (torch.compile, subprocess tests) is left to the plain run.
@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
-TESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
-NOT_OPERATORS = {f"tests/test_{name}.py" for name in ("build", "cuda", "docs", "ops_meta", "tools", "tune", "tuning")}
+TESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "afa_ext").glob("test_*.py"))
+NOT_OPERATORS = {f"tests/afa_ext/test_{name}.py" for name in ("build", "cuda", "ops_meta", "tuning")}
 PLAIN_ONLY = "not compile and not subprocess"
 # The file imported, then the levels below the one in use.
 CHECK = """

@@ -1,8 +1,8 @@
 """Write README.md's measured tables and picture from what runs and benchmarks left on disk, so that no figure is typed.
 
-python tools/update_readme.py --run runs/demo    # take over a demo run's scores and pictures, then the tables
-python tools/update_readme.py                    # the tables alone, from docs/demo and benchmarks/results
-python tools/update_readme.py --check            # fail if README.md is not what the files on disk give
+python -m tools.update_readme --run runs/demo    # take over a demo run's scores and pictures, then the tables
+python -m tools.update_readme                    # the tables alone, from docs/demo and benchmarks/results
+python -m tools.update_readme --check            # fail if README.md is not what the files on disk give
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file: the folder above holds the package `tools`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.blocks import stale_blocks, write_blocks
 
@@ -154,7 +151,7 @@ def main() -> None:
     if not options.check:
         write_blocks(README, TOOL, blocks)
     elif stale_blocks(README, TOOL, blocks):
-        sys.exit("README.md's tables differ from the files they are made from; run python tools/update_readme.py")
+        sys.exit("README.md's tables differ from the files they are made from; run python -m tools.update_readme")
 
 
 if __name__ == "__main__":

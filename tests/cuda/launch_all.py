@@ -19,7 +19,7 @@ from tests.cuda import device
 device.attach(Path(os.environ["AFA_STAND_IN_BRIDGE"]))
 
 import afa_ext  # noqa: E402, F401  (registers the operators; needs the devices)
-from tests.test_ops_meta import CASES  # noqa: E402
+from tests.afa_ext.test_ops_meta import CASES  # noqa: E402
 
 
 def launches_on(place: int, name: str) -> list[dict[str, Any]]:

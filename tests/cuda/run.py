@@ -2,7 +2,7 @@
 
     python -m tests.cuda.run                              # every test that needs a GPU, each access checked
     python -m tests.cuda.run --sanitize                   # part of them, under AddressSanitizer
-    python -m tests.cuda.run tests/test_par.py -k golden  # these only
+    python -m tests.cuda.run tests/afa_ext/test_par.py -k golden  # these only
     python -m tests.cuda.run --python script.py           # a script in place of pytest
 
 The tests of a file run in one process, and as many files at once as there are cores.
@@ -65,7 +65,7 @@ def run(arguments: list[str], env: dict[str, str]) -> tuple[int, str, float]:
 
 
 def run_files(sanitize: bool, env: dict[str, str]) -> int:
-    files = [ROOT / "tests" / f"test_{name}.py" for name in OPERATORS]
+    files = [ROOT / "tests" / "afa_ext" / f"test_{name}.py" for name in OPERATORS]
     planned = [
         (path, ["-k", SANITIZED] if sanitize else []) for path in files if path.stem != "test_cuda" or not sanitize
     ]

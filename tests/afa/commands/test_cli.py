@@ -63,6 +63,7 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(("par_until", "notes"), [(1, 0), (2, 1), (4, 1)])
+@pytest.mark.slow
 def test_note_without_a_walk_phase(par_until: int, notes: int, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(small), f"train.par_until={par_until}", "--quiet", "--device=cpu"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "no walk phase" in line]
@@ -255,6 +256,7 @@ def test_help_does_not_wait_for_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_status_and_stderr_of_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "afa.commands.cli", "train", "voc", "nonsense.key=1"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
@@ -286,6 +288,7 @@ def test_wrong_config_commands_are_named(capsys: pytest.CaptureFixture[str]) -> 
     assert "2 settings are wrong" in _error(capsys, "config", "show", "voc", "train.lr=fast", "data.flip=2")
 
 
+@pytest.mark.slow
 def test_data_are_opened_and_the_model_is_built_once(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

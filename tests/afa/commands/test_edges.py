@@ -222,6 +222,7 @@ def test_evaluating_other_classes_is_refused(config: Config, voc_root: Path, tmp
         ("safetensors", "train demo --run run"),
     ],
 )
+@pytest.mark.slow
 def test_a_missing_package_is_one_sentence(package: str, arguments: str, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules['{package}'] = None; from afa.commands.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -233,6 +234,7 @@ def test_a_missing_package_is_one_sentence(package: str, arguments: str, tmp_pat
 
 
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+@pytest.mark.slow
 def test_any_locale(tmp_path: Path, locale: dict[str, str]) -> None:
     folder = os.fsencode(tmp_path) + "/caf\u00e9".encode()
     os.mkdir(folder)
@@ -254,6 +256,7 @@ def test_printable() -> None:
     assert printable("a\x1b[31mb\x07\n\udce9\u00e9") == "ab\\x07\\n\\udce9\u00e9"
 
 
+@pytest.mark.slow
 def test_paths_from_anywhere(
     config: Config, voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def test_writes_weights_and_card_and_nothing_else(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_goes_on_from_a_state(tmp_path, monkeypatch, capsys):
     out = tmp_path / "mini.safetensors"
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 0.0)

@@ -351,6 +351,7 @@ def test_coco_goes_on_after_a_stop(coco: Path, said: Lines, say: Any, monkeypatc
     assert ("wrote", f"{coco / 'SegmentationClass'}: 3 masks of val2014 (1 kept)") in said
 
 
+@pytest.mark.slow
 def test_coco_goes_on_after_a_kill(coco: Path, tmp_path: Path, say: Any) -> None:
     path = coco / "annotations/instances_val2014.json"
     content = json.loads(path.read_text())

@@ -23,6 +23,7 @@ def dataset_root(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_is_read_by_the_voc_loader(dataset_root):
     train = TaggedDataset(dataset_root, "train", train=True, crop_size=64, with_mask=False)
     val = TaggedDataset(dataset_root, "val", train=False, with_mask=True)

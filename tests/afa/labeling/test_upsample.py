@@ -55,6 +55,7 @@ def test_strips_do_not_show(draw: object, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("draw", ["overlay", "heat"])
+@pytest.mark.slow
 def test_memory_of_a_large_picture(draw: str) -> None:
     code = f"""
 import resource, numpy as np

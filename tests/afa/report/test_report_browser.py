@@ -167,6 +167,7 @@ def test_screenshot(page: Path, tmp_path: Path, dark: bool) -> None:
     assert len(bars) > 5000, "the bars of the CRF row"
 
 
+@pytest.mark.slow
 def test_the_check_of_the_console_can_fail(tmp_path: Path) -> None:
     (tmp_path / "bad.html").write_text("<body><script>console.error('bad news')</script>")
     assert "bad news" in _chromium(tmp_path, tmp_path / "bad.html", "--dump-dom")[1]

@@ -148,6 +148,7 @@ def _full(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_saves_and_stops(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -330,6 +331,7 @@ for name, work in WORK.items():
 """
 
 
+@pytest.mark.slow
 def test_killed_before_every_operation_on_files(config: Config, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     (tmp_path / "steps.py").write_text(STEPS)
@@ -341,6 +343,7 @@ def test_killed_before_every_operation_on_files(config: Config, tmp_path: Path) 
     assert steps["save"] > 15 and steps["finish"] > 20 and steps["aside"] > 4, steps
 
 
+@pytest.mark.slow
 def test_a_half_deleted_checkpoint_is_no_reason_to_lose_a_finished_run(config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     whole = run_train(config, run)
@@ -352,6 +355,7 @@ def test_a_half_deleted_checkpoint_is_no_reason_to_lose_a_finished_run(config: C
     assert_equal(whole, load_file(run / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_and_can_be_extended(config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = run_train(config, run)
@@ -377,6 +381,7 @@ def test_an_unfinished_run_is_not_extended(config: Config, cut: Path) -> None:
         run_train(config, cut, resume=True)
 
 
+@pytest.mark.slow
 def test_earlier_runs_are_numbered_and_never_deleted(config: Config, tmp_path: Path) -> None:
     config.train.iterations, config.train.classify_until, config.train.par_until = 3, 1, 2
     models = []

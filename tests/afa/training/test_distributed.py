@@ -61,6 +61,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "together.py"
     script.write_text(TOGETHER)

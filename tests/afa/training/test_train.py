@@ -173,6 +173,7 @@ def test_drop_path_is_active_in_the_forwards_that_make_labels(tiny_config: Any) 
     assert all(module.training for module in train_step.model.modules())
 
 
+@pytest.mark.slow
 def test_learns_a_batch_by_heart(tiny_config: Any) -> None:
     config = tiny_config()
     config.train.iterations, config.train.classify_until, config.train.par_until = 70, 30, 60
@@ -260,6 +261,7 @@ class TestRun:
         model, classes, _ = load_model(run / "model.safetensors")
         assert classes == ["square", "disc", "stripes"] and model.num_classes == 3
 
+    @pytest.mark.slow
     def test_repeats_bit_for_bit(self, config: Config, tmp_path: Path) -> None:
         first = run_train(config, tmp_path / "a")
         torch.rand(7)  # another state of the global generator must not matter
@@ -270,6 +272,7 @@ class TestRun:
         assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
 
     @pytest.mark.parametrize("killed_at", [5, 8])
+    @pytest.mark.slow
     def test_resumes_as_if_never_stopped(
         self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
     ) -> None:

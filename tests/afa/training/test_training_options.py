@@ -181,6 +181,7 @@ def test_two_processes_give_what_one_gives(config: Config, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.slow
 def test_half_precision_learns(config: Config, precision: str) -> None:
     config.train.precision, config.train.iterations = precision, 40
     config.train.classify_until, config.train.par_until, config.train.poly_power = 20, 40, 0.0
@@ -270,6 +271,7 @@ def test_average_of_weights(config: Config, tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in train_step.ema.parameters())
 
 
+@pytest.mark.slow
 def test_average_is_what_is_measured_and_saved(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[nn.Module] = []
     real = afa.training.loop.evaluate
@@ -346,6 +348,7 @@ def test_line_beside_the_bar() -> None:
     assert summary(record) == "cls 0.500 seg 1.000 aff 0.250 | 12.3 img/s | wait 7% | 7.9 GiB"
 
 
+@pytest.mark.slow
 def test_share_of_time_waiting_is_logged(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
@@ -359,6 +362,7 @@ def test_share_of_time_waiting_is_logged(config: Config, tmp_path: Path, monkeyp
     assert len(records) == 2 and all(0.3 < record["wait_share"] <= 1 for record in records)
 
 
+@pytest.mark.slow
 def test_tensorboard(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,5 +1,5 @@
 """Every CUDA kernel, run on the CPU, against the recorded cases and the CPU kernels (themselves held to the
-plain-PyTorch reference by tests/test_par.py, tests/test_walk.py and tests/test_affinity.py)."""
+plain-PyTorch reference by tests/afa_ext/test_par.py, tests/afa_ext/test_walk.py and tests/afa_ext/test_affinity.py)."""
 
 from __future__ import annotations
 

@@ -296,6 +296,7 @@ def test_labels_compare_whole_numbers(device):
 
 
 @pytest.mark.parametrize("radius", [None, 1, 4])
+@pytest.mark.slow
 def test_gradcheck(radius, device):
     leaves = inputs(2, 3, 6, device=device)
     assert torch.autograd.gradcheck(lambda *t: afa_ext.affinity_from_attention(*t, grid=(2, 3), radius=radius), leaves)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import tune
 from torch import Tensor
 
 from afa_ext import _native, tuning
-from benchmarks import tune
 from tests.cuda import build
 from tests.cuda import run as stand_in
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -197,7 +196,7 @@ import torch
 from tests.cuda import device
 device.attach(pathlib.Path(os.environ["AFA_STAND_IN_BRIDGE"]))
 from afa_ext import _native
-from benchmarks import tune
+import tune
 
 class Bench:
     device, architecture = torch.device("cuda", 0), 90
@@ -220,6 +219,7 @@ sys.exit(tune.main(["--dtype", "float32", "--dtype", "float16", *sys.argv[1:]]))
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 def test_the_cuda_kernels_are_swept_on_the_stand_in(tmp_path):
     env = {**stand_in.environment(), "AFA_EXT_TUNING": "off"}
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], os.path.dirname(tune.__file__)])
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-c", ON_STAND_IN, "--out", str(tmp_path), *arguments]

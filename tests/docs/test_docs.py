@@ -12,7 +12,7 @@ import pytest
 
 import afa_ext
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
     "README.md",
     "docs/operators.md",
@@ -43,10 +43,10 @@ def test_there_is_an_example_of_par_refine():
     assert any("par_refine" in example for example in EXAMPLES["README.md"])
 
 
-@pytest.mark.parametrize("tool", [["update_readme.py"], ["kernel_report.py", "--formulas"]], ids=lambda tool: tool[0])
+@pytest.mark.parametrize("tool", [["update_readme"], ["kernel_report", "--formulas"]], ids=lambda tool: tool[0])
 def test_tables_are_those_of_the_tools(tool):
-    command = [sys.executable, str(ROOT / "tools" / tool[0]), *tool[1:], "--check"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", f"tools.{tool[0]}", *tool[1:], "--check"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

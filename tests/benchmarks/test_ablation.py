@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ablation
 import pytest
 import torch
-
-from benchmarks import ablation
 
 DEVICE = torch.device("cpu")
 

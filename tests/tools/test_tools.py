@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timing import Limits, limits
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+from afa.data import TaggedDataset
+from tools import blocks, cutout_tree, gpu_check, kernel_report
+from tools.kernel_report import GPUS, TARGETS, Instructions, Kernel, Usage, estimate
 
-from afa.data import TaggedDataset  # noqa: E402
-from benchmarks.timing import Limits, limits  # noqa: E402
-from tools import blocks, cutout_tree, gpu_check, kernel_report  # noqa: E402
-from tools.kernel_report import GPUS, TARGETS, Instructions, Kernel, Usage, estimate  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 # As nvcc 13.0 prints it: a kernel that spills, one that calls a function with a stack of its own, one in order.
 PTXAS = """\

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import tune
 from torch import Tensor
 
 import afa_ext
 from afa_ext import _native, reference
-from benchmarks import tune
+from tests.afa_ext.test_ops_meta import CASES, Make
 from tests.cuda import device as stand_in
-from tests.test_ops_meta import CASES, Make
 
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.afa_ext
@@ -378,7 +378,7 @@ class Untimed:
         return dict.fromkeys(candidates, 0.0)
 
 
-@pytest.mark.real_gpu("the tuner's sizes; tests/test_tune.py and tests/cuda/kernels run the variants at small ones")
+@pytest.mark.real_gpu("the tuner's sizes; test_tune.py and tests/cuda/kernels run the variants at small ones")
 @pytest.mark.parametrize("dtype", sorted(tune.LIMITS))
 @pytest.mark.parametrize("kernel", sorted(tune.CASES))
 def test_every_variant_of_every_kernel_is_right(kernel, dtype):

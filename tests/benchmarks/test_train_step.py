@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import train_step
 
 from afa.labeling import label_maker
-from benchmarks import train_step
 from tools import update_readme
 
 SMALL = ["data.crop_size=64", "train.batch_size=2", "labels.par_iterations=1", "model.refine_iterations=1"]

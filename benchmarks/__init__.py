@@ -1,1 +1,0 @@
-"""Benchmarks of the operators; each validates before it times. Run from the repository's root."""
