@@ -1,6 +1,6 @@
 """Generate the tables and the image in README.md from the results of runs and benchmarks.
 
-python tools/update_readme.py --run runs/demo    # copy a demo run's scores and images to docs/demo, then update the tables
+python tools/update_readme.py --run runs/demo    # copy a demo run's results to docs/demo, then update the tables
 python tools/update_readme.py                    # update only the tables, from docs/demo and benchmarks/results
 python tools/update_readme.py --check            # exit 1 if the tables are out of date
 """
