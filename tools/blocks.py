@@ -1,4 +1,4 @@
-"""Blocks of a Markdown page that a tool writes, each between two comments, so that no figure in them is typed."""
+"""Generated blocks of a Markdown page, each between two marker comments."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def _pattern(tool: str, name: str) -> re.Pattern[str]:
 
 
 def block_of(page: Path, tool: str, name: str) -> str:
-    """What the page's block holds; exits where there is none."""
+    """The text of the page's block `name`; exits with an error if there is none."""
     found = _pattern(tool, name).search(page.read_text(encoding="utf-8"))
     if found is None:
         start, end = _marks(tool, name)
-        sys.exit(f"{page.name} has no block from '{start}' to '{end}'")
+        sys.exit(f"{page.name} has no block between '{start}' and '{end}'")
     return found.group(1)
 
 
 def write_blocks(page: Path, tool: str, blocks: Mapping[str, str]) -> None:
-    """Put each text in the page's block of that name."""
+    """Replace the text of each named block of the page."""
     before = after = page.read_text(encoding="utf-8")
     for name, text in blocks.items():
         block_of(page, tool, name)
@@ -38,5 +38,5 @@ def write_blocks(page: Path, tool: str, blocks: Mapping[str, str]) -> None:
 
 
 def stale_blocks(page: Path, tool: str, blocks: Mapping[str, str]) -> list[str]:
-    """The names of those blocks of the page that hold another text."""
+    """Names of the page's blocks that differ from `blocks`."""
     return [name for name, text in blocks.items() if block_of(page, tool, name) != text]

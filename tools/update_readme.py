@@ -1,8 +1,8 @@
-"""Write README.md's measured tables and picture from what runs and benchmarks left on disk, so that no figure is typed.
+"""Generate the tables and the image in README.md from the results of runs and benchmarks.
 
-python -m tools.update_readme --run runs/demo    # take over a demo run's scores and pictures, then the tables
-python -m tools.update_readme                    # the tables alone, from docs/demo and benchmarks/results
-python -m tools.update_readme --check            # fail if README.md is not what the files on disk give
+python -m tools.update_readme --run runs/demo    # copy a demo run's results to docs/demo, then update the tables
+python -m tools.update_readme                    # update only the tables, from docs/demo and benchmarks/results
+python -m tools.update_readme --check            # exit 1 if the tables are out of date
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOL = "update_readme.py"
 README, DEMO, RESULTS = ROOT / "README.md", ROOT / "docs" / "demo", ROOT / "benchmarks" / "results"
 SHOWN = 4
-"""Images in the README's picture, spread over the report's."""
+"""Number of example images in the README, evenly spaced over those of the report."""
 
 ROWS = {
     "cam": "class activation map",
@@ -30,8 +30,8 @@ ROWS = {
 }
 
 
-def take_over(run: Path) -> None:
-    """Copy a run's scores to docs/demo and draw its picture there."""
+def copy_demo(run: Path) -> None:
+    """Copy a run's scores to docs/demo and draw its example images there."""
     import numpy as np
     from PIL import Image, ImageDraw
 
@@ -41,7 +41,7 @@ def take_over(run: Path) -> None:
     result, _, _ = load_result(run)
     DEMO.mkdir(parents=True, exist_ok=True)
     scores = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    del scores["data"]  # a folder of the machine it ran on
+    del scores["data"]  # a path on the machine of the run
     (DEMO / "metrics.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     step = max(1, len(result.samples) // SHOWN)
     columns = ("image", "CAM", "walk", "PAR label", "prediction", "truth")
@@ -56,8 +56,8 @@ def take_over(run: Path) -> None:
     picture.paste(grid, (0, head))
     draw = ImageDraw.Draw(picture)
     width = grid.width // len(columns)
-    for place, name in enumerate(columns):
-        draw.text((place * width + width // 2, head // 2), name, fill="black", anchor="mm")
+    for column, name in enumerate(columns):
+        draw.text((column * width + width // 2, head // 2), name, fill="black", anchor="mm")
     picture.save(DEMO / "samples.jpg", quality=90)
 
 
@@ -69,7 +69,7 @@ def demo_table() -> str:
     minutes, seconds = divmod(round(metrics["seconds"]), 60)
     return "\n".join(lines) + (
         f"\n\n{metrics['images']} images, {len(metrics['classes'])} classes with background; {minutes} min {seconds} s "
-        f"from drawing the data to the report, on {about['hardware']} (torch {about['torch']})."
+        f"from generating the data to writing the report, on {about['hardware']} (torch {about['torch']})."
     )
 
 
@@ -77,16 +77,16 @@ OPERATIONS = {
     "par_kernel": "PAR, 10 iterations",
     "random_walk": "{row} walk",
     "affinity": "affinity from attention and its loss, forward and backward",
-    "pseudo_labels": "PAR pseudo labels, {present} classes an image",
-    "train_step": "a whole training step of `{config}`, {phase} phase",
+    "pseudo_labels": "PAR pseudo labels, {present} classes per image",
+    "train_step": "full training step of `{config}`, {phase} phase",
 }
-"""What a benchmark's rows measure, by the benchmark's name and the row's own entries."""
+"""Benchmark name -> format string that describes a row from its entries."""
 
 
 def benchmark_table() -> str:
-    """One line for each thing afa_ext was compared with, in every file of benchmarks/results."""
+    """One line per baseline in every file of benchmarks/results."""
     lines = [
-        "| | size | afa_ext | compared with | takes | speed-up | memory |",
+        "| | size | afa_ext | baseline | baseline time | speedup | memory |",
         "|---|---|---|---|---|---|---|",
     ]
     machines = []
@@ -112,7 +112,7 @@ def benchmark_table() -> str:
 
 
 def ablation_table() -> str:
-    """One line a row of the ablation, in every file of benchmarks/results."""
+    """One line per row of the ablation in every file of benchmarks/results."""
     lines = ["| labels and losses | segmentation mIoU | spread | seeds |", "|---|---|---|---|"]
     machines = set()
     for file in sorted(RESULTS.glob("ablation-*.json")):
@@ -133,7 +133,8 @@ def _milliseconds(row: dict[str, Any]) -> str:
 
 
 def _machine(machine: dict[str, Any]) -> str:
-    where = machine["device"] if machine["cuda"] else f"{machine['device']}, {machine['threads']} threads"
+    plural = "" if machine["threads"] == 1 else "s"
+    where = machine["device"] if machine["cuda"] else f"{machine['device']}, {machine['threads']} thread{plural}"
     return f"{where}, torch {machine['torch']}"
 
 
@@ -142,16 +143,16 @@ BLOCKS: dict[str, Callable[[], str]] = {"demo": demo_table, "benchmarks": benchm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="a measured demo run to take over into docs/demo")
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--run", type=Path, help="an evaluated demo run to copy into docs/demo")
+    parser.add_argument("--check", action="store_true", help="exit 1 if the tables are out of date")
     options = parser.parse_args()
     if options.run:
-        take_over(options.run)
+        copy_demo(options.run)
     blocks = {name: table() for name, table in BLOCKS.items()}
     if not options.check:
         write_blocks(README, TOOL, blocks)
     elif stale_blocks(README, TOOL, blocks):
-        sys.exit("README.md's tables differ from the files they are made from; run python -m tools.update_readme")
+        sys.exit("the tables in README.md are out of date; run python -m tools.update_readme")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The processes that `torchrun` starts, as one: who this one is, sums over all of them, and waiting for each other.
+"""Process group helpers for `torchrun`: rank, sums over all processes, and synchronization.
 
     torchrun --nproc-per-node=2 -m afa train voc
 
-Everything here does nothing, at no cost, in a process that was started alone.
+In a single process, all functions are no-ops.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from afa.errors import UserError
 
 WAIT = timedelta(hours=2)
-"""Longest wait for another process: rank 0 may be checking a large data set alone."""
+"""Timeout of collective operations: the other ranks wait while rank 0 checks a large data set."""
 BUCKET_BYTES = 32 << 20
-"""Gradients are summed in buckets of about this size: few messages, and little memory besides."""
+"""Approximate size of a gradient bucket: few messages, little extra memory."""
 
 
 def launched() -> bool:
@@ -30,10 +30,9 @@ def launched() -> bool:
 
 
 def setup(device: torch.device | str | None = None) -> torch.device:
-    """Join the other processes, when torchrun started several, and give this one's device.
+    """Join the process group if torchrun started several processes, and return this process's device.
 
-    device: None for the first choice, a GPU of its own if the machine has one for every process on it, else the CPU;
-    or cpu or cuda. NCCL connects GPUs and gloo CPUs.
+    device: cpu, cuda, or None: one GPU per process if the machine has enough, else the CPU. GPUs use NCCL, CPUs gloo.
     """
     if not launched():
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -42,7 +41,9 @@ def setup(device: torch.device | str | None = None) -> torch.device:
     chosen = torch.device(device) if device is not None else torch.device("cuda" if gpus >= here else "cpu")
     if chosen.type == "cuda":
         if chosen.index not in (None, local):
-            raise UserError(f"--device {chosen} is one GPU for {here} processes; say cuda, and each takes its own")
+            raise UserError(
+                f"--device {chosen} is one GPU for {here} processes; use --device cuda for one GPU per process"
+            )
         if gpus < here:
             raise UserError(
                 f"torchrun started {here} processes on a machine with {gpus} usable GPUs; set --nproc-per-node to that "
@@ -51,14 +52,14 @@ def setup(device: torch.device | str | None = None) -> torch.device:
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        # Both, since counts on the host are summed too; device_id lets NCCL connect at once.
+        # Both backends, because CPU tensors are summed too. device_id makes NCCL connect immediately.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=WAIT, device_id=chosen if chosen.type == "cuda" else None)
     return chosen
 
 
 def teardown() -> None:
-    """Leave the other processes. Harmless when there are none."""
+    """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -68,12 +69,12 @@ def _together() -> bool:
 
 
 def rank() -> int:
-    """Number of this process, from 0, over all machines."""
+    """Rank of this process over all machines."""
     return dist.get_rank() if _together() else 0
 
 
 def world_size() -> int:
-    """How many processes there are, over all machines."""
+    """Number of processes over all machines."""
     return dist.get_world_size() if _together() else 1
 
 
@@ -90,14 +91,14 @@ def all_reduce_sum_(tensor: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has reached this call."""
     if _together():
-        # Not dist.barrier, which with both backends would take the GPUs' and hold up their streams.
+        # Not dist.barrier: with both backends it would use NCCL and block the GPU streams.
         dist.all_reduce(torch.zeros(1))
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's `value` in the order of ranks, on rank 0; an empty list elsewhere. Host memory alone."""
+    """Gather every process's `value` in rank order on rank 0, in host memory; other ranks get an empty list."""
     if not _together():
         return [value]
     found: list[Any] | None = [None] * world_size() if is_main() else None
@@ -106,7 +107,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's `value`, everywhere."""
+    """Return rank 0's `value` on every rank."""
     if not _together():
         return value
     holder = [value]
@@ -115,11 +116,11 @@ def broadcast(value: Any) -> Any:
 
 
 def broadcast_model(model: nn.Module) -> None:
-    """Give every process rank 0's parameters and buffers."""
+    """Broadcast rank 0's parameters and buffers to every process."""
     if _together():
         with torch.no_grad():
             for tensor in model.state_dict().values():
-                # Memory in channels-last order is not contiguous, and the message must be.
+                # Collectives need contiguous tensors; channels-last parameters are not.
                 whole = tensor.contiguous()
                 dist.broadcast(whole, 0)
                 tensor.copy_(whole)
@@ -129,10 +130,9 @@ def broadcast_model(model: nn.Module) -> None:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace the gradients by their mean over all processes.
 
-    Done once, after the last backward pass of a step, rather than by DistributedDataParallel's hooks during it: which
-    parameters get a gradient differs from phase to phase, here simply those without one are left out, and the buckets
-    (so the order of sums) are the same in a resumed run. They are the same everywhere as long as every process runs the
-    same phase.
+    This runs once after the last backward pass of a step. DistributedDataParallel is not used, because the set of
+    parameters with gradients changes from phase to phase. Here, parameters without a gradient are skipped, and a resumed
+    run has the same buckets and therefore the same order of summation. All processes must be in the same phase.
     """
     if not _together():
         return
@@ -170,9 +170,10 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of all processes, on CPUs as on GPUs (torch's own refuses the CPU).
+    """Batch norm over the images of all processes, on CPUs and GPUs (torch's SyncBatchNorm doesn't support CPUs).
 
-    Every process must hold as many values a channel. Statistics are float32 at least, in two passes.
+    Every process must have the same number of values per channel. Statistics are computed in two passes, in float32 or
+    float64.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -181,8 +182,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         x = input if input.dtype == torch.float64 else input.float()
         count = x.numel() // x.shape[1] * world_size()
         mean = _SumOverProcesses.apply(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
+        centered = x - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centered.square().sum((0, 2, 3))) / count
         if self.track_running_stats:
             assert self.running_mean is not None and self.running_var is not None
             assert self.num_batches_tracked is not None and self.momentum is not None
@@ -190,14 +191,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
                 self.num_batches_tracked.add_(1)
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (count / max(1, count - 1)), self.momentum)
-        out = centred * (variance + self.eps).rsqrt()[:, None, None]
+        out = centered * (variance + self.eps).rsqrt()[:, None, None]
         if self.affine:
             out = out * self.weight[:, None, None] + self.bias[:, None, None]
         return out.to(input.dtype)
 
 
 def synchronize_batch_norm(model: nn.Module) -> None:
-    """Turn every BatchNorm2d of `model` into a SyncBatchNorm2d, in place: its tensors and their names stay."""
+    """Convert every BatchNorm2d of `model` to SyncBatchNorm2d in place, keeping its tensors and their names."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d

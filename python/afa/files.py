@@ -1,4 +1,4 @@
-"""Files written whole or not at all, deleted out of sight, marked as output, and told apart."""
+"""File helpers: atomic writes, safe deletion, output marks and checksums."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from typing import Any
 from afa.errors import UserError
 
 OUTPUT_MARK = ".afa-output"
-"""A file of this name marks a folder that `afa` writes: its pictures are no input."""
+"""A file with this name marks an output folder of `afa`, so that its images are not used as input."""
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, to be written by the caller; it takes the name `path` when the block
-    succeeds.
+    """Yield a temporary path for the caller to write; it is renamed to `path` if the block succeeds.
 
-    A reader sees the old file or the whole new one, never half of it, and a failure leaves nothing behind.
-    The temporary name keeps the suffix, since Pillow and NumPy choose the format by it, and is short, so that every
-    name that fits into its folder can be written. UserError when the file can't be written.
+    Readers see either the old file or the complete new one, and a failure leaves nothing behind. The temporary name keeps
+    the suffix, because Pillow and NumPy choose the format by it, and is short, so that any valid name for `path` works.
+    Raises UserError if the file can't be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{secrets.token_hex(4)}.tmp{path.suffix[:100]}")
@@ -34,7 +33,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            # Without this a power cut may keep the new name and lose the bytes.
+            # Without this, a power failure could keep the new name but lose the content.
             flush(temporary)
             os.replace(temporary, path)
         finally:
@@ -43,7 +42,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """An OSError inside becomes a UserError that says what could not be written and why."""
+    """Convert an OSError in the block to a UserError with the path and the reason."""
     try:
         yield
     except OSError as error:
@@ -51,14 +50,14 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def cannot_write(path: str | Path, error: OSError) -> str:
-    """The sentence for a file or folder that can't be written."""
-    return f"{path} can't be written: {error.strerror or error}; give a place that can be written and has space left"
+    """The message for a file or folder that can't be written."""
+    return f"{path} can't be written: {error.strerror or error}; choose a writable location with free space"
 
 
 def check_writable(folder: str | Path, what: str) -> Path:
-    """Make the folder and write a short file in it; UserError, naming `what` (an option, say), when that fails.
+    """Create the folder and write a small test file in it. Call it before long work.
 
-    To be called before long work.
+    Raises UserError if that fails; `what` describes the folder in the message, for example the name of an option.
     """
     folder = Path(folder)
     probe = folder / f".{secrets.token_hex(4)}.tmp"
@@ -70,23 +69,26 @@ def check_writable(folder: str | Path, what: str) -> Path:
             probe.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{what} {folder} can't be written: {reason}; give a folder that can be written") from error
+        raise UserError(f"{what} {folder} can't be written: {reason}; choose a writable folder") from error
     return folder
 
 
 def check_space(folder: str | Path, needed: int, what: str) -> None:
-    """UserError when the disk of `folder`, which exists, has fewer than `needed` bytes free for `what`."""
+    """Raise UserError if the disk of the existing `folder` has less than `needed` bytes free for `what`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{what} in {folder} need about {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
-            "make room or give another folder"
+            f"{what} in {folder} need about {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; "
+            "free some space or choose another folder"
         )
 
 
 def remove_tree(path: str | Path) -> None:
-    """Delete a file or folder: renamed out of sight first, so that a stop on the way never leaves half of it under its
-    name. What an earlier stop left of others beside it goes as well. Nothing happens when it isn't there."""
+    """Delete a file or folder if it exists.
+
+    It is renamed first, so that an interruption never leaves a partial folder under its name. Leftovers of earlier
+    interruptions in the same folder are deleted too.
+    """
     path = Path(path)
     if path.is_symlink() or path.exists():
         hidden = path.with_name(f".{secrets.token_hex(4)}.trash")
@@ -100,8 +102,7 @@ def remove_tree(path: str | Path) -> None:
 
 
 def mark_output(folder: str | Path) -> None:
-    """Make the folder if it isn't there, and mark it as written by `afa`, so that no command takes its pictures for
-    input."""
+    """Create the folder if necessary and mark it as output of `afa`, so that no command uses its images as input."""
     folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,12 +110,12 @@ def mark_output(folder: str | Path) -> None:
 
 
 def is_output(folder: Path) -> bool:
-    """Whether `afa` wrote this folder: it bears the mark, or is what `afa predict` wrote before there was one."""
+    """Whether `afa` wrote this folder: it has the mark, or is an unmarked output of an older `afa predict`."""
     return (folder / OUTPUT_MARK).is_file() or (folder.name == "predictions" and (folder / "masks").is_dir())
 
 
 def flush(path: Path) -> None:
-    """Wait until what was written to a file, or the names in a folder, would outlive a power cut."""
+    """Flush a file's content or a folder's entries to disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,7 +124,7 @@ def flush(path: Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Digest of a file's content, in hexadecimal."""
+    """Hexadecimal SHA-256 digest of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -132,13 +133,13 @@ def sha256(path: str | Path) -> str:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path` at once or not at all."""
+    """Atomically write `content` to `path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: str | Path, content: str) -> None:
-    """Write `content` as UTF-8 to `path` at once or not at all. A file name's bytes that are not UTF-8 are escaped."""
+    """Atomically write `content` to `path` as UTF-8. Bytes of file names that are not UTF-8 are escaped."""
     write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
@@ -148,7 +149,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """`content` as JSON. NaN (a class absent everywhere) and infinity become null, which every JSON reader takes."""
+    """Convert `content` to JSON. NaN (a class without pixels) and infinity become null, which is valid JSON."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 

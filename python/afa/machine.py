@@ -1,4 +1,4 @@
-"""The machine that a result was computed on."""
+"""Description of the machine, for results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def processor_name() -> str:
-    """The processor's model, or what else tells it from others."""
+    """The CPU model, or the best available description."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, its one owner at a time, and earlier runs that were moved aside."""
+"""The folder of a run: file names, locking, and archiving of earlier runs."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 """Labels of a few training images at the end of each phase."""
 BEST = "best"
-"""The best weights so far, with train.keep_best."""
+"""The best weights so far, if train.keep_best is set."""
 TENSORBOARD = "tensorboard"
 TRAINING_FILES = (CHECKPOINTS, LOG, TENSORBOARD, SNAPSHOTS, BEST, CONFIG)
-"""What training writes. The checkpoints tell that the run can be resumed."""
+"""Files that training writes. A run with checkpoints can be resumed."""
 
 MODEL = "model.safetensors"
-"""Written last: it tells that training is finished."""
+"""Written last: its presence means that training is finished."""
 EVALUATION = "evaluation"
-"""Label maps of an evaluation that is not complete."""
+"""Label maps of an unfinished evaluation."""
 METRICS, SAMPLES, REPORT = "metrics.json", "samples.npz", "report.html"
 CLASS_TABLE, IMAGE_TABLE, CONFUSION = "metrics.csv", "images.csv", "confusion.csv"
 EVALUATION_FILES = (METRICS, SAMPLES, CLASS_TABLE, IMAGE_TABLE, CONFUSION, REPORT)
-"""What evaluation writes."""
+"""Files that evaluation writes."""
 RESULT_FILES = (MODEL, EVALUATION, *EVALUATION_FILES)
 
 LOCK = ".lock"
 PREVIOUS = "previous"
-"""Numbered folders with the files of earlier runs."""
+"""Folder with a numbered subfolder for each earlier run."""
 _MOVING = ".moving"
 
 
 @contextmanager
 def lock_run(run: str | Path) -> Iterator[None]:
-    """Hold the run's folder, made if need be; UserError when it can't be written or another process holds it.
+    """Lock the run's folder, creating it if necessary; UserError if it can't be written or another process has locked it.
 
-    The operating system lets go of the lock however the process ends. Folders that were made here and are still empty
-    at the end go again.
+    The operating system releases the lock when the process ends. Folders created here are removed if they are still empty
+    at the end.
     """
     made = [folder for folder in (Path(run), *Path(run).parents) if not folder.exists()]
     run = check_writable(run, "the run's folder")
@@ -53,10 +53,10 @@ def lock_run(run: str | Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"another process is working in the run's folder {run}; wait until it has ended, or give another folder"
+            f"another process is using the run's folder {run}; wait until it has finished, or choose another folder"
         ) from None
     except (OSError, NotImplementedError) as error:
-        raise UserError(f"the run's folder {run} can't be locked ({error}); give a folder on another disk") from error
+        raise UserError(f"can't lock the run's folder {run} ({error}); choose a folder on another disk") from error
     try:
         mark_output(run)
         yield
@@ -70,17 +70,16 @@ def lock_run(run: str | Path) -> Iterator[None]:
 
 
 def check_run(run: str | Path) -> None:
-    """UserError when the folder can't be written or is held by another process; to be called before long work."""
+    """Raise UserError if the folder can't be written or is locked by another process. Call it before long work."""
     with lock_run(run):
         pass
 
 
 def put_aside(run: Path, names: Sequence[str]) -> Path | None:
-    """Move what is there of `names` to run/previous/<number>, so that no old file passes for a new one; returns that
-    folder, or None when nothing was there.
+    """Move the existing files among `names` to run/previous/<number>, so that old files can't be mistaken for new ones.
 
-    A stop on the way leaves part of it in run/previous/.moving: the next call completes the move, and `bring_back`
-    undoes it.
+    Returns the new folder, or None if there was nothing to move. An interrupted move leaves files in
+    run/previous/.moving: the next call completes the move, and `bring_back` undoes it.
     """
     moving = run / PREVIOUS / _MOVING
     old = [run / name for name in names if (run / name).exists()]
@@ -98,7 +97,7 @@ def put_aside(run: Path, names: Sequence[str]) -> Path | None:
 
 
 def bring_back(run: Path) -> None:
-    """Undo a `put_aside` that was stopped on its way: the run is again what it was before."""
+    """Undo an interrupted `put_aside`."""
     moving = run / PREVIOUS / _MOVING
     if not moving.is_dir():
         return

@@ -1,5 +1,7 @@
-"""The `afa` command: its options, help and errors. Each subcommand is a module of this package, imported only when it
-runs, so that --help answers at once and without torch."""
+"""The `afa` command: options, help and errors.
+
+Each subcommand is a module of this package. It is imported only when it runs, so --help is fast and works without torch.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,20 @@ ABOUT = """\
 Weakly-supervised semantic segmentation: learn masks from image-level tags
 (AFA, CVPR 2022).
 
-  afa train demo                    train on the embedded data set and measure
-  afa prepare voc FOLDER            make the downloaded PASCAL VOC 2012 ready
-  afa train voc data.root=FOLDER    the recipe of the paper on it
-  afa train own data.root=photos    your own pictures, tagged or in one folder a class
-  afa predict runs/demo photo.jpg   masks for pictures of your own
+  afa train demo                    train and evaluate on the generated demo data
+  afa prepare voc FOLDER            prepare a downloaded PASCAL VOC 2012
+  afa train voc data.root=FOLDER    train on it with the recipe of the paper
+  afa train own data.root=photos    train on your own images (tags.csv, or one folder per class)
+  afa predict runs/demo photo.jpg   segment your own images
 """
 
 PREPARE = """\
-Make a data set ready to train on. What is missing is named, with the place to get it. Only what is not there yet is
-written: after a stop, or when more has been downloaded, run it again.
+Prepare a data set for training. Missing files are listed with their download locations. Existing files are kept, so you
+can run the command again after an interruption or after downloading more.
 
-  voc    PASCAL VOC 2012: the list train_aug (VOC and SBD, without val) and tags from the annotations
-  coco   COCO 2014: lists, tags and validation masks from the instance annotations
-  own    your own pictures: look at what was found (classes, split, masks, bad files); writes nothing
+  voc    PASCAL VOC 2012: write the list train_aug (VOC and SBD, without val) and tags from the annotations
+  coco   COCO 2014: write lists, tags and validation masks from the instance annotations
+  own    your own images: check the folder and print classes, split, masks and bad files; writes nothing
 
 examples:
   afa prepare voc /data/VOCdevkit --sbd /data/benchmark_RELEASE
@@ -40,24 +42,24 @@ examples:
 """
 
 TRAIN = """\
-Check everything, train, measure on the validation split, and write into the run's folder:
-model.safetensors, metrics.json, report.html, log.jsonl and config.yaml.
+Check the settings and the data, train, evaluate on the validation split, and write to the run's
+folder: model.safetensors, metrics.json, report.html, log.jsonl and config.yaml.
 
-CONFIG is a ready configuration ({ready}) or the path of a YAML file. Any key of it can be
-set on the command line as section.key=value.
+CONFIG is a built-in configuration ({ready}) or the path of a YAML file. Override any
+setting on the command line with section.key=value.
 
 examples:
   afa train demo
   afa train voc data.root=/data/VOCdevkit/VOC2012 train.batch_size=8
   afa train voc --run runs/voc_small data.crop_size=320 labels.cam_scales=1,0.5
-  afa train runs/voc_small --resume                          go on after a stop
-  torchrun --nproc-per-node=4 -m afa train voc --run-dir X   a process a GPU; train.batch_size images in all
+  afa train runs/voc_small --resume                          resume an interrupted run
+  torchrun --nproc-per-node=4 -m afa train voc --run-dir X   one process per GPU; train.batch_size images in total
 """
 
 EVALUATE = """\
-Measure a trained run again and rewrite its metrics.json, metrics.csv (IoU by class), images.csv (IoU by image),
-confusion.csv and report.html. An evaluation that was stopped resumes where it was. Without masks, a split only
-gets the classifier's F1.
+Evaluate a trained run and rewrite its metrics.json, metrics.csv (IoU per class), images.csv (IoU per image),
+confusion.csv and report.html. An interrupted evaluation resumes. For a split without masks, only the classifier's F1 is
+computed.
 
 examples:
   afa evaluate runs/voc
@@ -68,26 +70,26 @@ examples:
 """
 
 PREDICT = """\
-Segment pictures: files, folders (searched to the bottom) and quoted glob patterns. Writes into --out
-  masks/NAME.png       class numbers in PASCAL VOC's palette
-  overlays/NAME.png    the classes laid over the picture
-  cams/NAME.png        where the classifier looked
+Segment images given as files, folders (searched recursively) and quoted glob patterns. Writes to --out:
+  masks/NAME.png       class indices in PASCAL VOC's palette
+  overlays/NAME.png    the classes drawn over the image
+  cams/NAME.png        heat map of where the classifier looked
 
 examples:
   afa predict runs/demo photo.jpg
   afa predict runs/voc holiday/ 'more/*.png' --out results
-  afa predict runs/voc photo.jpg --scales 1,0.5,1.5 --flip --crf     slower, and borders closer to the colors
+  afa predict runs/voc photo.jpg --scales 1,0.5,1.5 --flip --crf     slower, with more precise borders
 """
 
 PSEUDO = """\
-Write a training set's pseudo labels, to train a second segmentor on: in --out, NAME.png of the image's own size with
-class numbers in PASCAL VOC's palette, 0 background, 255 ignored. Every source is told the image's tags:
-  seg   the segmentation, among background and the image's tags; nothing is ignored (default)
-  walk  the CAM walked by the affinity, then PAR: what the last phase of training learns from
-  par   the CAM refined by PAR: what the phase before learns from
-  cam   the CAM against the two background scores
-What is written already is kept, so a stopped export goes on; torchrun or --shard share it out. Where there are masks,
-the labels' mIoU against them is told.
+Write pseudo labels for a training set, to train a second segmentation network. For each image, --out gets a NAME.png of
+the same size with class indices in PASCAL VOC's palette (0 background, 255 ignored). All sources use image-level tags:
+  seg   the segmentation, restricted to background and the image's tags; no ignored pixels (default)
+  walk  the CAM after the random walk, refined by PAR: the target of the last training phase
+  par   the CAM refined by PAR: the target of the phase before
+  cam   the CAM, thresholded at the two background scores
+Existing labels are kept, so an interrupted export resumes. Use torchrun or --shard to split the work. If there are
+masks, the labels' mIoU is printed.
 
 examples:
   afa pseudo-labels runs/voc --out labels
@@ -98,15 +100,15 @@ examples:
 """
 
 REPORT = """\
-Write report.html of a measured run anew from its files, without the data or the model.
+Rewrite report.html of an evaluated run from the run's files. Needs neither the data nor the model.
 
 example:
   afa report runs/demo
 """
 
 CONFIGURATION = """\
-Print every setting of a configuration as YAML, or the JSON schema of the YAML files, with the meaning and the range of
-every setting, for editors that complete and check them.
+Print every setting of a configuration as YAML, or the JSON schema of the YAML files, which gives editors the description
+and range of every setting.
 
 examples:
   afa config show voc train.batch_size=8
@@ -117,14 +119,14 @@ examples:
 EXTRAS = frozenset(
     {"PIL", "filelock", "jinja2", "pydantic", "safetensors", "scipy", "skimage", "sklearn", "timm", "tqdm", "yaml"}
 )
-"""Packages that `pip install afa-ext` leaves out."""
+"""Packages that `pip install afa-ext` does not install."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Run the command line and return the exit status: 0 success, 2 bad input (one line on stderr), 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
-        # A file name may hold what the terminal's encoding does not.
+        # A file name may contain characters that the terminal can't encode.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -136,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.parse_args(arguments)
             parser.print_help()
             return 0
-        # Intermixed, as `afa train voc --run X train.lr=1e-4` has values on both sides of an option; argparse can't do
-        # that through its own sub-commands.
+        # `afa train voc --run X train.lr=1e-4` has positional arguments before and after an option. argparse's own
+        # subcommands don't support that.
         options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
         command = import_module(f"afa.commands.{arguments[0].replace('-', '_')}")
         command.run(options)
@@ -148,16 +150,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        return _error(f"the package {package} is not installed: pip install 'afa-ext[train]'")
+        return _error(f"the package {package} is not installed; run pip install 'afa-ext[train]'")
     except KeyboardInterrupt:
-        print("afa: stopped", file=sys.stderr)
+        print("afa: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output (head, less) went away; without this Python complains once more while closing.
+        # The reader of our output (head, less) has exited. Without this, Python prints another error at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        # What reads or writes a file of the user's says more; this is for whatever is left.
+        # Fallback: code that handles the user's files raises more specific errors.
         name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         return _error(f"{name}{error.strerror or error}")
 
@@ -185,38 +187,36 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    prepare = add("prepare", "make a data set ready to train on", PREPARE)
+    prepare = add("prepare", "prepare a data set for training", PREPARE)
     prepare.add_argument("kind", metavar="KIND", help="voc, coco or own")
-    prepare.add_argument("folder", type=_path, metavar="FOLDER", help="where it was unpacked, or your pictures")
+    prepare.add_argument("folder", type=_path, metavar="FOLDER", help="the unpacked data set, or your images")
+    prepare.add_argument("--sbd", type=_path, metavar="DIR", help="voc: folder of SBD (default: search next to FOLDER)")
     prepare.add_argument(
-        "--sbd", type=_path, metavar="DIR", help="voc: where SBD is (default: looked for beside FOLDER)"
-    )
-    prepare.add_argument(
-        "--train-masks", action="store_true", help="also write masks of training images, which training never opens"
+        "--train-masks", action="store_true", help="also write masks of training images; training never reads them"
     )
     prepare.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    train = add("train", "train, measure and report", TRAIN.format(ready=", ".join(ready_names())))
-    train.add_argument("config", metavar="CONFIG", help="name of a ready configuration, or a YAML file")
+    train = add("train", "train, evaluate and report", TRAIN.format(ready=", ".join(ready_names())))
+    train.add_argument("config", metavar="CONFIG", help="name of a built-in configuration, or a YAML file")
     train.add_argument(
         "--run",
-        "--run-dir",  # torchrun takes --run for one of its own options, shortened
+        "--run-dir",  # torchrun parses --run as an abbreviation of one of its own options
         type=_path,
         metavar="DIR",
-        help="folder to write to (default: runs/NAME, or the run given); say --run-dir under torchrun",
+        help="output folder (default: runs/NAME, or the folder of the given run); use --run-dir with torchrun",
     )
     train.add_argument(
         "--resume", action="store_true", help="resume from the last checkpoint, or extend a finished run"
     )
     common(train, "settings that differ from CONFIG")
 
-    evaluate = add("evaluate", "measure a trained run again", EVALUATE)
+    evaluate = add("evaluate", "evaluate a trained run", EVALUATE)
     evaluate.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     common(evaluate, "settings that differ from the run's, such as eval.flip=true")
 
-    predict = add("predict", "segment pictures with a trained run", PREDICT)
+    predict = add("predict", "segment images with a trained run", PREDICT)
     predict.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
-    predict.add_argument("paths", nargs="+", metavar="PATH", help="picture, folder or 'pattern*'")
+    predict.add_argument("paths", nargs="+", metavar="PATH", help="image, folder or 'pattern*'")
     predict.add_argument(
         "--out",
         type=_path,
@@ -229,14 +229,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         type=int,
         default=1024,
         metavar="PIXELS",
-        help="compute longer pictures at this size (default: 1024)",
+        help="resize images whose longer side exceeds this before inference (default: 1024)",
     )
-    predict.add_argument("--scales", metavar="S,S", help="sizes to compute at, such as 1,0.5,1.5 (default: the run's)")
-    predict.add_argument("--flip", action="store_true", help="also the mirrored picture")
-    predict.add_argument("--crf", action="store_true", help="draw borders along colors by a dense CRF")
+    predict.add_argument("--scales", metavar="S,S", help="scales to fuse, such as 1,0.5,1.5 (default: the run's)")
+    predict.add_argument("--flip", action="store_true", help="average with the horizontally flipped image")
+    predict.add_argument("--crf", action="store_true", help="refine borders with a dense CRF")
     common(predict, "")
 
-    pseudo = add("pseudo-labels", "write a training set's pseudo labels", PSEUDO)
+    pseudo = add("pseudo-labels", "write pseudo labels for a training set", PSEUDO)
     pseudo.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     pseudo.add_argument("--out", type=_path, metavar="DIR", required=True, help="folder to write to")
     pseudo.add_argument("--split", metavar="NAME", help="split list to label (default: the run's data.train_split)")
@@ -244,17 +244,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     pseudo.add_argument(
         "--no-ignore",
         action="store_true",
-        help="one background score (labels.cam_threshold, for walk labels.walk_threshold), not two",
+        help="use one background score (labels.cam_threshold; for walk labels.walk_threshold) instead of two",
     )
     pseudo.add_argument("--cams", action="store_true", help="also write cams/NAME.npz (classes, cams)")
-    pseudo.add_argument("--shard", metavar="I/N", default="1/1", help="write the I-th of N parts, I from 1")
+    pseudo.add_argument("--shard", metavar="I/N", default="1/1", help="write part I of N (1 <= I <= N)")
     common(pseudo, "settings that differ from the run's, such as eval.crf=true")
 
-    report = add("report", "write a run's report.html anew", REPORT)
+    report = add("report", "rewrite a run's report.html", REPORT)
     report.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     config = add("config", "print settings, or their JSON schema", CONFIGURATION)
     config.add_argument("action", metavar="ACTION", help="show or schema")
-    config.add_argument("config", nargs="?", metavar="CONFIG", help="ready configuration, YAML file or run")
+    config.add_argument("config", nargs="?", metavar="CONFIG", help="built-in configuration, YAML file or run")
     config.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from CONFIG")
     return parser, {
         "prepare": prepare,
@@ -268,7 +268,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _path(text: str) -> Path:
-    """A path given on the command line; the shell leaves the ~ of --run=~/x as it is."""
+    """A path given on the command line; the shell does not expand the ~ in --run=~/x."""
     return Path(text).expanduser()
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: what they print, the device and the processes they run on, and the data of a run."""
+"""Helpers shared by the commands: output, device, processes, and the data of a run."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from afa.run import CONFIG, MODEL
 
 
 def say(what: str, text: str) -> None:
-    """A line of output under a short heading."""
+    """Print one line of output after a short heading."""
     print(f"{what:<8} {printable(text)}", flush=True)
 
 
 def hush(what: str, text: str) -> None:
-    """`say` in all processes of a run but the first."""
+    """Replacement for `say` in all processes except the first: prints nothing."""
 
 
 def colored() -> bool:
-    """Whether the output is a terminal that should show colors."""
+    """Whether to print colors: stdout is a terminal and NO_COLOR is not set."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 @contextmanager
 def processes(name: str | None) -> Iterator[tuple[torch.device, bool]]:
-    """This process's device, joined with the others that torchrun started if it did, and whether it is the first."""
+    """Yield this process's device and whether it is rank 0. Under torchrun, join the process group for the block."""
     if not distributed.launched():
         yield choose_device(name), True
         return
@@ -46,7 +46,7 @@ def processes(name: str | None) -> Iterator[tuple[torch.device, bool]]:
 
 @contextmanager
 def first_alone(first: bool) -> Iterator[None]:
-    """The first process goes through the block before the others do: what it makes there, they find."""
+    """Run the block in the first process before the others, so that they find the files it writes."""
     if not first:
         distributed.barrier()
     yield
@@ -71,10 +71,10 @@ def need_run(run: Path) -> None:
     """UserError unless the folder holds a finished run."""
     if not run.is_dir():
         others = sorted(str(path.parent) for path in run.parent.glob(f"*/{CONFIG}"))
-        raise UserError(f"there is no run {run}; give a folder that `afa train` wrote{did_you_mean(str(run), others)}")
+        raise UserError(f"no such run: {run}; give a folder that `afa train` wrote{did_you_mean(str(run), others)}")
     if not (run / MODEL).is_file():
         raise UserError(
-            f"the run {run} has no model.safetensors, so its training has not ended; "
+            f"the run {run} has no model.safetensors, so its training is not finished; "
             f"finish it with `afa train {run} --resume`"
         )
 
@@ -83,26 +83,26 @@ def need_classes(run: Path, classes: list[str], config: Config, dataset: TaggedD
     """UserError unless the data has the classes of the run's model."""
     if classes != dataset.classes:
         raise UserError(
-            f"the run {run} knows the classes {', '.join(classes)}, but {config.data.root} has "
-            f"{', '.join(dataset.classes)}; set data.root to the data it was trained for"
+            f"the run {run} was trained on the classes {', '.join(classes)}, but {config.data.root} has "
+            f"{', '.join(dataset.classes)}; set data.root to data with the same classes"
         )
 
 
-def to_be_made(config: Config) -> bool:
-    """Whether the embedded data set is wanted and does not exist yet."""
+def needs_generated_data(config: Config) -> bool:
+    """Whether the configuration uses the generated demo data and it does not exist yet."""
     return config.data.embedded and not Path(config.data.root).exists()
 
 
 def make_data(config: Config, progress: bool) -> None:
-    """Make the embedded data set if it is wanted and does not exist yet."""
-    if to_be_made(config):
+    """Generate the demo data if the configuration uses it and it does not exist yet."""
+    if needs_generated_data(config):
         root = Path(config.data.root)
-        say("data", f"making the embedded data set in {root}")
+        say("data", f"generating the demo data set in {root}")
         make_dataset(root, progress=progress)
 
 
 def say_skipped(dataset: TaggedDataset) -> None:
-    """List the images that were dropped, without the advice, which has been taken."""
+    """List the skipped images with the reasons, without the advice that follows the last semicolon."""
     for reason in dataset.skipped[:10]:
         say("skipped", reason.rpartition(";")[0])
     if len(dataset.skipped) > 10:

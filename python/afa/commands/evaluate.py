@@ -1,4 +1,4 @@
-"""`afa evaluate`: score a trained run again and rewrite its results."""
+"""`afa evaluate`: evaluate a trained run and rewrite its results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def training_facts(run: Path) -> dict[str, Any]:
-    """What training took, which stays true however often the run is evaluated."""
+    """The training entries of metrics.json, which later evaluations keep."""
     if not (run / METRICS).is_file():
         return {}
     before = load_result(run)[2]
@@ -70,9 +70,10 @@ def score_and_report(
     started: float | None,
     store: EvalStore | None = None,
 ) -> None:
-    """Evaluate the model, write all results into the run's folder, and print the scores.
+    """Evaluate the model, write all results to the run's folder, and print the scores.
 
-    facts: for metrics.json; with `started`, a time of `time.perf_counter`, also the seconds since then.
+    facts: additional entries of metrics.json. started: a `time.perf_counter` value; if given, the seconds since then are
+    added.
     """
     result = evaluate(
         model,
@@ -81,7 +82,7 @@ def score_and_report(
         progress=progress,
         keep=config.eval.report_images,
         store=store,
-        on_resume=lambda done: say("resumed", f"{done:,} of {len(val_set):,} images were measured before the stop"),
+        on_resume=lambda done: say("resumed", f"{done:,} of {len(val_set):,} images were already evaluated"),
     )
     if not is_main():
         return
@@ -93,20 +94,20 @@ def score_and_report(
     if val_set.has_masks:
         print(_table(result, len(val_set)))
     else:
-        say("measured", f"F1 of the tags {result.f1:.3f} on {len(val_set):,} images; {no_masks(config, val_set)}")
+        say("measured", f"tag F1 {result.f1:.3f} on {len(val_set):,} images; {no_masks(config, val_set)}")
     say("report", str(page))
 
 
 def no_masks(config: Config, val_set: TaggedDataset) -> str:
-    """The sentence about a validation split without masks."""
+    """The note for a validation split without masks."""
     return (
-        f"the split '{config.data.val_split}' has no masks in {val_set.mask_folder}, so neither the "
-        "segmentation nor the labels can be measured against the truth"
+        f"the split '{config.data.val_split}' has no masks in {val_set.mask_folder}, so the segmentation and the labels "
+        "can't be evaluated"
     )
 
 
 def _table(result: EvalResult, images: int) -> str:
-    """The rows as text, with bars."""
+    """The scores as a text table with bars."""
     full, empty = ("█", "░") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", ".")
     lines = ["", f"{'on ' + format(images, ',') + ' images':<16}{'mIoU':>7}  {'':24}{'pixels':>8}{'classes':>9}"]
     for row, scores in result.rows.items():
@@ -116,4 +117,4 @@ def _table(result: EvalResult, images: int) -> str:
         line = f"{name:<16}{scores['miou']:>7.3f}  {bar}{scores['pixel_acc']:>8.3f}{scores['mean_acc']:>9.3f}"
         lines.append(f"\033[1m{line}\033[0m" if row == list(result.rows)[-1] and colored() else line)
     lines += [f"note: {note}" for note in result.notes]
-    return "\n".join([*lines, f"F1 of the tags {result.f1:.3f}", ""])
+    return "\n".join([*lines, f"tag F1 {result.f1:.3f}", ""])

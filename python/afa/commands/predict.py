@@ -1,4 +1,4 @@
-"""`afa predict`: masks, overlays and heat maps for your own pictures."""
+"""`afa predict`: write masks, overlays and heat maps of images."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def run(options: argparse.Namespace) -> None:
     for result in results:
         done += 1
         found = ", ".join(f"{_square(i)}{names[i]} {_share(share)}" for i, share in result.shares.items())
-        # Above the bar and not through it.
+        # tqdm.write prints above the progress bar.
         tqdm.write(f"{printable(result.name):<{width}}  {found or 'only background'}")
     plural = "" if done == 1 else "s"
-    say("written", f"{done} picture{plural} to {options.out}/masks, overlays and cams")
+    say("written", f"{done} image{plural} to {options.out}/masks, overlays and cams")
     for reason in bad:
         say("skipped", reason.rpartition(";")[0])
     if bad:
-        raise UserError(f"{len(bad):,} of {len(images):,} pictures can't be read, as listed above; fix or remove them")
+        raise UserError(f"{len(bad):,} of {len(images):,} images can't be read (listed above); fix or remove them")
 
 
 def _share(share: float) -> str:
@@ -76,7 +76,7 @@ def _share(share: float) -> str:
 
 
 def _square(index: int) -> str:
-    """A square in the color of the class, on a terminal."""
+    """A square in the color of the class; empty without a color terminal."""
     if not colored():
         return ""
     red, green, blue = SCREEN_COLORS[index].tolist()
@@ -85,18 +85,18 @@ def _square(index: int) -> str:
 
 @dataclass
 class Prediction:
-    """What was found in one picture."""
+    """The classes predicted in one image."""
 
     path: Path
     name: str
     shares: dict[int, float]
-    """Class -> its share of the picture; background (0) left out, largest first."""
+    """Class index -> share of the image's pixels, without background (0), largest first."""
 
 
 def find_images(arguments: Sequence[str]) -> dict[str, Path]:
-    """Output name -> picture, of files, folders (searched to the bottom) and glob patterns, in order.
+    """Map output names to images, for files, folders (searched recursively) and glob patterns, in order.
 
-    UserError names an argument that leads to no picture, and two pictures that would get one output name.
+    Raises UserError for an argument without images, and for two images with the same output name.
     """
     found: dict[str, Path] = {}
     for argument in arguments:
@@ -104,8 +104,8 @@ def find_images(arguments: Sequence[str]) -> dict[str, Path]:
             other = found.get(name)
             if other is not None and other.resolve() != path.resolve():
                 raise UserError(
-                    f"{other} and {path} would both be written as '{name}'; predict them one by one into different "
-                    "folders (--out)"
+                    f"{other} and {path} have the same output name '{name}'; predict them separately with different "
+                    "--out folders"
                 )
             found[name] = path
     return found
@@ -116,14 +116,14 @@ def _expand(argument: str) -> Iterator[tuple[str, Path]]:
     if path.is_dir():
         inside = list(visible_files(path, IMAGE_SUFFIXES))
         if not inside:
-            raise UserError(f"the folder {path} holds no picture ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"no images in the folder {path} (expected {', '.join(IMAGE_SUFFIXES)})")
         yield from ((file.relative_to(path).with_suffix("").as_posix(), file) for file in inside)
     elif path.is_file():
         yield path.stem, path
     else:
         matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True)) if Path(match).is_file()]
         if not matches:
-            raise UserError(f"'{argument}' is neither a file nor a folder and matches nothing; give pictures")
+            raise UserError(f"no such file, folder or matching pattern: '{argument}'")
         yield from ((match.stem, match) for match in matches)
 
 
@@ -138,14 +138,14 @@ def predict(
     progress: bool = True,
     bad: Callable[[str], None],
 ) -> Iterator[Prediction]:
-    """Write out/masks/<name>.png (VOC palette), out/overlays/<name>.png and out/cams/<name>.png; yields as it goes.
+    """Write out/masks/<name>.png (VOC palette), out/overlays/<name>.png and out/cams/<name>.png; yields each prediction.
 
-    The segmentation is that of the configuration's eval section (scales, flip, fusion, crf). The CAM shown is the
-    largest over the classes that the classifier or the mask finds. Pictures longer than `largest_side` pixels are
-    computed at that size and the scores are brought back to the picture's. A picture that can't be read is left out,
-    and `bad` is told why.
+    The configuration's eval section (scales, flip, fusion, crf) defines the segmentation. The heat map shows the maximum
+    CAM over the classes that the classifier or the mask contains. Images whose longer side exceeds `largest_side` pixels
+    are resized for inference; the scores are resized back. An image that can't be read is skipped, and `bad` is called
+    with the reason.
 
-    UserError when `out` can't be written, or holds pictures in one of its three folders that this did not write.
+    Raises UserError if `out` can't be written, or if one of its three folders has files that this function did not write.
     """
     out = _claim(Path(out))
     device = next(model.parameters()).device
@@ -177,11 +177,11 @@ def predict(
 
 
 def _claim(out: Path) -> Path:
-    """Make the folder and mark those inside as output, so that no command takes them for input."""
+    """Create the output folders and mark them as output, so that no command uses them as input."""
     check_writable(out, "--out")
     for folder in (out / "masks", out / "overlays", out / "cams"):
         if not is_output(folder) and folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds files that `afa predict` did not write; give another --out")
+            raise UserError(f"{folder} contains files that `afa predict` did not write; choose another --out")
         check_writable(folder, "--out")
         mark_output(folder)
     return out
@@ -189,8 +189,10 @@ def _claim(out: Path) -> Path:
 
 @torch.inference_mode()
 def _shown_cam(outputs: ScaleOutputs, logits: Tensor) -> np.ndarray:
-    """float32 [H, W] in [0, 1]: the largest CAM over the classes that the classifier or the segmentation finds, for the
-    outputs of one image and its segmentation logits [C+1, H, W]."""
+    """Maximum CAM over the classes that the classifier or the segmentation predicts: float32 [H, W] in [0, 1].
+
+    outputs: of one image. logits: its segmentation logits [C+1, H, W].
+    """
     assert outputs.class_logits is not None
     present = (outputs.class_logits > 0).float()
     segmented = logits.argmax(0).unique().to(present.device)

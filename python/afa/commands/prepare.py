@@ -1,4 +1,4 @@
-"""`afa prepare`: make a data set ready to train on."""
+"""`afa prepare`: prepare a data set for training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def run(options: argparse.Namespace) -> None:
     kinds = ("voc", "coco", "own")
     if options.kind not in kinds:
         raise UserError(
-            f"afa prepare knows {', '.join(kinds)}, not '{options.kind}'{did_you_mean(options.kind, kinds)}"
+            f"unknown data set '{options.kind}'; expected {', '.join(kinds)}{did_you_mean(options.kind, kinds)}"
         )
     if options.sbd is not None and options.kind != "voc":
-        raise UserError(f"--sbd belongs to `afa prepare voc`, not to {options.kind}")
+        raise UserError(f"--sbd is only valid for `afa prepare voc`, got {options.kind}")
     try:
         if options.kind != "own" and folder.is_dir():
             check_writable(folder, "the data folder")
@@ -30,6 +30,6 @@ def run(options: argparse.Namespace) -> None:
         else:
             root = prepare.prepare_own(folder, progress=progress, say=say)
     except KeyboardInterrupt:
-        say("stopped", "what is written is whole; run the same command again to go on")
+        say("stopped", "run the same command again to resume; all written files are complete")
         raise
     say("next", f"afa train {options.kind} data.root={root}")

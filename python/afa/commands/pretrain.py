@@ -1,10 +1,10 @@
-"""Pretrain the small bundled backbone from image-level tags on endlessly generated images.
+"""Pretrain the small bundled backbone with image-level tags on a stream of generated images.
 
     python -m afa.commands.pretrain --out python/afa/weights/pvt_v2_mini.safetensors    # about an hour on 2 cores
     python -m afa.commands.pretrain --out pvt.safetensors --images 4000000 --workers 14    # a GPU with many cores
 
-What ImageNet weights are to a real run, these are to the embedded demo: a start that knows edges, textures and
-outlines, but none of the demo's classes, shapes, textures or backgrounds.
+The demo uses these weights in place of ImageNet weights. They encode edges, textures and outlines, but none of the
+demo's classes, shapes, textures or backgrounds.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ BACKBONE_ARGS: dict[str, tuple[int, ...]] = {
     "mlp_ratios": (4, 4, 4, 4),
 }
 SAVE_EVERY = 120.0
-"""Seconds between measurements, each with the state saved."""
+"""Seconds between evaluations; the state is saved after each."""
 HELD_OUT = 1024
-"""Images, drawn apart from the stream, that the precision is measured on."""
+"""Number of held-out images for the evaluation, generated separately from the stream."""
 
 
 class Tagger(nn.Module):
-    """The backbone at output stride 16, and a 1×1 classifier pooled by the mean of maximum and average."""
+    """The backbone at output stride 16 and a 1×1 classifier; pooling is the mean of max and average pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ class Tagger(nn.Module):
 
 
 def tag_losses(logits: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the outlines and of the textures against targets shared evenly among an image's tags.
+    """Cross-entropies of outlines and textures; the target probability is split evenly among an image's tags.
 
-    From random weights this learns many times faster than a binary loss a tag, whose gradient most images spend on the
-    tags they do not have (compare Mahajan et al., ECCV 2018, section 3).
+    From random weights this learns many times faster than one binary loss per tag, which is dominated by absent tags
+    (compare Mahajan et al., ECCV 2018, section 3).
     """
     groups = (len(PRETRAIN_SHAPES), len(PRETRAIN_TEXTURES))
     outlines, textures = (
@@ -73,7 +73,7 @@ def tag_losses(logits: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def mean_average_precision(model: nn.Module, images: Tensor, tags: Tensor, batch: int = 64) -> dict[str, float]:
-    """Mean over tags of the area under the precision-recall curve; images [N, 3, H, W] uint8, tags [N, T]."""
+    """Mean average precision over the tags; images [N, 3, H, W] uint8, tags [N, T]."""
     from sklearn.metrics import average_precision_score
 
     model.eval()
@@ -108,7 +108,7 @@ on {held_out:,} held-out generated images of the hardest kind: textures {mean_av
 
 
 def write_card(weights: Path, facts: dict[str, Any], parameters: int) -> None:
-    """Write the model card beside the weights, from the facts of the run that made them."""
+    """Write the model card next to the weights. facts: entries describing the pretraining run."""
     text = _CARD.format(
         name=weights.stem,
         backbone=BACKBONE,
@@ -130,20 +130,20 @@ def _parser() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         default=math.inf,
-        help="end the schedule after this time, even with fewer images",
+        help="end the schedule after this many minutes, even with fewer images",
     )
     parser.add_argument("--crop", type=int, default=80, help="image side, pixels (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw images (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that generate images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
 def _save(model: Tagger, out: Path, facts: dict[str, Any]) -> None:
-    """Write the backbone, half precision, without the classifier, under timm's own names; never a partial file."""
+    """Atomically write the backbone in half precision with timm's parameter names, without the classifier."""
     state = {k: v.detach().half().contiguous().cpu() for k, v in model.backbone.net.state_dict().items()}
     metadata = {
         "backbone": BACKBONE,
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stream = TaggedStream(args.crop, args.seed)
     loader = DataLoader(stream, args.batch_size, num_workers=args.workers, prefetch_factor=8 if args.workers else None)
 
-    # The whole state lies beside the weights while the run lasts, so that a killed run goes on where it was.
+    # The training state is saved next to the weights during the run, so that a killed run can resume.
     state_file = args.out.with_suffix(".state")
     seen, step, running, before = 0, 0, float("nan"), 0.0
     if state_file.exists():
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seen, step, running, before = state["seen"], state["step"], state["running"], state["seconds"]
         stream.difficulty = state["difficulty"]
         stream.seed = args.seed + step
-        print(f"going on from {state_file} after {seen} images")
+        print(f"resuming from {state_file} after {seen} images")
 
     start = last_save = time.monotonic()
     bar = tqdm(total=args.images, initial=seen, unit="img", smoothing=0.02)
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if step % 10 == 0:
             value = float(textures.detach())
             running = value if math.isnan(running) else 0.9 * running + 0.1 * value
-            # The images get harder as fast as the textures are learned, and easier again when they are forgotten.
+            # Adapt the difficulty to the texture loss: harder while it is low, easier when it rises.
             stream.difficulty += 0.01 if running < 1.1 else -0.005 if running > 1.5 else 0.0
             bar.update(seen - bar.n)
             bar.set_postfix(textures=f"{running:.2f}", difficulty=f"{stream.difficulty:.2f}", lr=f"{lr:.1e}")

@@ -1,10 +1,10 @@
-"""Export of a training set's pseudo labels for a second-stage segmentor.
+"""Export pseudo labels of a training set, to train a second segmentation network.
 
-    afa pseudo-labels runs/voc --split train_aug --out labels                 # one PNG an image, in VOC's palette
+    afa pseudo-labels runs/voc --split train_aug --out labels                 # one PNG per image, in VOC's palette
     torchrun --nproc-per-node 4 -m afa pseudo-labels runs/voc --out labels
     afa pseudo-labels runs/voc --out labels --shard 2/8                       # the second of eight machines
 
-Every source is told the image's tags, as at training: a class that the image doesn't show is never in its label.
+All sources use image-level tags, as training does: a label contains only classes from its image's tags.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def run(options: argparse.Namespace) -> None:
         return
     say_skipped(dataset)
     rate = f", {done.written / done.seconds:.1f} images a second" if done.written else ""
-    say("written", f"{done.written:,} labels of '{split}' to {options.out} ({done.skipped:,} were there){rate}")
+    say("written", f"{done.written:,} labels of '{split}' to {options.out} ({done.skipped:,} already existed){rate}")
     if done.scores is None:
-        say("note", f"the split '{split}' has no masks, so the labels can't be measured")
+        say("note", f"the split '{split}' has no masks, so the labels can't be evaluated")
         return
     say(
         "measured",
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    """'2/8' -> (1, 8)."""
+    """Parse I/N into a zero-based part and the number of parts: '2/8' -> (1, 8)."""
     number, _, count = text.partition("/")
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise UserError(f"--shard must be I/N with 1 <= I <= N, such as 2/8, got '{text}'")
@@ -105,14 +105,14 @@ def _shard(text: str) -> tuple[int, int]:
 
 @dataclass
 class Export:
-    """What an export did, over all processes."""
+    """Summary of an export, over all processes."""
 
     written: int
     skipped: int
-    """Images whose files were there already."""
+    """Number of images with existing files."""
     seconds: float
     scores: dict[str, Any] | None
-    """Of the labels against the masks of `measured` images (`SegmentationMetrics.compute`); None without masks."""
+    """Scores of the labels against the masks of `measured` images (`SegmentationMetrics.compute`); None without masks."""
     measured: int
 
 
@@ -129,16 +129,19 @@ def export_labels(
     model_id: str = "",
     progress: bool = True,
 ) -> Export:
-    """Write out/<name>.png, a palette PNG of the image's own size, for every image of `dataset` (made with train=False,
-    with_mask=False), and with `cams` out/cams/<name>.npz: `classes` uint8 [K] (class numbers as in the labels) and
-    `cams` float16 [K, H, W].
+    """Write out/<name>.png, a palette PNG of the image's size, for every image of `dataset`.
 
-    What is there already is kept; a file appears whole or not at all. ignore=False uses one
-    background score, labels.cam_threshold or (walk) labels.walk_threshold, in place of two. The eval section holds for
-    the source seg. shard:
-    (number, count) of the part to write; of several processes each takes a part of that.
+    Existing files are kept, and files are written atomically.
 
-    UserError when `out` holds labels that were made otherwise; `model_id` tells one model from another there.
+    dataset: created with train=False and with_mask=False.
+    ignore: if False, use one background score (labels.cam_threshold; for walk labels.walk_threshold) instead of two.
+    cams: also write out/cams/<name>.npz with `classes` uint8 [K] (class indices as in the labels) and `cams` float16
+    [K, H, W].
+    shard: (index, count) of the part to write; several processes split that part.
+    model_id: identifies the model in the manifest of `out`.
+
+    The settings of the eval section apply only to the source seg. Raises UserError if `out` contains labels that were
+    made differently.
     """
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
@@ -153,7 +156,7 @@ def export_labels(
     left = [index for index in mine if not _there(out, dataset.names[index], cams)]
     writer = _Writer(model, dataset, maker, out, source, cams)
     with (
-        tqdm(total=len(left), desc="labelling", unit="img", disable=not (progress and is_main()), leave=False) as bar,
+        tqdm(total=len(left), desc="labeling", unit="img", disable=not (progress and is_main()), leave=False) as bar,
         closing(writer),
     ):
         writer.run(left, bar)
@@ -168,7 +171,7 @@ def export_labels(
 
 
 class _Writer:
-    """Makes labels batch by batch; threads encode and write them, processes do the CRF."""
+    """Makes labels batch by batch. Threads encode and write them; processes compute the CRF."""
 
     def __init__(
         self, model: AFANet, dataset: TaggedDataset, maker: LabelMaker, out: Path, source: str, cams: bool
@@ -199,7 +202,7 @@ class _Writer:
                     self._write(item)
                 else:
                     assert labels.seg_logits is not None
-                    # Of the image's own classes alone: there are few, and the cost is theirs.
+                    # Only the image's own classes: the cost is proportional to their number.
                     probabilities = labels.seg_logits[i, : len(present) + 1].softmax(0).cpu().numpy()
                     self.crf.add(item, batch["image"][i].permute(1, 2, 0).contiguous().numpy(), probabilities)
             if self.crf is not None:
@@ -220,7 +223,7 @@ class _Writer:
         self.writing.append(self.threads.submit(_save, self.out, item, size))
 
     def _wait(self, max_pending: int) -> None:
-        """Wait until at most max_pending files are being written; an error of a thread is raised here."""
+        """Wait until at most max_pending files are being written. Errors of the threads are raised here."""
         while len(self.writing) > max_pending:
             self.writing.popleft().result()
 
@@ -232,12 +235,12 @@ class _Writer:
 
 @dataclass(frozen=True, eq=False)
 class _Labeled:
-    """What is written of one image."""
+    """The output of one image."""
 
     name: str
     label: NDArray[np.uint8]
     classes: NDArray[np.uint8]
-    """Its class numbers, background being 0."""
+    """Class indices of the image; background is 0."""
     cams: NDArray[np.float16] | None
 
 
@@ -250,7 +253,10 @@ def _cam_path(out: Path, name: str) -> Path:
 
 
 def _save(out: Path, item: _Labeled, sized_as: Path | None) -> None:
-    """Write an image's files, the label last: where it is, all is. sized_as: the picture, when it was read smaller."""
+    """Write the files of an image. The label is written last, so its presence means that all files are complete.
+
+    sized_as: the image file, if the image was shrunk when loaded.
+    """
     if item.cams is not None:
         path = _cam_path(out, item.name)
         with atomic_path(path) as temporary:
@@ -276,8 +282,10 @@ def _there(out: Path, name: str, cams: bool) -> bool:
 def _score(
     dataset: TaggedDataset, out: Path, indices: Iterable[int]
 ) -> tuple[SegmentationMetrics, int, tuple[int, int]]:
-    """Labels against the masks that are there, over the labeled pixels: counts, how many images, and of all pixels
-    with a true class how many are labeled, and how many there are."""
+    """Compare labels with the existing masks, over the labeled pixels.
+
+    Returns the metrics, the number of images with masks, and (labeled pixels, all pixels) among those with a true class.
+    """
     metrics = SegmentationMetrics(len(dataset.classes) + 1)
     metrics.confusion = torch.zeros(metrics.num_classes, metrics.num_classes + 1, dtype=torch.int64)
     measured = known = pixels = 0
@@ -297,7 +305,7 @@ def _score(
 
 
 def _description(maker: LabelMaker, dataset: TaggedDataset, source: str, model_id: str) -> dict[str, Any]:
-    """All that a label depends on."""
+    """Everything that a label depends on."""
     content = to_dict(maker.config)
     used = (
         *("longer_side", "scales", "flip", "fusion"),
@@ -316,11 +324,11 @@ def _description(maker: LabelMaker, dataset: TaggedDataset, source: str, model_i
 
 
 def _claim(out: Path, description: dict[str, Any]) -> None:
-    """Make `out` the folder of labels made this way; UserError when it is that of others."""
+    """Write the manifest of `out`, or check it against `description`; UserError if they differ."""
     path = out / MANIFEST
     if not path.is_file():
         if out.is_dir() and next(out.glob("*.png"), None) is not None:
-            raise UserError(f"{out} holds pictures that `afa pseudo-labels` did not write; give another --out")
+            raise UserError(f"{out} contains images that `afa pseudo-labels` did not write; choose another --out")
         write_json(path, description)
         mark_output(out)
         return
@@ -331,5 +339,6 @@ def _claim(out: Path, description: dict[str, Any]) -> None:
     other = [key for key, value in description.items() if before.get(key) != value]
     if other:
         raise UserError(
-            f"{out} holds labels made with another {', '.join(other)} (see {path}); give another --out, or remove it"
+            f"{out} contains labels made with different {', '.join(other)} (see {path}); choose another --out, or "
+            "remove the folder"
         )

@@ -1,4 +1,4 @@
-"""`afa report`: write a run's report.html again from its files."""
+"""`afa report`: rewrite a run's report.html from its files."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from afa.report.results import make_report
 def run(options: argparse.Namespace) -> None:
     """Run `afa report` with its parsed options."""
     if not options.run.is_dir():
-        raise UserError(f"there is no run {options.run}; give a folder that `afa train` wrote")
+        raise UserError(f"no such run: {options.run}; give a folder that `afa train` wrote")
     say("report", str(make_report(options.run)))

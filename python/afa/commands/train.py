@@ -1,4 +1,4 @@
-"""`afa train`: check everything, train, evaluate, and write the report."""
+"""`afa train`: check settings and data, train, evaluate, and write the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from afa import distributed
-from afa.commands.common import hush, make_data, processes, say, say_skipped, to_be_made
+from afa.commands.common import hush, make_data, needs_generated_data, processes, say, say_skipped
 from afa.commands.evaluate import no_masks, score_and_report, training_facts
 from afa.config import Config, load_config, resolve, with_absolute_paths
 from afa.data import check_dataset
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     config = with_absolute_paths(load_config(options.config, options.overrides))
     path = resolve(options.config)
-    # The settings of an earlier run are all called config.yaml: its folder is their name, and where it resumes.
+    # The settings of every run are called config.yaml, so a run is named after its folder.
     of_run = path.name == CONFIG
     name = path.parent.name if of_run else path.stem
     folder = options.run or (path.parent if of_run else Path("runs") / name)
@@ -39,8 +39,8 @@ def run(options: argparse.Namespace) -> None:
         progress = not options.quiet and main
         if main:
             check_run(folder)
-        # What costs least is checked first: lists and tags, then the model, then, when they are made here, the images.
-        splits = None if to_be_made(config) else open_splits(config.data, progress)
+        # Cheap checks first: lists and tags, then the model. Demo data is generated only after that.
+        splits = None if needs_generated_data(config) else open_splits(config.data, progress)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, len(CLASSES if splits is None else splits.train.classes))
         _check_crop(config, model)
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         splits = splits or open_splits(config.data, progress)
         say_if_main(
             "data",
-            f"{config.data.root}: {len(splits.train):,} images to train on, {len(splits.val):,} to measure, "
+            f"{config.data.root}: {len(splits.train):,} images to train on, {len(splits.val):,} for validation, "
             f"{len(splits.train.classes)} classes",
         )
         say_if_main("classes", splits.train.class_counts())
@@ -75,18 +75,18 @@ def run(options: argparse.Namespace) -> None:
             )
         except KeyboardInterrupt:
             if (folder / CHECKPOINTS).is_dir():
-                say_if_main("stopped", f"go on with: afa train {folder} --resume")
+                say_if_main("stopped", f"resume with: afa train {folder} --resume")
             raise
         except Stopped as stopped:
             say_if_main(
                 "stopped",
-                f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else 'SIGTERM'}; the checkpoint of iteration "
-                f"{stopped.iteration:,} is written, resume with: afa train {folder} --resume",
+                f"by {'Ctrl-C' if stopped.signal == signal.SIGINT else 'SIGTERM'}; saved the checkpoint of iteration "
+                f"{stopped.iteration:,}, resume with: afa train {folder} --resume",
             )
-            # As the shell reports a process that the signal itself ended.
+            # The exit status that shells report for a process killed by the signal.
             raise SystemExit(128 + stopped.signal) from None
         if trained is None:
-            say_if_main("finished", f"{folder} was trained before; extend it by a larger train.iterations")
+            say_if_main("finished", f"{folder} is already trained; to extend it, increase train.iterations")
             facts, since = training_facts(folder), None
             trained, _, _ = load_model(folder / MODEL, device)
         else:
@@ -109,11 +109,11 @@ def _check_crop(config: Config, model: AFANet) -> None:
 
 
 def _check_data(config: Config, splits: Splits, progress: bool) -> None:
-    """Decode every picture and mask, and print what is noteworthy about them."""
+    """Decode every image and mask, and print notes about them."""
     for dataset in (splits.train, splits.val):
         say_skipped(dataset)
     if not splits.val.has_masks:
-        say("note", no_masks(config, splits.val) + ": only the classifier's F1 will be")
+        say("note", no_masks(config, splits.val) + "; only the classifier's F1 will be computed")
     for dataset in (splits.train, splits.val):
         check_dataset(dataset, progress)
     for note in [*splits.val.notes, *splits.val.mask_notes()]:

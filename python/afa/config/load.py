@@ -18,7 +18,7 @@ READY = Path(__file__).parent / "ready"
 _COMMAND_LINE = "on the command line"
 
 Values = dict[str, dict[str, Any]]
-"""Section -> name -> value as it was written."""
+"""Section -> name -> value as given by the user."""
 
 
 def ready_names() -> list[str]:
@@ -27,9 +27,9 @@ def ready_names() -> list[str]:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The YAML file meant by the name of a ready configuration, by a path, or by the folder of a run.
+    """The YAML file for the name of a built-in configuration, a path, or the folder of a run.
 
-    Raises UserError listing the ready ones when there is no such file.
+    Raises UserError with the built-in names if there is no such file.
     """
     text = str(name_or_path)
     if text in ready_names():
@@ -40,7 +40,7 @@ def resolve(name_or_path: str | Path) -> Path:
     if (path / CONFIG).is_file():
         return path / CONFIG
     raise UserError(
-        f"there is no configuration '{text}': it is neither a file nor one of the ready names "
+        f"no such configuration: '{text}'; give a YAML file, a run's folder or one of "
         f"{', '.join(ready_names())}{did_you_mean(text, ready_names())}"
     )
 
@@ -48,7 +48,7 @@ def resolve(name_or_path: str | Path) -> Path:
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `section.key=value` overrides.
 
-    Raises one UserError with every wrong key and value: where it was set, what was expected, and what was given.
+    Raises one UserError that lists every wrong key and value: where it was set, what was expected, and what was given.
     """
     path = resolve(name_or_path)
     reading = _Reading()
@@ -59,14 +59,14 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 
 
 def from_dict(content: Any, *, where: str = "in the configuration") -> Config:
-    """A Config from nested mappings; keys that are absent keep their default. UserError as of `load_config`."""
+    """Create a Config from nested mappings; missing keys get their defaults. Raises UserError like `load_config`."""
     reading = _Reading()
     reading.add_file(content, where)
     return reading.config()
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """A copy with `section.key=value` overrides applied. UserError as of `load_config`."""
+    """Return a copy with `section.key=value` overrides applied. Raises UserError like `load_config`."""
     reading = _Reading()
     reading.add_file(to_dict(config), "in the configuration")
     for override in overrides:
@@ -75,25 +75,25 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def validate(config: Config) -> None:
-    """Check every value, its range, and how values fit together; UserError as of `load_config`.
+    """Check every value, its range, and its consistency with other values. Raises UserError like `load_config`.
 
-    For a Config that was changed in Python; those that the functions above return are valid.
+    Only needed for a Config that was changed in Python; the functions above return valid ones.
     """
     with_overrides(config, [])
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested dictionaries, lists and scalars: what YAML and JSON can hold, and `from_dict` reads back."""
+    """Convert to nested dictionaries, lists and scalars for YAML or JSON; `from_dict` is the inverse."""
     return config.model_dump(mode="json", warnings=False)
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML; `load_config` of it gives an equal Config."""
+    """The complete configuration as YAML; `load_config` reads it back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
 
 
 def json_schema() -> str:
-    """The JSON schema of the YAML files, for editors that complete and check them."""
+    """The JSON schema of the YAML files, for completion and checks in editors."""
 
     def one_line(node: Any) -> Any:
         if isinstance(node, dict):
@@ -107,7 +107,7 @@ def json_schema() -> str:
 
 
 class _Reading:
-    """Values gathered from files and overrides, with where each was set and what is wrong."""
+    """Values from files and overrides, where each was set, and the problems found so far."""
 
     def __init__(self) -> None:
         self.values: Values = {}
@@ -119,7 +119,7 @@ class _Reading:
             return
         if not isinstance(content, dict):
             expected = f"sections ({', '.join(SECTIONS)}) of key: value lines"
-            raise UserError(f"{where.removeprefix('in ')} must hold {expected}, got {_shown(content)}")
+            raise UserError(f"{where.removeprefix('in ')} must contain {expected}, got {_shown(content)}")
         for section, values in content.items():
             if section not in SECTIONS:
                 self.problems.append(_unknown_key(str(section), where))
@@ -130,7 +130,7 @@ class _Reading:
                 self.problems.append(f"'{section}' {where} must be a section of key: value lines, got {_shown(values)}")
 
     def add_override(self, override: str) -> None:
-        """`train.iterations=100`, `labels.cam_scales=1,0.5`. Keys inside a mapping are reached by one more dot:
+        """Apply `train.iterations=100` or `labels.cam_scales=1,0.5`. A further dot selects a key of a mapping:
         `model.backbone_args.drop_path_rate=0.1`."""
         key, equals, text = (part.strip() for part in override.partition("="))
         if not equals or not key:
@@ -147,14 +147,14 @@ class _Reading:
             for part in inner[:-1]:
                 mapping = mapping.setdefault(part, {}) if isinstance(mapping, dict) else mapping
             if not isinstance(mapping, dict):
-                self.problems.append(f"'{key}' reaches into a value that is not a mapping")
+                self.problems.append(f"invalid key '{key}': its parent is not a mapping")
                 return
             mapping[inner[-1]] = _parse(text, schema)
         else:
             self._set(key, _parse(text, schema), _COMMAND_LINE)
 
     def config(self) -> Config:
-        """The checked configuration; UserError with every problem."""
+        """Return the validated configuration, or raise UserError with every problem."""
         config: Config | None = None
         try:
             config = Config.model_validate(self.values)
@@ -186,12 +186,12 @@ class _Reading:
 
 
 def _parse(text: str, schema: Mapping[str, Any]) -> Any:
-    """The value of an override, typed by its field."""
+    """Parse the value of an override according to the type of its field."""
     kinds = schema.get("anyOf", [schema])
     optional = any(kind.get("type") == "null" for kind in kinds)
     if optional and text.lower() in ("null", "none", "~", ""):
         return None
-    # A string field takes the text as it is: a folder called 2012 or on must not become a number or a truth value.
+    # A string field takes the text unchanged: a folder called 2012 or on must not become a number or a Boolean.
     if kinds[0].get("type") == "string":
         return text
     try:
@@ -201,7 +201,7 @@ def _parse(text: str, schema: Mapping[str, Any]) -> Any:
 
 
 def _schema(section: str, name: str) -> dict[str, Any] | None:
-    """The JSON schema of one key, or None when there is no such key."""
+    """The JSON schema of one key, or None for an unknown key."""
     if section not in SECTIONS or name not in section_fields(section):
         return None
     kind: Any = Config.model_fields[section].annotation
@@ -217,7 +217,7 @@ def _expected(key: str) -> str:
 
 
 def _described(schema: Mapping[str, Any]) -> str:
-    """What a value must be, in words, from its JSON schema."""
+    """Describe the values that a JSON schema allows."""
     if "anyOf" in schema:
         kinds = [kind for kind in schema["anyOf"] if kind.get("type") != "null"]
         return f"{_described(kinds[0])} or null"
@@ -241,7 +241,7 @@ def _plural(schema: Mapping[str, Any]) -> str:
 
 
 def _range(schema: Mapping[str, Any]) -> str:
-    """The range of a number, as the end of a phrase."""
+    """The range of a number, as the end of a description."""
     low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
     if low is not None and high is not None:
@@ -285,14 +285,14 @@ def _shown(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a duplicate key, of which YAML itself would silently take the last."""
+    """SafeLoader that rejects duplicate keys instead of silently using the last one."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
-            continue  # <<: keys written beside it take precedence
+            continue  # keys of the mapping itself override those merged by <<
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int | float | bool | None):
             raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)

@@ -1,4 +1,4 @@
-"""Paths that a user typed, as a run's configuration keeps them."""
+"""Conversion of user-supplied paths for a run's configuration."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from afa.config.schema import Config
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The configuration with the paths of data and weights absolute and ~ expanded, so that the run is measured and
-    resumed from any working folder."""
+    """Return the configuration with absolute paths for data and weights, so that the run works from any directory."""
     weights = config.model.weights
     if weights is not None and os.path.isfile(os.path.expanduser(weights)):
         weights = absolute(weights)
@@ -18,5 +17,5 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def absolute(path: str) -> str:
-    """The path from the root of the file system, with a leading ~ expanded; links stay as they are."""
+    """The absolute path with a leading ~ expanded; symbolic links are kept."""
     return os.path.abspath(os.path.expanduser(path))

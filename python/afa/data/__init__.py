@@ -1,4 +1,4 @@
-"""Data: datasets, loaders, and the check before long work."""
+"""Datasets, data loaders and data checks."""
 
 from afa.data.classes import COCO_CLASSES, VOC_CLASSES
 from afa.data.dataset import TaggedDataset, check_dataset, open_dataset

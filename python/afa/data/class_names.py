@@ -1,4 +1,4 @@
-"""The one check of class names, whatever they come from: folders, CSV, XML, class lists and model files."""
+"""Validation of class names from folders, CSV, XML, class lists and model files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BACKGROUND = "background"
 MAX_CLASSES = 254
 """A mask is 8-bit: 0 is background and 255 is ignored."""
 
-# A name holding one of these is nearly always a list of names that was separated in another way.
+# A name with one of these is nearly always a list of names with another separator.
 _SEPARATORS = {
     **{",": "a comma", ";": "a semicolon", "|": "a vertical bar", "\t": "a tab", '"': "a double quote"},
     **{"[": "a bracket", "]": "a bracket", "{": "a brace", "}": "a brace"},
@@ -24,14 +24,14 @@ _JOINERS = "\u200c\u200d"
 
 
 def class_name(text: str, where: str) -> str:
-    """The name in Unicode NFC with plain single spaces; UserError, which starts with `where`, when it can't be one."""
+    """Return the name in Unicode NFC with single spaces; UserError, prefixed with `where`, if it is invalid."""
     if any(0xD800 <= ord(character) < 0xE000 for character in text):
-        raise UserError(f"{where}: the class name {text!a} holds bytes that are not UTF-8; rename it")
+        raise UserError(f"{where}: the class name {text!a} contains bytes that are not UTF-8; rename it")
     for character in text:
         if character in _SEPARATORS:
             raise UserError(
-                f"{where}: the class name '{text}' holds {_SEPARATORS[character]} ({character!r}); separate labels by "
-                "spaces or semicolons, and keep quotes and brackets out of names"
+                f"{where}: the class name '{text}' contains {_SEPARATORS[character]} ({character!r}); separate labels "
+                "with spaces or semicolons, and don't use quotes or brackets in names"
             )
     name = " ".join(unicodedata.normalize("NFC", text).split())
     for position, character in enumerate(name):
@@ -40,7 +40,7 @@ def class_name(text: str, where: str) -> str:
         if invisible and not (inside and character in _JOINERS):
             shown = unicodedata.name(character, "unnamed")
             raise UserError(
-                f"{where}: the class name {name!a} holds the invisible character U+{ord(character):04X} "
+                f"{where}: the class name {name!a} contains the invisible character U+{ord(character):04X} "
                 f"({shown}); remove it"
             )
     if not name:
@@ -49,43 +49,45 @@ def class_name(text: str, where: str) -> str:
         raise UserError(f"{where}: the class name '{name}' starts or ends with a quote; remove the quotes")
     if name.casefold() in _MISSING:
         raise UserError(
-            f"{where}: '{name}' stands for a missing value and can't be a class; leave the labels empty for a picture "
-            f"that shows no class, or use {BACKGROUND}"
+            f"{where}: '{name}' means a missing value and can't be a class; for an image without classes, leave the "
+            f"labels empty or use {BACKGROUND}"
         )
     return name
 
 
 def is_background(name: str) -> bool:
-    """Whether the name means 'no class': background in any capitals, with or without underscores around it."""
+    """Whether the name means 'no class': background in any case, with or without surrounding underscores."""
     return unicodedata.normalize("NFKC", name).strip(" _").casefold() == BACKGROUND
 
 
 def check_class_list(names: Iterable[str], where: str) -> list[str]:
-    """The names of a whole list of classes, in its order; UserError for a bad one, two alike, or too few or many."""
+    """Validate a list of class names and return it in order; UserError for invalid names, duplicates, or a bad length."""
     classes = [class_name(name, where) for name in names]
     if not 1 <= len(classes) <= MAX_CLASSES:
-        raise UserError(f"{where} must name 1 to {MAX_CLASSES} classes, and names {len(classes)}")
+        raise UserError(f"{where} must list 1 to {MAX_CLASSES} classes, got {len(classes)}")
     seen: dict[str, str] = {}
     for name in classes:
         if is_background(name):
-            raise UserError(f"{where} names '{name}', but background is always class 0; remove it")
+            raise UserError(f"{where} lists '{name}', but background is always class 0; remove it")
         key = unicodedata.normalize("NFKC", name).casefold()
         other = seen.get(key)
         if other == name:
-            raise UserError(f"{where} names the class '{name}' twice; keep one")
+            raise UserError(f"{where} lists the class '{name}' twice; keep one")
         if other is not None:
-            raise UserError(f"the classes '{other}' and '{name}' of {where} differ only in capitals or form; use one")
+            raise UserError(
+                f"the classes '{other}' and '{name}' of {where} differ only in case or Unicode form; use one spelling"
+            )
         seen[key] = name
     return classes
 
 
 def difference(before: Sequence[str], now: Sequence[str]) -> str | None:
-    """How the classes of the data differ from those of a run, in words; None when they are the same in one order."""
+    """Describe how the classes of the data differ from those of a run; None if names and order are the same."""
     if list(before) == list(now):
         return None
     gone = [name for name in before if name not in now]
     new = [name for name in now if name not in before]
     if not gone and not new:
         return f"the order was {', '.join(before)} and is now {', '.join(now)}"
-    parts = [f"without {', '.join(gone)}"] * bool(gone) + [f"with the new {', '.join(new)}"] * bool(new)
-    return f"the data now comes {' and '.join(parts)}"
+    parts = [f"lacks {', '.join(gone)}"] * bool(gone) + [f"adds {', '.join(new)}"] * bool(new)
+    return f"the data now {' and '.join(parts)}"

@@ -1,7 +1,7 @@
-"""The classes of the public data sets, in the order of their numbers: class i of a mask is name i - 1."""
+"""Class names of the public data sets in index order: mask value i is name i - 1."""
 
 IGNORE = 255
-"""Mask value of pixels that belong to no class and count nowhere."""
+"""Mask value of ignored pixels."""
 
 VOC_CLASSES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

@@ -1,15 +1,15 @@
-"""Tagged pictures as a dataset, whatever the layout of their folder, and the check of every file before long work.
+"""Dataset of tagged images in any supported folder layout, and a check of all files before long work.
 
-root/JPEGImages/<name>.jpg                  or .jpeg, .png, .bmp, .webp, .tif; COCO's train2014 and val2014 will do
+root/JPEGImages/<name>.jpg                  or .jpeg, .png, .bmp, .webp, .tif; or COCO's train2014 and val2014
 root/ImageSets/Segmentation/<split>.txt     one name per line
-root/tags.csv                               image,labels (labels separated by space or ;), or else
-root/Annotations/<name>.xml                 VOC's own files, of which only the objects' names are read
-root/classes.txt                            foreground classes, one per line; without it VOC's 20
-root/SegmentationClass/<name>.png           masks, opened only for evaluation; a split may have none. What is not there
-                                            is looked for in SegmentationClassAug
+root/tags.csv                               image,labels (labels separated by spaces or ;), or instead of it
+root/Annotations/<name>.xml                 VOC's files, of which only the object names are used
+root/classes.txt                            foreground classes, one per line; default: VOC's 20
+root/SegmentationClass/<name>.png           masks, used only for evaluation; a split can have none. Missing masks are
+                                            looked up in SegmentationClassAug
 
-`afa prepare` makes what the public downloads lack of this. A folder without ImageSets and JPEGImages is read as
-readers/own.py says.
+`afa prepare` adds the files that the public downloads lack. readers/own.py documents folders without ImageSets and
+JPEGImages.
 """
 
 from __future__ import annotations
@@ -39,18 +39,16 @@ Sample = dict[str, Any]
 
 
 class TaggedDataset(Dataset[Sample]):
-    """Images of one split with their tags, and their masks only when `with_mask`.
+    """Images of one split with their tags, and with masks if `with_mask`.
 
-    A training item is {"image": uint8 [3,S,S], "tags": float32 [C], "box": int64 [4] (y0,y1,x0,x1), "name":
-    str}; an evaluation item {"image": uint8 [3,H,W], "tags", "name"} with "mask": int64 [H,W] when asked for.
-    A training item is indexed by (index, entropy): its crop depends on the entropy alone, so neither on the
-    number of workers nor on what was loaded before; a plain index means entropy (index,).
+    A training item is {"image": uint8 [3,S,S], "tags": float32 [C], "box": int64 [4] (y0,y1,x0,x1), "name": str}. An
+    evaluation item is {"image": uint8 [3,H,W], "tags", "name"}, with "mask": int64 [H,W] if requested. A training item is
+    indexed by (index, entropy): its crop depends only on the entropy, not on the number of workers or the items loaded
+    before. A plain index means entropy (index,).
 
-    A split without any mask (`has_masks` tells) gives masks of 255 throughout, which no score counts. A split with
-    some masks must have them all.
+    If a split has no masks (see `has_masks`), every mask pixel is 255 (ignored). If it has some, it must have all.
 
-    Lists and tags are read here and checked; UserError names the file. The pictures are left to
-    `check_dataset`.
+    The constructor reads and checks lists and tags and raises UserError for a bad file. `check_dataset` checks the images.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class TaggedDataset(Dataset[Sample]):
         with_mask: bool,
     ) -> None:
         if train and with_mask:
-            raise ValueError("a training set has no masks: image-level labels are all it may see; set with_mask=False")
+            raise ValueError("a training set uses only image-level tags and has no masks; set with_mask=False")
         if train and crop_size is None:
             raise ValueError("a training set needs crop_size, the side of the crop in pixels")
         self.root = Path(root)
@@ -77,7 +75,7 @@ class TaggedDataset(Dataset[Sample]):
         self.flip = flip
         self.with_mask = with_mask
         self.largest_side = largest_side
-        self.skipped: list[str] = []  # why each image that `check_dataset` has dropped can't be used
+        self.skipped: list[str] = []  # reasons for the images that `check_dataset` dropped
         pictures = read_tagged(self.root, split)
         self.classes = pictures.classes
         self.names = pictures.names
@@ -88,7 +86,7 @@ class TaggedDataset(Dataset[Sample]):
         self._masks = pictures.masks
         self.mask_pixels: np.ndarray | None = None  # int64 [256] by value over all masks, after `check_dataset`
         if with_mask:
-            _ = self.has_masks  # looked up once, here, and not in every worker
+            _ = self.has_masks  # compute once here instead of in every worker
 
     def __len__(self) -> int:
         return len(self.names)
@@ -106,13 +104,13 @@ class TaggedDataset(Dataset[Sample]):
             return sample
         sample["image"] = _to_tensor(np.asarray(image))
         if self.with_mask:
-            # Without largest_side the picture has its own size.
+            # Without largest_side, the image has its original size.
             size = (image.height, image.width) if self.largest_side is None else image_size(self.paths[index])
             sample["mask"] = torch.from_numpy(self.mask(index, size).astype(np.int64))
         return sample
 
     def mask_path(self, index: int) -> Path:
-        """Where the mask of an image is, or would be."""
+        """Path of an image's mask, whether or not it exists."""
         name = self.names[index]
         return self._masks.get(name, self.mask_folder / f"{name}.png")
 
@@ -122,17 +120,18 @@ class TaggedDataset(Dataset[Sample]):
         return not self._masks.keys().isdisjoint(self.names)
 
     def mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        """The mask of one image, uint8 [H,W], checked; `size` is (height, width) of the upright image, and the mask
-        comes shrunk as the image does."""
+        """Read and check the mask of one image: uint8 [H,W], shrunk like the image.
+
+        size: (height, width) of the upright image.
+        """
         height, width = shrunk(size, self.largest_side)
         path = self.mask_path(index)
         if not self.has_masks:
             return np.full((height, width), IGNORE, np.uint8)
         if not path.is_file():
             raise UserError(
-                f"the mask {path} does not exist, though '{self.names[index]}' is in the split "
-                f"'{self.split}' and others of it have masks; "
-                "add it, or evaluate on a split that has masks"
+                f"the mask {path} does not exist, but other images of the split '{self.split}' have masks; "
+                "add it, or evaluate on a split with all masks"
             )
         mask = read_mask(path, len(self.classes), size)
         if mask.shape != (height, width):
@@ -141,24 +140,24 @@ class TaggedDataset(Dataset[Sample]):
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of every image as it is loaded, from the headers."""
+        """(height, width) of every image as loaded, read from the file headers."""
         with ThreadPoolExecutor(_threads()) as pool:
             return [shrunk(size, self.largest_side) for size in pool.map(image_size, self.paths)]
 
     def class_counts(self) -> str:
-        """The classes with the number of images that show each, as text: 'cat 10, dog 3'."""
+        """Number of images per class as text: 'cat 10, dog 3'."""
         counts = self.tags.sum(0).long().tolist()
         return ", ".join(f"{name} {count:,}" for name, count in zip(self.classes, counts, strict=True))
 
     def mask_notes(self) -> list[str]:
-        """What makes the scores on these masks say less than they seem to; known after `check_dataset`."""
+        """Warnings about the masks that affect the scores; available after `check_dataset`."""
         if self.mask_pixels is None or not self.has_masks:
             return []
         counts = self.mask_pixels.tolist()
         return mask_notes(counts[: len(self.classes) + 1], counts[IGNORE], self.classes)
 
     def drop(self, bad: dict[int, str]) -> None:
-        """Leave images out; `bad` maps their indices to the reason, which goes to `skipped`."""
+        """Remove images; `bad` maps their indices to the reasons, which are added to `skipped`."""
         kept = [index for index in range(len(self)) if index not in bad]
         if not kept:
             raise UserError(f"no image of the split '{self.split}' of {self.root} is left: {next(iter(bad.values()))}")
@@ -171,8 +170,10 @@ class TaggedDataset(Dataset[Sample]):
 
 
 def open_dataset(data: DataConfig, split: str, *, train: bool, with_mask: bool, progress: bool = True) -> TaggedDataset:
-    """The split as the configuration's data section has it; with data.bad_images=skip, checked and rid of images that
-    can't be used, which `skipped` of the dataset names."""
+    """Open a split with the settings of the data section.
+
+    With data.bad_images=skip, all files are checked and unusable images removed; `skipped` of the dataset lists them.
+    """
     dataset = TaggedDataset(
         data.root,
         split,
@@ -189,10 +190,9 @@ def open_dataset(data: DataConfig, split: str, *, train: bool, with_mask: bool, 
 
 
 def check_dataset(dataset: TaggedDataset, progress: bool = True, *, skip: bool = False) -> None:
-    """Decode every image, and every mask of a set that uses masks; UserError names the first bad file, or, with
-    `skip`, the images of bad files are dropped.
+    """Decode every image, and every mask if the dataset uses masks. Call it before long work.
 
-    Run before any long work: a run must not die of a truncated picture in its second hour.
+    Raises UserError for the first bad file. With `skip`, images with bad files are dropped instead.
     """
 
     def check(index: int) -> tuple[str | None, np.ndarray | None]:
@@ -233,7 +233,7 @@ def check_dataset(dataset: TaggedDataset, progress: bool = True, *, skip: bool =
 
 
 def _checked_size(path: Path) -> tuple[int, int]:
-    """`check_image`, which a file that has not changed since goes through once."""
+    """`check_image`, cached until the file changes."""
     try:
         status = os.stat(path)
     except OSError as error:

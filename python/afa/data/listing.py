@@ -1,4 +1,4 @@
-"""The one rule for listing a folder of pictures, and the way from a name in a table to its picture."""
+"""Listing of image folders, and lookup of images by the names in tables and lists."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def visible_files(folder: Path, suffixes: Sequence[str] | None = None) -> Iterator[Path]:
-    """The files with one of the lower-case suffixes (None: all) in the folder and below it, in order.
+    """Yield the files with one of the lower-case suffixes (None: all) in the folder and its subfolders, in order.
 
-    Files and folders hidden by a leading dot are left out, and so are folders that `afa` wrote its output to. Links to
-    folders are followed, but no loop of links.
+    Hidden files and folders (with a leading dot) and output folders of `afa` are skipped. Links to folders are followed
+    unless they form a loop.
     """
     yield from _visible(folder, suffixes, ())
 
@@ -44,9 +44,11 @@ def _suffix(name: str) -> str:
 
 
 def files_by_name(folders: Iterable[Path], suffixes: Sequence[str]) -> dict[str, Path]:
-    """Path within its folder, without the suffix -> file, of all visible files; of two with one name that of the
-    earlier folder, and in a folder the first by name."""
-    # One listing instead of a look per name and suffix, which takes long on network disks.
+    """Map the relative path without suffix to the file, for all visible files.
+
+    If two files have the same key, the earlier folder wins, then the first by name.
+    """
+    # One listing, because a lookup per name and suffix is slow on network disks.
     found: dict[str, Path] = {}
     for folder in folders:
         for path in visible_files(folder, suffixes):
@@ -55,21 +57,21 @@ def files_by_name(folders: Iterable[Path], suffixes: Sequence[str]) -> dict[str,
 
 
 def stem_of(name: str) -> str:
-    """The bare name of an image given as a name, file name or path, as published split lists give all three."""
+    """The name of an image without folder and suffix. Published lists contain names, file names and paths."""
     return without_suffix(name.replace("\\", "/").rpartition("/")[2])
 
 
 def without_suffix(name: str) -> str:
-    """The name without the suffix of a picture, if it has one."""
+    """The name without its image suffix, if it has one."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and f".{suffix.lower()}" in IMAGE_SUFFIXES else name
 
 
 class PictureFinder:
-    """Names of the pictures that a line of a table or a list may mean.
+    """Finds the image that a line of a table or list refers to.
 
-    A line gives a picture's path within its folder, with or without the suffix, or its bare file name. Unicode forms
-    (NFC, NFD) are alike, since file systems differ in which they keep.
+    A line contains an image's relative path, with or without suffix, or its file name. Unicode forms (NFC, NFD) are
+    treated as equal, because file systems differ in which they store.
     """
 
     def __init__(self, pictures: Mapping[str, Path]) -> None:
@@ -82,7 +84,7 @@ class PictureFinder:
                 self._names.setdefault(key, []).append(name)
 
     def find(self, text: str) -> list[str]:
-        """The names that `text` may mean: none, one, or several of which it can't tell."""
+        """Names that match `text`: none, one, or several if it is ambiguous."""
         key = _key(text.strip().replace("\\", "/").removeprefix("./"))
         return [self._exact[key]] if key in self._exact else self._names.get(key, [])
 

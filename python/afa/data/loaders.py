@@ -1,4 +1,4 @@
-"""The batches of training, endless and in an order that resumes and splits over processes, and those of evaluation."""
+"""Data loaders: endless, resumable and distributed batches for training, and one pass over a split for evaluation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from afa.errors import UserError
 
 
 class Batches(Iterator[Sample]):
-    """Batches in turn; `wait_seconds` adds up how long the caller has waited for them.
+    """Iterator over batches; `wait_seconds` is the total time the caller has waited for them.
 
-    Its growth over the time between two looks is the share of the step that the accelerator stands idle for data.
+    The increase of `wait_seconds` divided by the elapsed time is the share of time that training waits for data.
     """
 
     def __init__(self, batches: Iterator[Sample]) -> None:
@@ -43,12 +43,11 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batches:
-    """Endless batches, shuffled anew each epoch: image [B,3,S,S], tags [B,C], box [B,4], name list[str].
+    """Endless batches, reshuffled every epoch: image [B,3,S,S], tags [B,C], box [B,4], name list[str].
 
-    Batch number n is a function of (dataset, batch_size, seed, n, rank, world_size) alone, so a run resumed at
-    `start_iteration` sees exactly what the uninterrupted one would have, whatever the number of workers. Of
-    `world_size` processes each takes `batch_size` consecutive images of the one order: their n-th batches, put
-    together in the order of ranks, are the n-th batch of a single process at batch_size * world_size.
+    Batch n depends only on (dataset, batch_size, seed, n, rank, world_size), so a run resumed at `start_iteration` sees
+    the same batches as an uninterrupted one, with any number of workers. The n-th batches of all `world_size` processes,
+    concatenated in rank order, equal the n-th batch of a single process with batch_size * world_size.
     """
     if not dataset.train:
         raise ValueError("train_loader needs a dataset made with train=True")
@@ -67,29 +66,31 @@ def eval_loader(
     world_size: int = 1,
     indices: Sequence[int] | None = None,
 ) -> Batches:
-    """The split in order, once; consecutive images of one size come as one batch of up to `batch_size`.
+    """One pass over the split in order. Consecutive images of equal size form batches of up to `batch_size`.
 
-    `indices` takes those images alone. Of `world_size` processes each gets the images `share` gives it.
+    indices: use only these images. With `world_size` processes, each gets the images given by `share`.
     """
     if dataset.train:
         raise ValueError("eval_loader needs a dataset made with train=False")
     chosen = range(len(dataset)) if indices is None else indices
     own = [chosen[position] for position in share(len(chosen), rank, world_size)]
-    # Sizes are read from every file's header: not for nothing.
+    # Reading the sizes opens every file, so avoid it for batches of one.
     batches = [[index] for index in own] if batch_size == 1 else _same_size_batches(own, dataset.sizes, batch_size)
     return _iterate(dataset, batches, workers)
 
 
 def share(length: int, rank: int, world_size: int) -> range:
-    """The positions among `length` that belong to process `rank`: consecutive, none twice, all by some rank, and
-    rank 0's first; shares differ by one at most."""
+    """The contiguous range of positions in [0, length) that belongs to process `rank`.
+
+    The ranges partition all positions in rank order; their lengths differ by at most one.
+    """
     _check_rank(rank, world_size)
     return range(length * rank // world_size, length * (rank + 1) // world_size)
 
 
 def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be 0 up to but without world_size, got rank {rank} of {world_size}")
+        raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
 
 
 class _EndlessBatches(Sampler[list[tuple[int, tuple[int, int]]]]):
@@ -138,7 +139,7 @@ def _iterate(dataset: TaggedDataset, batches: Iterable[list[Any]], workers: int)
 
 def _load(dataset: TaggedDataset, batches: Iterable[list[Any]], workers: int) -> Iterator[Sample]:
     with warnings.catch_warnings():
-        # More workers than cores is slower and no error, and the number comes from a file shared between machines.
+        # More workers than cores is slower but not an error; the configuration is shared between machines.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader: DataLoader[Sample] = DataLoader(
             dataset,
@@ -151,5 +152,5 @@ def _load(dataset: TaggedDataset, batches: Iterable[list[Any]], workers: int) ->
     try:
         yield from iterator
     except UserError as error:
-        # A worker's exception arrives with its traceback as the message; the sentence is the last part of it.
+        # The message of a worker's exception is its traceback; the original message is at the end.
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None

@@ -1,4 +1,4 @@
-"""Reading pictures and masks whatever their encoding, and the random crop of training."""
+"""Loading of images and masks in any encoding, and the random training crop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 from afa.data.classes import IGNORE
 from afa.errors import UserError
 
-# Editors put whole thumbnails, histories and profiles into a PNG's text; Pillow's own limit is 1 MiB a chunk.
+# Editors store thumbnails, histories and profiles in PNG text chunks; Pillow's default limit is 1 MiB per chunk.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 
-# What Pillow's decoders raise on damaged files, the documented OSError aside.
+# Exceptions that Pillow's decoders raise on damaged files, in addition to the documented OSError.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -32,8 +32,7 @@ _DECODE_ERRORS = (
 
 
 def voc_palette() -> NDArray[np.uint8]:
-    """VOC's 256 colors, uint8 [256, 3]: the bits of the index spread over red, green and blue, highest
-    first."""
+    """VOC's 256 colors, uint8 [256, 3]: the bits of the index are distributed over red, green and blue."""
     index = np.arange(256)
     palette = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -43,24 +42,23 @@ def voc_palette() -> NDArray[np.uint8]:
 
 
 def read_image(path: str | Path, largest_side: int | None = None) -> Image.Image:
-    """The picture at `path` as an upright RGB image, shrunk until its longer side has `largest_side` pixels at most.
+    """Load an image as upright 8-bit RGB, shrunk so that its longer side has at most `largest_side` pixels.
 
-    Turned by its EXIF orientation; transparency goes on white; every mode becomes 8-bit RGB, deep grey scaled by the
-    range in the file (see `_eight_bits`). Raises UserError naming the file when it can't be decoded to its last row.
+    Applies the EXIF orientation, puts transparency on white, and scales grayscale of more than 8 bits (see
+    `_eight_bits`). Raises UserError if the file can't be decoded completely.
     """
     try:
         with _opened(path) as image:
             height, width = shrunk(_upright_size(image), largest_side)
             if largest_side is not None and max(image.size) > largest_side:
-                # A JPEG can be decoded at a half, a quarter or an eighth of its size, in a fraction of the time.
-                # Without the option nothing is shrunk: the published recipes' pixels are those of the file.
+                # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size in a fraction of the time.
                 small, large = sorted((height, width))
                 image.draft(None, (large, small) if image.width >= image.height else (small, large))
             image.load()
             upright = to_rgb(image)
     except _DECODE_ERRORS as error:
         raise UserError(
-            f"the image {path} can't be decoded ({_reason(error)}); replace it, take its name out of the split list, "
+            f"the image {path} can't be decoded ({_reason(error)}); replace it, remove its name from the split list, "
             "or set data.bad_images=skip"
         ) from error
     return upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BILINEAR)
@@ -68,23 +66,23 @@ def read_image(path: str | Path, largest_side: int | None = None) -> Image.Image
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    # Through a file object: given a path, Pillow maps an uncompressed file into memory by the upright size, which mixes
-    # up the rows of a TIFF that lies on its side.
+    # Use a file object: given a path, Pillow memory-maps an uncompressed file with the upright size, which scrambles the
+    # rows of a rotated TIFF.
     with open(path, "rb") as file, Image.open(file) as image:
         yield image
 
 
 def check_image(path: str | Path) -> tuple[int, int]:
-    """(height, width) of the upright picture after decoding it to its last row; UserError as of `read_image`.
+    """Decode the image completely and return (height, width) of the upright image; UserError like `read_image`.
 
-    A JPEG is decoded to an eighth of its size: all of the file is read, at less than half the cost.
+    A JPEG is decoded at 1/8 of its size, which still reads the whole file at less than half the cost.
     """
     read_image(path, 1)
     return image_size(path)
 
 
 def shrunk(size: tuple[int, int], largest_side: int | None) -> tuple[int, int]:
-    """(height, width) in the same proportion, the longer at most `largest_side`."""
+    """(height, width) with the same aspect ratio and a longer side of at most `largest_side`."""
     longer = max(size)
     if largest_side is None or longer <= largest_side:
         return size
@@ -92,7 +90,7 @@ def shrunk(size: tuple[int, int], largest_side: int | None) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The loaded `image` upright and in 8-bit RGB."""
+    """Convert the loaded `image` to upright 8-bit RGB."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
@@ -106,7 +104,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of the upright picture, read from the file's header alone."""
+    """(height, width) of the upright image, read only from the file's header."""
     try:
         with _opened(path) as image:
             return _upright_size(image)
@@ -115,19 +113,19 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    # Orientations 5 to 8 lie on their side; of a TIFF Pillow gives the upright size at once.
+    # Orientations 5 to 8 swap width and height. For a TIFF, Pillow already returns the upright size.
     turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _eight_bits(values: NDArray[np.number]) -> NDArray[np.uint8]:
-    """Grey of 16 or 32 bits or of floating point as 8 bits, black staying black where nothing is negative.
+    """Convert 16-bit, 32-bit or floating-point grayscale to 8 bits; 0 stays 0 if no value is negative.
 
-    Whole numbers are taken for the fewest of 8, 10, 12, 14 and 16 bits that hold the picture's largest; floating point
-    for 0 to 1 or 0 to 255. What fits none of these is scaled so that its range fills 0 to 255.
+    The range of integers is the smallest of 8, 10, 12, 14 and 16 bits that contains the maximum; floating-point values
+    are in [0, 1] or [0, 255]. Other values are scaled so that their range fills [0, 255].
     """
     if not np.isfinite(values).all():
-        raise ValueError("it holds NaN or infinity")
+        raise ValueError("it contains NaN or infinity")
     low, high = float(values.min()), float(values.max())
     whole = np.issubdtype(values.dtype, np.integer)
     ranges = [2.0**bits - 1 for bits in (8, 10, 12, 14, 16)] if whole else [1.0, 255.0]
@@ -141,11 +139,11 @@ def _eight_bits(values: NDArray[np.number]) -> NDArray[np.uint8]:
 
 
 def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """The class map at `path`, uint8 [H, W]: 0 background, 1..num_classes, 255 ignored.
+    """Load a class map, uint8 [H, W]: 0 background, 1..num_classes, 255 ignored.
 
-    Turned by its own EXIF orientation. Palette and grey files hold the class itself; RGB files must use VOC's
-    colors. Raises UserError naming the file: not decodable, not of `size` (height, width), or holding a value that
-    is no class.
+    Applies the mask's EXIF orientation. Palette and grayscale files contain class indices; RGB files must use VOC's
+    colors. Raises UserError if the file can't be decoded, doesn't have `size` (height, width), or contains an invalid
+    value.
     """
     try:
         with _opened(path) as file:
@@ -161,12 +159,12 @@ def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None =
         mask = np.asarray(image)
     else:
         raise UserError(
-            f"the mask {path} is a color picture ({image.mode}); save the class numbers as a palette or 8-bit grey PNG"
+            f"the mask {path} is a color image ({image.mode}); save class indices as a palette or 8-bit grayscale PNG"
         )
     if size is not None and mask.shape != size:
         hint = ""
         if mask.shape == (size[1], size[0]):
-            hint = ": turn this one, as the image has been drawn on as it lies in the file, before its EXIF rotation"
+            hint = "; rotate it: this mask seems to match the image before its EXIF rotation"
         raise UserError(
             f"the mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels but its image is {size[1]} "
             f"x {size[0]}; "
@@ -177,9 +175,8 @@ def read_mask(path: str | Path, num_classes: int, size: tuple[int, int] | None =
     unknown = values[~known]
     if unknown.size:
         raise UserError(
-            f"the mask {path} holds the value {unknown[0]:g}, but only 0 (background), 1 to "
-            f"{num_classes} (the classes) "
-            f"and {IGNORE} (ignored) are allowed; fix the mask or list every class in classes.txt"
+            f"the mask {path} contains the value {unknown[0]:g}, but only 0 (background), 1 to {num_classes} (the "
+            f"classes) and {IGNORE} (ignored) are allowed; fix the mask or list every class in classes.txt"
         )
     return mask.astype(np.uint8)
 
@@ -189,14 +186,14 @@ def _from_colors(rgb: NDArray[np.uint8], path: str | Path) -> NDArray[np.int64]:
     known = voc_palette().astype(np.int64) @ keys
     order = np.argsort(known)
     colors = rgb.astype(np.int64) @ keys
-    place = np.searchsorted(known[order], colors).clip(max=255)
-    found = order[place]
-    strange = known[found] != colors
-    if strange.any():
-        color = tuple(int(v) for v in rgb[strange][0])
+    position = np.searchsorted(known[order], colors).clip(max=255)
+    found = order[position]
+    unknown = known[found] != colors
+    if unknown.any():
+        color = tuple(int(v) for v in rgb[unknown][0])
         raise UserError(
-            f"the mask {path} is a color picture holding {color}, which is no color of VOC's palette; "
-            "save the class numbers as a palette or 8-bit grey PNG"
+            f"the mask {path} is a color image with {color}, which is not in VOC's palette; "
+            "save class indices as a palette or 8-bit grayscale PNG"
         )
     return found
 
@@ -204,13 +201,13 @@ def _from_colors(rgb: NDArray[np.uint8], path: str | Path) -> NDArray[np.int64]:
 def random_crop(
     image: Image.Image, size: int, scale_range: tuple[float, float], flip: bool, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-    """A random `size` x `size` crop of the randomly scaled and mirrored image, uint8 [size, size, 3].
+    """A random `size` x `size` crop of the randomly scaled and flipped image, uint8 [size, size, 3].
 
-    Also its valid box (y0, y1, x0, x1): where picture lies and not padding. A scaled image smaller than the
-    crop is put at a random place on black, as in the published code (AFA, CVPR 2022). Only the part that stays is
+    Also returns the box (y0, y1, x0, x1) of the crop that contains image and not padding. A scaled image smaller than the
+    crop is placed at a random position on black, as in the published code (AFA, CVPR 2022). Only the cropped part is
     resampled.
     """
-    # Every draw happens whatever the image, so that a sample's numbers do not depend on its neighbors'.
+    # Always draw the same number of random values, independent of the image.
     draws = rng.random(4)
     scale = scale_range[0] + (scale_range[1] - scale_range[0]) * draws[0]
     boxes, sources = [], []
@@ -234,8 +231,8 @@ def random_crop(
 
 
 def _reason(error: BaseException) -> str:
-    """Pillow's own words, without the path it repeats."""
+    """Pillow's message without the path."""
     if isinstance(error, FileNotFoundError):
-        return "the file is not there"
+        return "no such file"
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return "not an image file" if "cannot identify image file" in text else text

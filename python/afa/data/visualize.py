@@ -1,4 +1,4 @@
-"""Pictures of masks and CAMs: VOC-palette files, overlays and heat maps. Arrays are uint8 [H,W,3] unless said."""
+"""Visualization of masks and CAMs: palette PNGs, overlays and heat maps. Images are uint8 [H,W,3]."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ Picture = NDArray[np.uint8]
 
 PALETTE = voc_palette()
 
-# VOC's colors are made for files: on a screen, over a photograph, half of them look alike and dark. Lit by one
-# factor they keep their hues, and so their names.
+# On a screen, over a photo, half of VOC's colors look dark and alike. Scaling them by one factor preserves the hues.
 SCREEN_COLORS = np.clip(PALETTE.astype(np.float64) * 1.55, 0, 255).astype(np.uint8)
 
 _HEAT = np.array(
     [(16, 12, 48), (60, 26, 120), (132, 32, 130), (200, 50, 96), (240, 98, 52), (252, 170, 42), (252, 244, 150)],
     np.float64,
 )
-"""Dark to bright with rising lightness throughout, so that it also reads in grey."""
+"""Color map with monotonically increasing lightness, so that it also works in grayscale."""
 
 
 def class_color(index: int) -> str:
-    """The color of a class on the screen, as CSS: '#rrggbb'."""
+    """The screen color of a class as CSS: '#rrggbb'."""
     return "#{:02x}{:02x}{:02x}".format(*SCREEN_COLORS[index].tolist())
 
 
 def save_mask(path: str | Path, mask: NDArray[np.integer]) -> None:
-    """Write a class map [H,W] as the palette PNG that VOC's own masks are; whole or not at all."""
+    """Atomically write a class map [H,W] as a PNG with VOC's palette."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
     image.putpalette(PALETTE.tobytes())
     with atomic_path(path) as temporary:
@@ -42,13 +41,13 @@ def save_mask(path: str | Path, mask: NDArray[np.integer]) -> None:
 
 
 def save_picture(path: str | Path, picture: Picture) -> None:
-    """Write a picture in the format of the suffix; whole or not at all."""
+    """Atomically write an image in the format of the suffix."""
     with atomic_path(path) as temporary:
         Image.fromarray(np.ascontiguousarray(picture)).save(temporary)
 
 
 def overlay(picture: Picture, mask: NDArray[np.integer], strength: float = 0.6) -> Picture:
-    """The picture with the classes of mask [H,W] laid over it: outlined, background dimmed, ignored pixels hatched."""
+    """Draw the classes of mask [H,W] over the image, with outlines, dimmed background and hatched ignored pixels."""
     mask = np.asarray(mask)
     result = np.empty(picture.shape, np.uint8)
     for rows in _strips(*mask.shape):
@@ -61,7 +60,7 @@ def _overlay_rows(picture: Picture, whole: NDArray[np.integer], rows: slice, str
     base = picture.astype(np.float64)
     grey = base.mean(-1, keepdims=True)
     colors = SCREEN_COLORS[np.clip(mask, 0, 255)].astype(np.float64)
-    # Half of the photograph's own color goes, so that the class's is seen and not a mixture.
+    # Desaturate the image by half, so that the class colors remain recognizable.
     result = (1 - strength) * (0.5 * base + 0.5 * grey) + strength * colors
     result = np.where((mask == 0)[..., None], 0.62 * (0.35 * base + 0.65 * grey), result)
     y, x = np.mgrid[rows, : mask.shape[1]]
@@ -76,14 +75,14 @@ def _overlay_rows(picture: Picture, whole: NDArray[np.integer], rows: slice, str
 
 
 def heat(picture: Picture, cam: NDArray[np.floating]) -> Picture:
-    """The CAM, float [H,W] or [C,H,W] (its maximum) in [0,1], as a heat map over the greyed picture."""
+    """Draw a CAM as a heat map over the grayscale image; cam: float [H,W], or [C,H,W] (maximum is used), in [0,1]."""
     cam = np.asarray(cam)
     cam = cam.max(0) if cam.ndim == 3 else cam
     result = np.empty(picture.shape, np.uint8)
     for rows in _strips(*cam.shape):
-        place = np.nan_to_num(cam[rows].astype(np.float64)).clip(0, 1) * (len(_HEAT) - 1)
-        low = np.minimum(place.astype(int), len(_HEAT) - 2)
-        part = (place - low)[..., None]
+        position = np.nan_to_num(cam[rows].astype(np.float64)).clip(0, 1) * (len(_HEAT) - 1)
+        low = np.minimum(position.astype(int), len(_HEAT) - 2)
+        part = (position - low)[..., None]
         colors = (1 - part) * _HEAT[low] + part * _HEAT[low + 1]
         grey = picture[rows].astype(np.float64).mean(-1, keepdims=True)
         result[rows] = (0.38 * grey + 0.72 * colors).clip(0, 255)
@@ -91,6 +90,6 @@ def heat(picture: Picture, cam: NDArray[np.floating]) -> Picture:
 
 
 def _strips(height: int, width: int) -> Iterator[slice]:
-    """Strips of rows of about a hundred thousand pixels: drawing takes a hundred times the bytes of the picture."""
+    """Row slices of about 100,000 pixels: drawing temporarily needs a hundred times the memory of the image."""
     rows = max(1, 100_000 // max(1, width))
     return (slice(top, min(height, top + rows)) for top in range(0, height, rows))

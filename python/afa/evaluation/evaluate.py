@@ -1,9 +1,9 @@
-"""Measurement on a split: mean IoU of CAMs, walked CAMs, PAR labels, segmentation and its dense CRF; F1 of the tags.
+"""Evaluation on a split: mean IoU of CAMs, walked CAMs, PAR labels, segmentation and dense CRF; F1 of the tags.
 
     afa evaluate runs/voc eval.scales=1,0.5,0.75 eval.flip=true eval.crf=true
-    torchrun --nproc-per-node 4 -m afa evaluate runs/voc        # every process measures its share
+    torchrun --nproc-per-node 4 -m afa evaluate runs/voc        # each process evaluates a share
 
-A split without masks has no IoU: of it only the classifier is measured.
+For a split without masks, only the classifier's F1 is computed.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def evaluate(
     store: EvalStore | None = None,
     on_resume: Callable[[int], None] | None = None,
 ) -> EvalResult:
-    """Measure `model` on `dataset` (made with train=False) and keep samples of `keep` images, and of a third as many of
-    the best and of the worst.
+    """Evaluate `model` on `dataset` (created with train=False).
 
-    The label rows are made by `LabelMaker.for_evaluation`. The segmentation is the maximum or mean of the logits over
-    eval.scales, each averaged with its mirror image if eval.flip; eval.crf adds a row with the dense CRF over it.
+    `LabelMaker.for_evaluation` makes the label rows. The segmentation is the maximum or mean of the logits over
+    eval.scales, each averaged with the horizontal flip if eval.flip; eval.crf adds a row with the dense CRF.
 
-    store: where each image's label maps are put once done; images found there are not computed again, and on_resume is
-    told how many they are. With torch.distributed up, every process must call this; each measures its share and all
-    get the sums, the samples only the first.
+    keep: number of example images to return, and a third as many of the best and of the worst.
+    store: saves each image's label maps. Images already in it are not computed again; on_resume is called with their
+    number. With torch.distributed, every process must call this function: each evaluates a share of the images, all
+    get the summed scores, and only rank 0 gets the examples.
     """
     started = time.perf_counter()
     was_training = model.training
@@ -84,7 +84,7 @@ def evaluate(
 
 
 class _Measurement:
-    """Counts over one process's share of a split."""
+    """Accumulates the scores of one process's share of a split."""
 
     def __init__(self, model: AFANet, dataset: TaggedDataset, config: Config, store: EvalStore | None) -> None:
         self.model, self.dataset, self.config = model, dataset, config
@@ -96,12 +96,12 @@ class _Measurement:
         self.crf = config.eval.crf and self.has_masks
         self.metrics = {row: SegmentationMetrics(self.num_classes) for row in ((*ROWS, "crf") if self.crf else ROWS)}
         self.found: dict[str, list[int]] = {}
-        """Name -> the class numbers, from 0, that the classifier finds."""
+        """Name -> zero-based class indices predicted by the classifier."""
         self.image_iou: dict[str, float] = {}
 
     def run(self, progress: bool, on_resume: Callable[[int], None] | None) -> None:
         settings = self.config.eval
-        # The first process's list counts: another might look when the first has added to it already.
+        # Rank 0's list is used everywhere, because the store may change before another rank reads it.
         done = broadcast(self.store.done() if self.store is not None and is_main() else set())
         names = self.dataset.names
         stored = [i for i, name in enumerate(names) if name in done]
@@ -191,7 +191,7 @@ class _Measurement:
         self.image_iou.update(zip(names, scores, strict=True))
 
     def gather(self) -> None:
-        """Sum the counts of all processes, and give each what the others found."""
+        """Sum the counts over all processes and share the per-image results."""
         if world_size() == 1:
             return
         for metrics in self.metrics.values():
@@ -212,7 +212,7 @@ class _Measurement:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """An image whose CRF is under way."""
+    """An image that waits for its CRF."""
 
     name: str
     planes: dict[str, NDArray[np.uint8]]
@@ -231,8 +231,10 @@ def _crf_pool(settings: EvalConfig) -> Iterator[CrfPool[_Waiting]]:
 def _samples(
     model: AFANet, dataset: TaggedDataset, config: Config, keep: int, image_iou: Mapping[str, float]
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """Samples evenly spread, of the best and of the worst images, computed once more: which images are the best is
-    known only at the end, and of an evaluation that was resumed nothing but labels is left."""
+    """Evenly spaced examples, the best and the worst images.
+
+    They are computed again, because the ranking is known only at the end and a resumed evaluation has only the labels.
+    """
     spread = sorted({round(i * (len(dataset) - 1) / max(1, keep - 1)) for i in range(min(keep, len(dataset)))})
     numbers = {name: number for number, name in enumerate(dataset.names)}
     ranked = sorted((name for name in image_iou if not math.isnan(image_iou[name])), key=lambda name: image_iou[name])

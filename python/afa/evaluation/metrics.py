@@ -1,4 +1,4 @@
-"""Scores: mean IoU, pixel and mean accuracy from a confusion matrix, and F1 of the image tags."""
+"""Metrics: mean IoU, pixel and mean accuracy from a confusion matrix, and F1 of the image tags."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from afa.data.classes import IGNORE
 
 
 class SegmentationMetrics:
-    """Confusion matrix over `num_classes` classes, background included, and the scores read from it.
+    """Confusion matrix over `num_classes` classes (including background), and the scores computed from it.
 
-    The matrix stays on the device of the tensors given, so an update never waits for an accelerator.
+    The matrix stays on the device of the inputs, so `update` never synchronizes with the GPU.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -23,14 +23,15 @@ class SegmentationMetrics:
         self.confusion: Tensor | None = None
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Count pred [B,H,W] against target [B,H,W]; integers of 0..num_classes-1, and 255 in target is
-        ignored.
+        """Add pred [B,H,W] and target [B,H,W]: integers in [0, num_classes); 255 in target is ignored.
 
-        A prediction outside the classes (an ignored pixel of a pseudo label, say) is a miss for its true
-        class and for nobody else.
+        A prediction outside the classes, such as an ignored pixel of a pseudo label, is a false negative of the true
+        class and a false positive of no class.
         """
         if pred.shape != target.shape:
-            raise ValueError(f"pred and target must have one shape, got {tuple(pred.shape)} and {tuple(target.shape)}")
+            raise ValueError(
+                f"pred and target must have the same shape, got {tuple(pred.shape)} and {tuple(target.shape)}"
+            )
         for name, labels in (("pred", pred), ("target", target)):
             if labels.dtype.is_floating_point or labels.dtype == torch.bool:
                 raise TypeError(f"{name} must hold integers, got {labels.dtype}")
@@ -38,11 +39,11 @@ class SegmentationMetrics:
         self.confusion = counts if self.confusion is None else self.confusion + counts.to(self.confusion.device)
 
     def compute(self) -> dict[str, Any]:
-        """`miou`, `iou` (a list, one a class), `pixel_acc`, `mean_acc` and `confusion` (rows true, columns
-        predicted).
+        """Return `miou`, `iou` (one value per class), `pixel_acc`, `mean_acc` and `confusion` (rows: true classes,
+        columns: predicted classes).
 
-        IoU is nan for a class neither present nor predicted and 0 for one predicted but never present. Both
-        means are over the classes present in the truth alone, as the published code takes them.
+        IoU is nan for a class that is neither present nor predicted, and 0 for one that is predicted but never present.
+        Both means are over the classes present in the targets, as in the published code.
         """
         n = self.num_classes
         counts = torch.zeros(n, n + 1) if self.confusion is None else self.confusion.cpu()
@@ -61,8 +62,10 @@ class SegmentationMetrics:
 
 
 def image_scores(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Mean IoU of every image alone, over the classes present in its truth: float64 [B] for [B,H,W], nan for an image
-    without a counted pixel."""
+    """Mean IoU of each image over the classes present in its target: float64 [B] for inputs [B,H,W].
+
+    nan for an image with only ignored pixels.
+    """
     counts = _count(pred.flatten(1), target.flatten(1), num_classes).double()
     hit = counts[:, :, :num_classes].diagonal(dim1=1, dim2=2)
     present = counts.sum(2)
@@ -72,11 +75,11 @@ def image_scores(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
 
 
 def _count(pred: Tensor, target: Tensor, n: int) -> Tensor:
-    """Pixels [B,P] -> counts int64 [B,n,n+1] by true class and by prediction, whose last column is 'no class'."""
+    """Confusion matrices int64 [B,n,n+1] of pixels [B,P]; the last column counts predictions outside the classes."""
     target = target.long()
     pred = pred.to(target)
-    # One extra row and column collect what lies outside the classes: selecting pixels by a mask instead would make
-    # the host wait for the device.
+    # An extra row and column collect values outside the classes. Selecting pixels with a mask would synchronize with the
+    # GPU.
     row = torch.where((target >= 0) & (target < n), target, n)
     column = torch.where((pred >= 0) & (pred < n), pred, n)
     counts = torch.zeros(len(target), (n + 1) ** 2, dtype=torch.int64, device=target.device)
@@ -87,7 +90,7 @@ def _count(pred: Tensor, target: Tensor, n: int) -> Tensor:
 def classification_f1(scores: Tensor, tags: Tensor, threshold: float = 0.0) -> float:
     """Mean over images of the F1 between `scores > threshold` and `tags`, both [B,C]; scores are logits.
 
-    An image with no tag scores 1 when nothing is predicted and 0 otherwise.
+    An image without tags scores 1 if nothing is predicted and 0 otherwise.
     """
     if scores.shape != tags.shape or scores.dim() != 2:
         raise ValueError(f"scores and tags must both be [B,C], got {tuple(scores.shape)} and {tuple(tags.shape)}")

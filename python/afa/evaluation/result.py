@@ -1,4 +1,4 @@
-"""What an evaluation finds."""
+"""Evaluation results."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROWS = ("cam", "walk", "par", "seg")
-"""What every measurement scores; `EvalResult.rows` adds "crf" where it was asked for."""
+"""Rows of every evaluation; `EvalResult.rows` adds "crf" if the CRF was enabled."""
 
 Scores = dict[str, Any]
-"""As `SegmentationMetrics.compute` gives them."""
+"""The result of `SegmentationMetrics.compute`."""
 
 
 class Example(TypedDict):
@@ -24,23 +24,23 @@ class Example(TypedDict):
     tags: list[str]
     """Class names."""
     cam: NDArray[np.floating]
-    """[H, W] in [0, 1], the largest over the tagged classes."""
+    """[H, W] in [0, 1], the maximum over the tagged classes."""
     cam_label: NDArray[np.integer]
-    """[H, W], as the following four."""
+    """[H, W], like the following four."""
     walk_label: NDArray[np.integer]
     par_label: NDArray[np.integer]
     prediction: NDArray[np.integer]
     truth: NDArray[np.integer]
-    """All ignored (255) where the image has no mask."""
+    """All pixels 255 (ignored) if the image has no mask."""
     iou: float
-    """Mean over the classes the image shows; nan without a mask."""
+    """Mean IoU over the classes in the image; nan without a mask."""
 
 
 @dataclass
 class EvalResult:
-    """Scores, one dictionary per row; all nan when there are no masks.
+    """Scores, one dictionary per row; all nan if there are no masks.
 
-    cam, walk and par see the images' tags (as published); seg and crf do not.
+    cam, walk and par use image-level tags (as published); seg and crf do not.
     """
 
     cam: Scores
@@ -52,20 +52,20 @@ class EvalResult:
     seconds: float
     images: int
     samples: list[Example] = field(default_factory=list)
-    """Images evenly spread over the split."""
+    """Evenly spaced images of the split."""
     crf: Scores | None = None
-    """The segmentation after the dense CRF, with eval.crf."""
+    """The segmentation after the dense CRF; None without eval.crf."""
     has_masks: bool = True
     image_iou: dict[str, float] = field(default_factory=dict)
-    """Name -> mean IoU of the image's final segmentation over the classes it shows, in the split's order."""
+    """Name -> mean IoU of the final segmentation over the classes in the image, in the order of the split."""
     best: list[Example] = field(default_factory=list)
     worst: list[Example] = field(default_factory=list)
-    """The images with the largest and the smallest `image_iou`, the most extreme first."""
+    """Images with the highest and lowest `image_iou`, most extreme first."""
     notes: list[str] = field(default_factory=list)
-    """What makes the scores say less than they seem to, such as masks without any class."""
+    """Warnings about the validity of the scores, such as masks without any class."""
 
     @property
     def rows(self) -> dict[str, Scores]:
-        """The rows that were measured, in the order of the table."""
+        """The evaluated rows in the order of the table."""
         rows = {row: getattr(self, row) for row in ROWS}
         return rows if self.crf is None else {**rows, "crf": self.crf}

@@ -1,4 +1,4 @@
-"""Label maps of an evaluation under way, one small PNG an image, so that a killed evaluation goes on where it was."""
+"""Label maps of a running evaluation, one small PNG per image, so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ _IRRELEVANT = ("batch_size", "report_images", "crf_workers")
 
 
 class EvalStore:
-    """Folder of one evaluation: what another model or other settings left there is thrown away.
+    """Folder of one evaluation. Files of other models or settings are deleted.
 
-    A file holds the rows' label maps one below the other, and as text the rows' names and the classes found.
+    Each PNG contains the label maps of all rows, stacked vertically, and a text chunk with the names of the rows and the
+    predicted classes.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
         self.folder = Path(folder) / key
 
     def done(self) -> set[str]:
-        """Names of the images that are whole."""
+        """Names of the images with complete files."""
         if self.folder.parent.is_dir():
             for other in self.folder.parent.iterdir():
                 if other != self.folder:
                     remove_tree(other)
-        # A name may have folders in it.
+        # A name can contain folders.
         files = (path for path in self.folder.rglob("*.png") if not path.name.startswith("."))
         names = {path.relative_to(self.folder).as_posix()[: -len(".png")] for path in files}
         return {name for name in names if self._whole(name)}
 
     def save(self, name: str, planes: Mapping[str, NDArray[np.uint8]], found: Sequence[int]) -> None:
-        """Keep an image's label maps [H, W] by row, and the class numbers its classifier found."""
+        """Save an image's label maps [H, W] by row, and the class indices that the classifier predicted."""
         about = PngInfo()
         about.add_text("afa", json.dumps({"rows": list(planes), "found": list(found)}))
         with atomic_path(self.folder / f"{name}.png") as temporary:
             Image.fromarray(np.concatenate(list(planes.values()))).save(temporary, pnginfo=about)
 
     def load(self, name: str) -> tuple[dict[str, NDArray[np.uint8]], list[int]]:
-        """What `save` was given."""
+        """Return the arguments of `save`."""
         with Image.open(self.folder / f"{name}.png") as image:
             image.load()
             about = json.loads(image.info["afa"])
@@ -55,7 +56,7 @@ class EvalStore:
         return dict(zip(about["rows"], planes, strict=True)), about["found"]
 
     def clear(self) -> None:
-        """Remove everything: the evaluation is complete, and a later one measures anew."""
+        """Delete everything after a complete evaluation, so that the next one starts from scratch."""
         remove_tree(self.folder.parent)
 
     def _whole(self, name: str) -> bool:
@@ -67,7 +68,7 @@ class EvalStore:
 
 
 def evaluation_key(model: str | Path, config: Config) -> str:
-    """Names an evaluation by all that its results depend on: the weights, the data and the settings."""
+    """Hash of everything the results depend on: weights, data and settings."""
     content = to_dict(config)
     settings = {
         "format": _FORMAT,
@@ -80,5 +81,5 @@ def evaluation_key(model: str | Path, config: Config) -> str:
 
 
 def weights_id(model: str | Path) -> str:
-    """Tells one model file from another by its content."""
+    """Identifier of a model file, computed from its content."""
     return sha256(model)[:16]

@@ -1,1 +1,1 @@
-"""From a model's outputs to labels. Nothing is imported here: the CRF's worker processes must start without torch."""
+"""Labels from model outputs. This module imports nothing, so that the CRF's worker processes start without torch."""

@@ -1,4 +1,4 @@
-"""Class activation maps of the tagged classes, combined over scales and mirror images (AFA, CVPR 2022)."""
+"""Class activation maps of the tagged classes, combined over scales and horizontal flips (AFA, CVPR 2022)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The tagged classes of each image, packed to the left: a batch computes on these instead of all C classes."""
+    """The tagged classes of each image, packed to the left, so that a batch computes K maps per image instead of C."""
 
     index: Tensor
-    """int64 [B, K]: class numbers 0..C-1; arbitrary where not valid."""
+    """int64 [B, K]: class indices in [0, C); arbitrary where not valid."""
     valid: Tensor
     """bool [B, K]."""
 
@@ -31,7 +31,7 @@ class ClassSet:
         return out.scatter_add_(1, index, maps.masked_fill(~self.valid[:, :, None, None], 0))
 
     def labels(self, choice: Tensor) -> Tensor:
-        """choice [B, H, W], 0 background and k+1 the k-th packed class -> labels 0 or class number + 1."""
+        """Map choice [B, H, W] (0 background, k + 1 the k-th packed class) to labels (0 or class index + 1)."""
         table = F.pad(self.index + 1, (1, 0))
         return table.gather(1, choice.flatten(1)).view_as(choice)
 
@@ -39,8 +39,8 @@ class ClassSet:
 def pack_classes(tags: Tensor, max_classes: int | None = None) -> ClassSet:
     """Tags [B, C] -> the classes present, K = max_classes per image.
 
-    max_classes must be at least the largest number of tags of an image. Without it that number is read from tags on
-    the CPU; on an accelerator, where reading would make the host wait, K is C.
+    max_classes must be at least the maximum number of tags per image. By default, this maximum is read from CPU tags; for
+    tags on a GPU, reading would synchronize, so K is C.
     """
     if max_classes is None:
         max_classes = tags.shape[1] if tags.device.type != "cpu" else int((tags > 0).sum(1).max()) if len(tags) else 1
@@ -51,21 +51,21 @@ def pack_classes(tags: Tensor, max_classes: int | None = None) -> ClassSet:
 
 
 def pack_host_tags(tags: Tensor, device: torch.device) -> ClassSet:
-    """`pack_classes` on `device` of tags [B, C] on the CPU, where their number is read without waiting."""
+    """`pack_classes` on `device` for CPU tags [B, C], without synchronization."""
     max_classes = int((tags > 0).sum(1).max())
     return pack_classes(tags.to(device, non_blocking=True), max_classes)
 
 
 @torch.no_grad()
 def combine_cams(scales: Sequence[tuple[Tensor, Tensor]], classes: ClassSet, size: tuple[int, int]) -> Tensor:
-    """Raw CAMs, per scale those of the images and of their mirror images [B, C, h, w] -> [B, K, H, W] in [0, 1].
+    """Combine raw CAMs (per scale: of the images and of the flipped images, [B, C, h, w]) to [B, K, H, W] in [0, 1].
 
-    The maximum of the two directions, upsampled bilinearly to `size`, ReLU, summed over scales; then shifted and scaled
-    to [0, 1] over each image's map. Zero for absent classes.
+    Takes the maximum over flips, upsamples bilinearly to `size`, applies ReLU, sums over scales, and normalizes each map
+    to [0, 1]. Zero for absent classes.
     """
     total: Tensor | None = None
-    for straight, mirrored in scales:
-        maps = torch.maximum(classes.gather(straight), classes.gather(mirrored))
+    for original, flipped in scales:
+        maps = torch.maximum(classes.gather(original), classes.gather(flipped))
         maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False).relu_()
         total = maps if total is None else total.add_(maps)
     assert total is not None

@@ -1,7 +1,7 @@
-"""Dense CRF over class probabilities (Krähenbühl and Koltun, NeurIPS 2011), image by image in worker processes.
+"""Dense CRF on class probabilities (Krähenbühl and Koltun, NeurIPS 2011), one image per task in worker processes.
 
-The computation is pydensecrf's (the extra `crf`). This module imports neither torch nor anything that does, so that
-worker processes start fast.
+Uses pydensecrf (the extra `crf`). This module does not import torch, even indirectly, so that worker processes start
+fast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from afa.config import EvalConfig
 
 _SMALLEST = 1e-5
-"""Probabilities are raised to this before their logarithm, as the published evaluations do."""
+"""Probabilities are clamped to this minimum before taking the logarithm, as in the published evaluations."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -40,12 +40,12 @@ class CrfSettings:
 
     @classmethod
     def of(cls, config: EvalConfig) -> CrfSettings:
-        """The CRF that a configuration asks for."""
+        """The CRF settings of a configuration."""
         return cls(config.crf_iterations, config.crf_gaussian, config.crf_bilateral)
 
 
 def check_installed() -> None:
-    """UserError that says how to install it when pydensecrf can't be imported."""
+    """Raise UserError with installation instructions if pydensecrf can't be imported."""
     _library()
 
 
@@ -54,7 +54,7 @@ def dense_crf(
 ) -> NDArray[np.float32]:
     """Class probabilities [C, H, W] after mean-field inference on the RGB image [H, W, 3]; float32 [C, H, W].
 
-    ValueError when the sizes differ. UserError when pydensecrf is not installed.
+    Raises ValueError if the sizes differ, and UserError if pydensecrf is not installed.
     """
     count, height, width = probabilities.shape
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
@@ -74,10 +74,10 @@ def dense_crf(
 
 
 class CrfPool(Generic[Key]):
-    """Label maps by dense CRF, computed in `workers` processes while the caller goes on; 0 computes in this one.
+    """Computes label maps by dense CRF in `workers` processes, asynchronously; with 0 workers, in this process.
 
-    At most two images a worker are under way: `take` waits while there are more, so that a slow CRF holds the network
-    back instead of filling the memory with logits.
+    `take` limits the queue to two images per worker, so that a slow CRF throttles the network instead of filling memory
+    with logits.
     """
 
     def __init__(self, settings: CrfSettings, workers: int | None = None) -> None:
@@ -86,20 +86,20 @@ class CrfPool(Generic[Key]):
         self.workers = (os.cpu_count() or 1) if workers is None else workers
         self._done: list[tuple[Key, NDArray[np.uint8]]] = []
         self._pending: dict[Future[NDArray[np.uint8]], Key] = {}
-        # Not fork: the parent has threads, and perhaps a GPU, that a forked child would inherit half of.
+        # Not fork: the parent has threads and possibly a CUDA context, which do not survive a fork.
         self._pool = (
             ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn")) if self.workers else None
         )
 
     def add(self, key: Key, image: NDArray[np.uint8], probabilities: NDArray[np.float32]) -> None:
-        """Begin an image [H, W, 3] with its class probabilities [C, H, W]."""
+        """Submit an image [H, W, 3] with its class probabilities [C, H, W]."""
         if self._pool is None:
             self._done.append((key, _labels(image, probabilities, self.settings)))
         else:
             self._pending[self._pool.submit(_labels, image, probabilities, self.settings)] = key
 
     def take(self, *, everything: bool = False) -> Iterator[tuple[Key, NDArray[np.uint8]]]:
-        """(key, label map [H, W]) of the images done since the last call; `everything`: wait for all of them."""
+        """Yield (key, label map [H, W]) of the images finished since the last call; everything: wait for all images."""
         yield from self._done
         self._done.clear()
         max_pending = 0 if everything else 2 * self.workers
@@ -111,14 +111,14 @@ class CrfPool(Generic[Key]):
                     yield self._pending.pop(future), future.result()
                 except BrokenProcessPool as error:
                     raise UserError(
-                        "a process of the CRF died, most likely out of memory; lower eval.crf_workers and start "
-                        "again: what is done is kept"
+                        "a CRF process died, most likely out of memory; lower eval.crf_workers and run the command "
+                        "again, which resumes"
                     ) from error
             if not late:
                 return
 
     def close(self) -> None:
-        """Drop what has not begun and end the processes."""
+        """Cancel pending images and stop the processes."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -132,7 +132,7 @@ def _library() -> Any:
         import pydensecrf.densecrf
     except ImportError as error:
         raise UserError(
-            f"eval.crf needs pydensecrf ({error}); install it with: pip install pydensecrf2 (or the extra "
+            f"eval.crf needs pydensecrf ({error}); run pip install pydensecrf2 (or install the extra "
             '"afa-ext[crf]"), or set eval.crf=false'
         ) from error
     return pydensecrf.densecrf

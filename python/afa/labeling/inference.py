@@ -1,6 +1,6 @@
-"""Forward passes over image scales and mirror images, which training, evaluation, prediction and export share.
+"""Forward passes over image scales and flips, shared by training, evaluation, prediction and export.
 
-Each scale and direction runs through the network once, whatever is wanted of it.
+Each scale and flip runs through the network once, for all requested outputs.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from afa.model.precision import inference_precision
 
 @dataclass
 class ScaleOutputs:
-    """What the forwards over scales and mirror images gave; what was not asked for is empty or None."""
+    """Outputs of the forward passes over scales and flips; outputs that were not requested are empty or None."""
 
     size: tuple[int, int]
     """(H, W) of the images."""
     cams: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Per CAM scale: raw CAMs [B, C, h, w] of the images and of their mirror images, the latter mirrored back."""
+    """Per CAM scale: raw CAMs [B, C, h, w] of the images and of the flipped images, the latter flipped back."""
     seg_logits: list[tuple[float, Tensor]] = field(default_factory=list)
-    """Per segmentation scale: (scale, logits [B, C+1, h, w] on the decoder's grid), averaged over both directions."""
+    """Per segmentation scale: (scale, logits [B, C+1, h, w] on the decoder's grid), averaged over flips."""
     class_logits: Tensor | None = None
     """[B, C] at scale 1."""
     affinity: Tensor | None = None
-    """[B, N, N] of the scale asked for."""
+    """[B, N, N] at the requested scale."""
     grid: tuple[int, int] | None = None
     """Token grid (h, w) of that affinity."""
 
     def class_activation_maps(self, classes: ClassSet) -> Tensor:
-        """[B, K, H, W] in [0, 1] of the chosen classes (see `combine_cams`)."""
+        """CAMs [B, K, H, W] in [0, 1] of the given classes (see `combine_cams`)."""
         return combine_cams(self.cams, classes, self.size)
 
 
@@ -53,10 +53,10 @@ def run_scales(
     classify: bool = False,
     base_cam: Tensor | None = None,
 ) -> ScaleOutputs:
-    """Run normalized images [B, 3, H, W] at every scale that is asked for.
+    """Run normalized images [B, 3, H, W] at all requested scales.
 
-    cam_scales: with mirror images. seg_scales: with mirror images if seg_flip. affinity_scale: of the images only.
-    base_cam: raw CAMs [B, C, h, w] of the images at scale 1, if a forward already made them.
+    cam_scales: with flips. seg_scales: with flips if seg_flip. affinity_scale: without flips. base_cam: raw CAMs
+    [B, C, h, w] at scale 1, if already computed.
     """
     found = ScaleOutputs((inputs.shape[2], inputs.shape[3]))
     wanted = [*cam_scales, *seg_scales, *([] if affinity_scale is None else [affinity_scale]), *([1.0] * classify)]
@@ -95,10 +95,10 @@ def run_scales(
 def _both_ways(
     model: AFANet, images: Tensor, straight: set[str], mirrored: set[str], base_cam: Tensor | None
 ) -> tuple[Output, Output]:
-    """Outputs of the images and of their mirror images, in one forward where both want the same."""
+    """Outputs of the images and of the flipped images, in one forward pass if both need the same outputs."""
     missing = straight - {"cam"} if base_cam is not None else straight
     if "affinity" in missing and mirrored == straight - {"affinity"}:
-        missing = straight  # the CAM again, but in one forward with the mirror images
+        missing = straight  # computes the CAM again, but in one forward pass with the flipped images
     same = missing - {"affinity"}
     if mirrored and same == mirrored:
         both = model(torch.cat([images, images.flip(-1)]), want={*same, "qk"} if "affinity" in missing else same)
@@ -115,9 +115,9 @@ def _both_ways(
 
 
 def fuse_segmentation(outputs: ScaleOutputs, fusion: str, size: tuple[int, int]) -> Tensor:
-    """Maximum or mean of the logits over scales, then upsampled to `size`: [B, C+1, H, W].
+    """Fuse the logits over scales by maximum or mean, then upsample to `size`: [B, C+1, H, W].
 
-    They are fused on the decoder's grid of the scale nearest to 1, as the published code does.
+    Fusion uses the decoder's grid of the scale closest to 1, as in the published code.
     """
     _, nearest = min(outputs.seg_logits, key=lambda pair: abs(math.log(pair[0])))
     grid = (nearest.shape[2], nearest.shape[3])
@@ -127,7 +127,7 @@ def fuse_segmentation(outputs: ScaleOutputs, fusion: str, size: tuple[int, int])
 
 @dataclass
 class Inference:
-    """What a model says of images, computed at the configuration's scales."""
+    """Model outputs at the configuration's scales."""
 
     outputs: ScaleOutputs
     seg_logits: Tensor | None
@@ -142,7 +142,8 @@ def infer(
     *,
     affinity_scale: float | None = None,
 ) -> Inference:
-    """uint8 images [B, 3, H, W] -> what `want` names: class, cam, seg, and the affinity if its scale is given.
+    """Run uint8 images [B, 3, H, W] and return the outputs in `want` (class, cam, seg), and the affinity if its scale is
+    given.
 
     CAMs use labels.cam_scales; the segmentation uses eval.longer_side, eval.scales, eval.flip and eval.fusion.
     """
@@ -171,7 +172,7 @@ def infer(
 
 
 def resize(images: Tensor, scale: float) -> Tensor:
-    """Images [B, 3, H, W] at a scale, bilinear (align_corners=False)."""
+    """Resize images [B, 3, H, W] by a scale, bilinear (align_corners=False)."""
     size = resize_size((images.shape[2], images.shape[3]), scale)
     return _interpolate(images, size)
 
@@ -182,7 +183,7 @@ def resize_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def fit_longer_side(size: tuple[int, int], longer_side: int) -> tuple[int, int]:
-    """(height, width) in the same proportion, the longer one being longer_side."""
+    """(height, width) with the same aspect ratio and the given longer side."""
     factor = longer_side / max(size)
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 

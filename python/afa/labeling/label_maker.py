@@ -1,4 +1,4 @@
-"""The one place that makes labels: targets for training, rows for evaluation, files for export."""
+"""Creation of all labels: training targets, evaluation rows and exported files."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from afa.labeling.labels import Thresholds, cam_labels, par_labels, par_weights,
 from afa.model.network import AFANet
 
 SOURCES = ("seg", "walk", "par", "cam")
-"""seg: the segmentation. walk: the CAM walked by the affinity. par: the CAM refined by PAR. cam: the CAM itself."""
+"""seg: the segmentation. walk: the CAM after the random walk. par: the CAM refined by PAR. cam: the CAM itself."""
 
 
 @dataclass
 class Labels:
-    """Labels of one batch, and what they were made from."""
+    """Labels of one batch and their inputs."""
 
     maps: dict[str, Tensor]
-    """Source -> int64 [B, H, W]: 0 background, class number + 1, 255 ignored."""
+    """Source -> int64 [B, H, W]: 0 background, class index + 1, 255 ignored."""
     cams: Tensor
     """[B, K, H, W] in [0, 1] of the tagged classes."""
     classes: ClassSet
     class_logits: Tensor | None
-    """[B, C], if asked for."""
+    """[B, C], if requested."""
     seg_logits: Tensor | None
-    """[B, C+1, H, W] of all classes, or [B, K+1, H, W] of the tagged ones (-inf where there are fewer); background
-    first. None without the source seg."""
+    """[B, C+1, H, W] of all classes, or [B, K+1, H, W] of the tagged ones (padded with -inf); background first. None
+    without the source seg."""
 
 
 @dataclass(frozen=True)
 class LabelMaker:
-    """The rule by which labels are made; `for_training` and `for_evaluation` give the two that are used."""
+    """Makes labels with fixed settings; use `for_training` or `for_evaluation` to create one."""
 
     config: Config
     thresholds: Thresholds
-    """Background scores of CAM and PAR labels."""
+    """Background scores for CAM and PAR labels."""
     walk_thresholds: Thresholds
     walk_scale: float
-    """Image scale whose affinity the walk uses."""
+    """Image scale of the walk's affinity."""
     refine_walk: bool
     """Whether walk labels are refined by PAR."""
     tagged_only: bool
-    """Whether the source seg chooses among the tagged classes only."""
+    """Whether the source seg is restricted to the tagged classes."""
 
     @classmethod
     def for_training(cls, config: Config, *, ignore: bool = True) -> LabelMaker:
-        """Labels as training learns from them; ignore=False replaces both background scores by the one that evaluation
-        uses, so that no pixel is ignored."""
+        """Labels for training. ignore=False replaces both background scores with the single one of evaluation, so that no
+        pixel is ignored."""
         labels = config.labels
         both = (labels.low, labels.high)
         return cls(
@@ -66,8 +66,8 @@ class LabelMaker:
 
     @classmethod
     def for_evaluation(cls, config: Config) -> LabelMaker:
-        """Labels as evaluation scores them: one background score each, since an ignored pixel can't be scored; the walk
-        with the affinity of labels.walk_scale and without PAR."""
+        """Labels for evaluation: a single background score, so that no pixel is ignored; the walk uses the affinity of
+        labels.walk_scale and no PAR."""
         return cls(
             config,
             thresholds=(config.labels.cam_threshold,) * 2,
@@ -89,8 +89,8 @@ class LabelMaker:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Labels by source (cam, par, walk) and the CAMs [B, K, H, W].
 
-        images uint8 [B, 3, H, W]; box [B, 4]: the valid part of padded crops, None for whole images. The walk needs
-        `outputs.affinity`.
+        images: uint8 [B, 3, H, W]. box: [B, 4], the valid part of padded crops, or None for full images. The source walk
+        needs `outputs.affinity`.
         """
         settings = self.config.labels
         cams = outputs.class_activation_maps(classes)
@@ -115,7 +115,7 @@ class LabelMaker:
 
     @torch.inference_mode()
     def from_images(self, model: AFANet, images: Tensor, tags: Tensor, sources: Collection[str] = SOURCES) -> Labels:
-        """Labels of uint8 images [B, 3, H, W] with tags [B, C] on the CPU, from the model in evaluation mode."""
+        """Labels of uint8 images [B, 3, H, W] with CPU tags [B, C]; the model must be in evaluation mode."""
         classes = pack_host_tags(tags, images.device)
         want = {"class", "cam", "seg"} if "seg" in sources else {"class", "cam"}
         scale = self.walk_scale if "walk" in sources else None
@@ -131,7 +131,7 @@ class LabelMaker:
 
 
 def _among_tagged(logits: Tensor, classes: ClassSet) -> Tensor:
-    """[B, C+1, H, W] -> [B, K+1, H, W]: background and the tagged classes, -inf where there are fewer."""
+    """[B, C+1, H, W] -> [B, K+1, H, W]: background and the tagged classes, padded with -inf."""
     own = logits[:, 1:].take_along_dim(classes.index[:, :, None, None], dim=1)
     own = own.masked_fill(~classes.valid[:, :, None, None], -torch.inf)
     return torch.cat([logits[:, :1], own], 1)

@@ -1,9 +1,8 @@
-"""Pseudo labels from CAMs: thresholds, PAR, and the affinity walk (AFA, CVPR 2022).
+"""Pseudo labels from CAMs: thresholds, PAR, and the random walk (AFA, CVPR 2022).
 
-Everything works on whole batches. Images with different tags share one set of packed maps (`ClassSet`), and nothing
-reads a tensor back to the host. Every label follows one rule, with two background scores (low, high): background where
-the background wins even with the low score, a class where it wins even against the high score, ignored (255) between
-the two. Equal scores ignore nothing.
+All functions work on batches and never synchronize with the GPU. Images with different tags share one set of packed maps
+(`ClassSet`). All labels use the same rule with two background scores (low, high): background if it wins with the low
+score, a class if it wins against the high score, otherwise ignored (255). With equal scores, no pixel is ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Thresholds = tuple[float, float]
 
 
 def cam_labels(cams: Tensor, classes: ClassSet, thresholds: Thresholds) -> Tensor:
-    """CAMs [B, K, H, W] against the background scores -> int64 [B, H, W]: 0 background, class number + 1, 255."""
+    """Threshold CAMs [B, K, H, W] -> int64 [B, H, W]: 0 background, class index + 1, 255 ignored."""
     low, high = thresholds
     return _three_way(classes, _choose(cams, low), _choose(cams, high) if high != low else None)
 
@@ -39,11 +38,11 @@ def par_labels(
     box: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """PAR label: per threshold the softmax over background score and CAMs at reduced size, refined by PAR, upsampled,
-    argmax. Also ignored outside `box` [B, 4] (y0, y1, x0, x1).
+    """PAR labels: for each threshold, softmax over background score and CAMs at reduced size, PAR, upsampling, argmax.
 
-    images uint8 [B, 3, H, W], cams [B, K, H, W] -> int64 [B, H, W]. thresholds: those of the configuration if None.
-    weights: PAR's affinity of the images where it was already computed (`par_weights`).
+    images uint8 [B, 3, H, W], cams [B, K, H, W] -> int64 [B, H, W]. Pixels outside `box` [B, 4] (y0, y1, x0, x1) are
+    ignored. thresholds: default from the configuration. weights: PAR's affinity of the images, if already computed
+    (`par_weights`).
     """
     low, high = thresholds or (config.low, config.high)
     return afa_ext.pseudo_labels(
@@ -61,7 +60,7 @@ def par_labels(
 
 @torch.no_grad()
 def par_weights(images: Tensor, config: LabelConfig) -> Tensor:
-    """PAR's affinity of uint8 images [B, 3, H, W] at reduced size: once per image, for every threshold and label."""
+    """PAR's affinity of uint8 images [B, 3, H, W] at reduced size, shared by all thresholds and labels."""
     small = [max(1, side // config.par_downscale) for side in images.shape[2:]]
     colors = F.interpolate(images.float() / 255, size=small, mode="bilinear", align_corners=False)
     return afa_ext.par_affinity(colors, dilations=config.par_dilations)
@@ -76,8 +75,10 @@ def walk_scores(
     config: LabelConfig,
     background: float,
 ) -> Tensor:
-    """CAMs [B, K, H, W] on the token grid, walked by affinity [B, N, N] against a background score:
-    [B, K+1, h, w], background first."""
+    """Random walk of CAMs [B, K, H, W] on the token grid with affinity [B, N, N] and a background score.
+
+    Returns scores [B, K+1, h, w], background first.
+    """
     tokens = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
     return afa_ext.propagate_cams(
         tokens,
@@ -100,7 +101,7 @@ def walked_cam_labels(
     config: LabelConfig,
     thresholds: Thresholds,
 ) -> Tensor:
-    """Walked CAMs, upsampled, against the background scores, not refined by PAR: int64 [B, H, W]."""
+    """Labels from upsampled walk scores without PAR: int64 [B, H, W]."""
     choices = []
     for background in dict.fromkeys(thresholds):
         scores = walk_scores(cams, affinity, grid, classes, config, background)
@@ -121,11 +122,10 @@ def walk_labels(
     box: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Walk label: CAMs walked on the token grid once per threshold, upsampled, refined by PAR inside the crop's valid
-    box, argmax. Also ignored outside `box` [B, 4].
+    """Walk labels: for each threshold, a random walk on the token grid, upsampling, PAR inside the box, argmax.
 
-    images uint8 [B, 3, H, W], cams [B, K, H, W], affinity [B, N, N] on `grid` -> int64 [B, H, W]. thresholds, weights:
-    as in `par_labels`, the weights only for whole images.
+    images uint8 [B, 3, H, W], cams [B, K, H, W], affinity [B, N, N] on `grid` -> int64 [B, H, W]. Pixels outside `box`
+    [B, 4] are ignored. thresholds, weights: as in `par_labels`; weights only without box.
     """
     low, high = (
         walk_scores(cams, affinity, grid, classes, config, score) for score in thresholds or (config.low, config.high)
@@ -155,14 +155,14 @@ def _par_settings(config: LabelConfig) -> dict[str, Any]:
 
 
 def _three_way(classes: ClassSet, low: Tensor, high: Tensor | None) -> Tensor:
-    """Labels from the choices [B, H, W] against the two scores; high None: the same as low."""
+    """Labels from the choices [B, H, W] for the two scores; high=None: same as low."""
     if high is None:
         return classes.labels(low)
     return classes.labels(high).masked_fill_((low > 0) & (high == 0), IGNORE)
 
 
 def _choose(maps: Tensor, background: float | Tensor) -> Tensor:
-    """0 where the background [B, H, W] is at least every map [B, K, H, W], else 1 + the first largest map."""
-    # Not argmax, which is about ten times slower across a short strided dimension on the CPU.
+    """0 where background [B, H, W] is at least as large as all maps [B, K, H, W], else 1 + index of the largest map."""
+    # max, because argmax is about ten times slower over a short strided dimension on the CPU.
     best, choice = maps.max(1)
     return (choice + 1).masked_fill_(best <= background, 0)

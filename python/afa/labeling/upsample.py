@@ -1,4 +1,4 @@
-"""Label maps of a picture's full size from scores computed on a smaller one, without the memory of full-size scores."""
+"""Full-size label maps from low-resolution scores, without allocating full-size scores."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _PIXELS = 1 << 20
-"""Pixels of a strip of rows that is computed at a time."""
+"""Number of pixels per strip of rows."""
 
 
 def upsampled_labels(scores: Tensor, height: int, width: int) -> NDArray[np.uint8]:
-    """Scores [C, h, w] -> the class with the largest score, uint8 [height, width], the scores (and not the classes)
-    interpolated bilinearly as by F.interpolate(align_corners=False): borders stay smooth at every size."""
+    """Upsample scores [C, h, w] bilinearly, as F.interpolate(align_corners=False), and return the class with the largest
+    score, uint8 [height, width]. Interpolating scores instead of classes gives smooth borders."""
     scores = scores.float()
     if scores.shape[1:] == (height, width):
         return scores.argmax(0).to(torch.uint8).cpu().numpy()

@@ -1,1 +1,1 @@
-"""The parts of training: schedule, one step, checkpoints, the log. `afa.training.loop` puts them together."""
+"""Training: schedule, training step, checkpoints and log. `afa.training.loop` is the entry point."""

@@ -1,4 +1,4 @@
-"""TensorBoard: the log's numbers as scalars, and pictures of some validation images at every measurement.
+"""TensorBoard output: the log's values as scalars, and example images at every evaluation.
 
 tensorboard --logdir runs
 """
@@ -19,14 +19,13 @@ from afa.evaluation.result import Example
 from afa.run import TENSORBOARD
 
 PICTURES = 6
-"""Images shown at a measurement."""
+"""Number of example images per evaluation."""
 PANELS = ("image", "CAM", "label", "prediction", "truth")
 GAP = 4
 
 
 class Board:
-    """Writes to the folder run/tensorboard. `start`: the iterations already done; what an earlier run that went
-    beyond them wrote is then hidden."""
+    """Writes to run/tensorboard. start: completed iterations; later entries of an earlier run are hidden."""
 
     def __init__(self, run: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -34,7 +33,7 @@ class Board:
         self.writer = SummaryWriter(str(run / TENSORBOARD), purge_step=start + 1 if start else None)
 
     def record(self, record: dict[str, Any]) -> None:
-        """A line of log.jsonl; what training and what measurement found under one heading each."""
+        """Write a record of log.jsonl as scalars."""
         for name, value in record.items():
             if name != "iteration" and isinstance(value, int | float):
                 kind, _, rest = name.partition("_")
@@ -43,7 +42,7 @@ class Board:
         self.writer.flush()
 
     def pictures(self, samples: Sequence[Example], iteration: int) -> None:
-        """Samples of `evaluate`: image, CAM, PAR label, prediction and truth side by side."""
+        """Write examples of `evaluate`: image, CAM, PAR label, prediction and truth side by side."""
         for sample in samples:
             self.writer.add_image(f"images/{sample['name']}", panels(sample), iteration, dataformats="HWC")
         self.writer.flush()
@@ -53,18 +52,18 @@ class Board:
 
 
 def open_board(wanted: bool | None, run: Path, start: int) -> Board | None:
-    """A board where it is `wanted`, or None given and the package is installed."""
+    """Open a board if `wanted`; None: only if the package is installed."""
     there = find_spec("tensorboard") is not None
     if wanted and not there:
         raise UserError(
-            "train.tensorboard is true, but the package is not installed; pip install tensorboard, or set "
+            "train.tensorboard is true, but the package is not installed; run pip install tensorboard, or set "
             "train.tensorboard=false"
         )
     return Board(run, start) if there and wanted is not False else None
 
 
 def panels(sample: Example) -> np.ndarray:
-    """One sample as uint8 [H, W, 3], in the order of PANELS; the truth only where it is known."""
+    """One example as uint8 [H, W, 3], in the order of PANELS; without the truth if there is no mask."""
     image = sample["image"]
     shown = [image, heat(image, sample["cam"])]
     shown += [overlay(image, label) for label in (sample["par_label"], sample["prediction"])]

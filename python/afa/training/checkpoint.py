@@ -1,11 +1,11 @@
-"""Checkpoints: what a run goes on from, written whole or not at all, and checked before it is used.
+"""Checkpoints, written atomically and verified before use.
 
-checkpoints/<iterations done>/model.safetensors   the weights that training goes on with
-                              ema.safetensors     their average, with train.ema
-                              state.pt            optimizer and loss scale; read by torch.load(weights_only=True)
-                              sha256.json         of the files beside it
+checkpoints/<completed iterations>/model.safetensors   the weights
+                                   ema.safetensors     their moving average, with train.ema
+                                   state.pt            optimizer and loss scale; read by torch.load(weights_only=True)
+                                   sha256.json         checksums of the other files
 
-Schedule, order of the data and random numbers are functions of the seed and the iteration, so the number says them.
+Schedule, data order and random numbers depend only on the seed and the iteration, so they need not be saved.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ FREE = (
     *("data.root", "data.workers", "train.log_every", "train.eval_every", "train.checkpoint_every"),
     *("train.keep_checkpoints", "train.keep_best", "train.tensorboard"),
 )
-"""Settings that a resumed run may have otherwise; and all of eval."""
+"""Settings that can change when resuming, in addition to all of eval."""
 SUMS = "sha256.json"
 EMA = "ema.safetensors"
 
 
 def save_checkpoint(run: Path, step: TrainStep, classes: Collection[str], iteration: int) -> None:
-    """Write checkpoints/<iteration>, which takes its name once whole; then delete all but the newest few."""
+    """Atomically write checkpoints/<iteration>; then delete all but the newest train.keep_checkpoints."""
     folder = run / CHECKPOINTS
     temporary = folder / f".{iteration:08d}.tmp"
     remove_tree(temporary)
@@ -49,21 +49,23 @@ def save_checkpoint(run: Path, step: TrainStep, classes: Collection[str], iterat
         save_model(temporary / EMA, step.eval_model, step.config, classes)
     with atomic_path(temporary / "state.pt") as path:
         state = {"iteration": iteration, "optimizer": step.optimizer.state_dict()}
-        with open(path, "wb") as file:  # torch's own writer reports a full disk as a RuntimeError without a reason
+        with open(path, "wb") as file:  # torch reports a full disk as a RuntimeError without a reason if given a path
             torch.save({**state, "scaler": step.scaler.state_dict()}, file)
     write_json(temporary / SUMS, {path.name: sha256(path) for path in sorted(temporary.iterdir())})
     final = folder / f"{iteration:08d}"
-    # There is one already where a damaged one was passed over.
+    # A damaged checkpoint that was skipped may have the same name.
     remove_tree(final)
     with writing(final):
         os.replace(temporary, final)
-        flush(folder)  # so that a power cut keeps the new name
+        flush(folder)  # so that the new name survives a power failure
     _keep(run, step.config.train.keep_checkpoints)
 
 
 def finish(run: Path, step: TrainStep, classes: Collection[str]) -> None:
-    """Write model.safetensors, which tells that the run is finished: the best weights with train.keep_best, else the
-    last. The checkpoint of its last iteration stays, so that the run can be extended; the others are deleted."""
+    """Write model.safetensors, which marks the run as finished: the best weights with train.keep_best, else the last.
+
+    The checkpoint of the last iteration is kept, so that the run can be extended; the others are deleted.
+    """
     save_checkpoint(run, step, classes, step.config.train.iterations)
     best = best_model(run)
     if best is not None:
@@ -73,18 +75,18 @@ def finish(run: Path, step: TrainStep, classes: Collection[str]) -> None:
 
 
 def save_if_best(run: Path, step: TrainStep, classes: Collection[str], iteration: int, score: float) -> None:
-    """Keep the model that would be evaluated now if its score is higher than that of every earlier call."""
+    """Save the evaluated model if its score is higher than in all earlier calls."""
     best = best_model(run)
     if best is not None and not score > best[2]:
         return
-    # One name holds all of it, so that a stop on the way leaves the old or the new one.
+    # The file name contains iteration and score, so that an interruption leaves either the old or the new file.
     save_model(run / BEST / f"{iteration:08d}_{score:.6f}.safetensors", step.eval_model, step.config, classes)
     if best is not None:
         remove_tree(best[0])
 
 
 def best_model(run: Path) -> tuple[Path, int, float] | None:
-    """File, iteration and score of the best model kept by `save_if_best`, if there is one."""
+    """File, iteration and score of the best model saved by `save_if_best`, or None."""
     found = []
     for path in (run / BEST).glob("[0-9]*_*.safetensors"):
         iteration, _, score = path.stem.partition("_")
@@ -93,14 +95,14 @@ def best_model(run: Path) -> tuple[Path, int, float] | None:
 
 
 def forget_later_best(run: Path, iteration: int) -> None:
-    """Remove a best model of iterations that a resumed run will repeat."""
+    """Delete a best model from iterations that a resumed run will repeat."""
     for path in (run / BEST).glob("[0-9]*_*.safetensors"):
         if int(path.stem.partition("_")[0]) > iteration:
             remove_tree(path)
 
 
 def is_finished(run: Path) -> bool:
-    """Whether training has ended: the model is there. What an extension starts from is moved aside first."""
+    """Whether training is finished, that is, the model exists. Extending a run moves its model away first."""
     return (run / MODEL).is_file()
 
 
@@ -112,11 +114,11 @@ def _keep(run: Path, count: int) -> None:
 
 
 def find_checkpoint(run: Path, config: Config, classes: Sequence[str]) -> Path | None:
-    """The newest whole checkpoint of a run of this configuration and these classes, or None when the run is finished
-    and no iteration is left. A damaged one is reported on stderr and passed over.
+    """The newest valid checkpoint of a run, or None if the run is finished and not extended.
 
-    A finished run is extended by a larger train.iterations. Rank 0 looks, and all processes get its answer. UserError
-    when there is no checkpoint, or when a setting that the weights depend on is not the one the run was started with.
+    Damaged checkpoints are reported on stderr and skipped. A larger train.iterations extends a finished run. Rank 0
+    searches, and all processes get the result. Raises UserError if there is no checkpoint, or if the classes or a setting
+    that affects the weights differ from those of the run.
     """
     found: Path | None = None
     problem: UserError | None = None
@@ -132,7 +134,7 @@ def find_checkpoint(run: Path, config: Config, classes: Sequence[str]) -> Path |
 
 
 def load_checkpoint(folder: Path, step: TrainStep) -> int:
-    """Fill model, average and optimizer from a checkpoint; returns the iterations done."""
+    """Load model, moving average and optimizer from a checkpoint; returns the number of completed iterations."""
     try:
         step.model.load_state_dict(load_file(folder / MODEL))
         if step.ema is not None:
@@ -140,10 +142,10 @@ def load_checkpoint(folder: Path, step: TrainStep) -> int:
         state = torch.load(folder / "state.pt", map_location=step.device, weights_only=True)
         step.optimizer.load_state_dict(state["optimizer"])
         step.scaler.load_state_dict(state["scaler"])
-    except Exception as error:  # whatever safetensors, torch.load or the model say of tensors that don't fit
+    except Exception as error:  # safetensors, torch.load and the model raise different exceptions
         raise UserError(
             f"the checkpoint {folder} can't be read ({one_line(error)}); move it out of the folder to resume from "
-            "the one before, or start a new run in another folder (--run)"
+            "the previous one, or start a new run in another folder (--run)"
         ) from error
     return int(state["iteration"])
 
@@ -171,10 +173,10 @@ def _find(run: Path, config: Config, classes: Sequence[str]) -> Path | None:
         problems.append(f"the checkpoint {folder} is damaged: {problem}")
     if finished:
         raise UserError(
-            f"the run in {run} is finished, and no whole checkpoint is left to extend it from; its model stays as it "
-            "is: start a new run in another folder (--run)"
+            f"the run in {run} is finished, but there is no valid checkpoint to extend it from; its model is unchanged: "
+            "start a new run in another folder (--run)"
         )
-    raise UserError("; ".join(problems) + "; no whole one is left: start a new run in another folder (--run)")
+    raise UserError("; ".join(problems) + "; there is no valid checkpoint: start a new run in another folder (--run)")
 
 
 def _check_classes(run: Path, model: Path, classes: Sequence[str]) -> None:
@@ -192,7 +194,7 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, if anything."""
+    """Describe the damage to a checkpoint's files; None if they are valid."""
     try:
         sums: dict[str, str] = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         names = list(sums)
@@ -202,13 +204,13 @@ def _damage(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
         if sha256(folder / name) != sums[name]:
-            return f"{name} is not what was written"
+            return f"the checksum of {name} does not match"
     return None
 
 
 def _check_same(run: Path, config: Config, checkpoints: Sequence[Path]) -> bool:
-    """Whether the configuration extends a run that is finished, or has made all its iterations; UserError when it
-    differs otherwise from the run's own."""
+    """Whether the configuration extends a run that has completed all its iterations; UserError for any other difference
+    from the run's settings."""
     before, now = to_dict(load_config(run / CONFIG)), to_dict(config)
     complete = is_finished(run) or any(int(path.name) == before["train"]["iterations"] for path in checkpoints)
     extended = False
@@ -222,7 +224,7 @@ def _check_same(run: Path, config: Config, checkpoints: Sequence[Path]) -> bool:
                 extended = True
                 continue
             raise UserError(
-                f"{key} is {value!r}, but the run in {run} was started with {old!r}; set it back, or start a new run "
+                f"{key} is {value!r}, but the run in {run} was started with {old!r}; restore it, or start a new run "
                 "in another folder (--run)"
             )
     return extended

@@ -1,4 +1,4 @@
-"""torch.compile where it can be had: every part of the network but those whose attention is read."""
+"""torch.compile for all parts of the network except those that provide attention maps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from afa.model.network import AFANet
 
 BACKEND = "inductor"
 RECOMPILE_LIMIT = 64
-"""CAM scales, their mirror images and forwards without gradients each are a variant of the same code."""
+"""Each CAM scale, flip and no-grad mode is a separate compilation of the same code."""
 
 
 def compile_network(model: AFANet) -> list[str]:
-    """Compile parts of the network in place; returns their names. Tensors and their names stay as they are.
+    """Compile parts of the network in place and return their names. Parameters and their names don't change.
 
-    The hooks that read queries and keys live for one forward and a compiled module would not call them. So a module
-    that holds such an attention is entered, and its other children compiled: of a pyramid all stages but the last,
-    whose blocks keep their attention and have compiled MLPs; of a plain ViT all blocks but the last ones.
+    Compiled modules would not call the per-forward hooks that capture queries and keys. A module that contains such an
+    attention is therefore not compiled itself; its other children are. For a pyramid, these are all stages except the last,
+    and the MLPs of the last stage; for a plain ViT, all blocks except the last ones.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     paths = [f"backbone.net.{path}" for path in model.backbone.attention_paths]
@@ -31,7 +31,7 @@ def compile_network(model: AFANet) -> list[str]:
             for name, child in module.named_children():
                 visit(child, f"{path}.{name}")
         elif any(True for _ in module.parameters()) and any(True for _ in module.children()):
-            # Single layers gain nothing.
+            # Compiling single layers has no benefit.
             module.compile(backend=BACKEND)
             compiled.append(path)
 

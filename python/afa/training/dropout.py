@@ -1,4 +1,4 @@
-"""Dropout that does not depend on how the batch is divided among processes and micro-batches."""
+"""Dropout that is independent of how the batch is split over processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class SharedDropout2d(nn.Dropout2d):
-    """Dropout2d whose mask is drawn for the whole batch, of which this process and micro-batch has a part.
+    """Dropout2d that generates the mask of the whole batch and applies the part of this process and micro-batch.
 
-    Masks are those that nn.Dropout2d would draw for the whole batch in one process, if it is the first to draw.
+    The masks equal those of nn.Dropout2d for the whole batch in one process, if it is the first random operation.
     """
 
     seed = 0
@@ -26,14 +26,14 @@ class SharedDropout2d(nn.Dropout2d):
 
 
 def share_dropout(model: nn.Module) -> None:
-    """Turn every Dropout2d of `model` into a SharedDropout2d, in place."""
+    """Convert every Dropout2d of `model` to SharedDropout2d in place."""
     for module in model.modules():
         if type(module) is nn.Dropout2d:
             module.__class__ = SharedDropout2d
 
 
 def place_shared_dropout(model: nn.Module, seed: int, *, first: int, whole: int) -> None:
-    """Set the seed of the next masks, and which of the batch's `whole` images come next: those from `first` on."""
+    """Set the seed of the next masks, the batch offset `first` of the next images, and the batch size `whole`."""
     for module in model.modules():
         if isinstance(module, SharedDropout2d):
             module.seed, module.first, module.whole = seed, first, whole

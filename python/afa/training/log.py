@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: log.jsonl, the line beside the progress bar, TensorBoard."""
+"""Training log: log.jsonl, progress bar summary and TensorBoard records."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from afa.training.step import StepResult
 
 LOSSES = ("loss_cls", "loss_seg", "loss_aff")
 SKIPS = 30
-"""So many updates left out in a row end an fp16 run: the loss scale has been halved to nearly nothing by then."""
+"""Maximum number of consecutive skipped fp16 updates; by then the loss scale is nearly zero."""
 Record = dict[str, Any]
 
 
 class RunLog:
-    """Gathers losses on the device and writes their means every log_every iterations: a wait for the device a line.
+    """Collects losses on the device and writes their means every log_every iterations, with one synchronization each.
 
-    All processes gather and reduce; rank 0 alone writes, to log.jsonl, to `on_record` functions, in order.
+    All processes collect and reduce. Only rank 0 writes to log.jsonl and calls the `on_record` functions in order.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class RunLog:
         self.since = time.perf_counter()
         self.waited = 0.0
         self.skipped = 0
-        """Updates left out since the last one made."""
+        """Number of updates skipped since the last successful one."""
 
     def add(self, iteration: int, result: StepResult, rate: float, waited: float) -> None:
-        """Note a step, made at a learning rate after waiting `waited` seconds for its batch."""
+        """Add a step; rate: its learning rate, waited: seconds spent waiting for its batch."""
         if not self.rows:
             self.first = iteration
         assert result.grad_norm is not None
@@ -61,8 +61,11 @@ class RunLog:
         self.waited += waited
 
     def check(self) -> list[list[float]]:
-        """Losses and gradient norm gathered, one row an iteration, over all processes. UserError names the first loss
-        that is not finite, or the gradients where only they are not (under fp16: for many iterations in a row)."""
+        """Losses and gradient norm, one row per iteration, averaged over all processes.
+
+        Raises UserError for the first non-finite loss, or for non-finite gradients (with fp16: in many consecutive
+        iterations).
+        """
         if not self.rows:
             return []
         rows = (distributed.all_reduce_sum_(torch.stack(self.rows)) / distributed.world_size()).tolist()
@@ -76,29 +79,29 @@ class RunLog:
             skipped = 0 if math.isfinite(norm) else skipped + 1
             if self.config.train.precision != "fp16" and skipped:
                 raise UserError(
-                    f"the gradients became {norm} at iteration {iteration}, though its losses are finite; "
+                    f"the gradients became {norm} at iteration {iteration}, although the losses are finite; "
                     + self._advice()
                 )
             if skipped >= SKIPS:
                 raise UserError(
-                    f"the gradients were not finite in {skipped} iterations in a row up to {iteration}, whatever the "
+                    f"the gradients were not finite in {skipped} consecutive iterations up to {iteration}, at every "
                     f"loss scale; {self._advice()}"
                 )
         return rows
 
     def _advice(self) -> str:
         return (
-            f"lower train.lr ({self.config.train.lr:g}), train with train.precision=fp32 if it is not, and start "
-            "again in another folder (--run)"
+            f"lower train.lr ({self.config.train.lr:g}), use train.precision=fp32, and start a new run in another "
+            "folder (--run)"
         )
 
     def write(self) -> Record:
-        """A line on the steps since the last one; called by all processes at the same iteration."""
+        """Write a record of the steps since the last one. All processes must call this at the same iteration."""
         rows = self.check()
         assert self.result is not None
         seconds = time.perf_counter() - self.since
         train = self.config.train
-        # The first phase has no segmentation and no affinity loss: a line that spans its end averages the rest.
+        # The first phase has no segmentation and affinity losses; average these only over later iterations.
         both = rows[max(0, train.classify_until + 1 - self.first) :]
         means = [_mean([row[i] for row in (rows if i == 0 else both)]) for i in range(3)]
         norms = [row[3] for row in rows if math.isfinite(row[3])]
@@ -124,7 +127,7 @@ class RunLog:
         return record
 
     def append(self, record: Record) -> None:
-        """A line of log.jsonl."""
+        """Append a record to log.jsonl."""
         if not distributed.is_main():
             return
         with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
@@ -134,7 +137,7 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count in images per second."""
+        """Exclude the time of the block from images per second."""
         started = time.perf_counter()
         try:
             yield
@@ -143,7 +146,7 @@ class RunLog:
 
 
 def summary(record: Record) -> str:
-    """What the progress bar says of a line of the log."""
+    """Progress bar text for a record."""
     parts = [" ".join(f"{name[5:]} {record[name]:.3f}" for name in LOSSES if record[name] is not None)]
     parts.append(f"{record['images_per_s']:.1f} img/s")
     parts.append(f"wait {record['wait_share']:.0%}")
@@ -153,7 +156,7 @@ def summary(record: Record) -> str:
 
 
 def trim_log(path: Path, iteration: int) -> None:
-    """Drop what was logged after the checkpoint, which will be done again, and a line cut short by a crash."""
+    """Remove records after the checkpoint's iteration, and a line truncated by a crash."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -170,7 +173,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _label_statistics(result: StepResult) -> Record:
-    """Of the last batch: shares of ignored and foreground pixels, and of like and unlike pairs among all pairs."""
+    """Statistics of the last batch: shares of ignored and foreground pixels, and of same and different pairs."""
     if result.labels is None or result.pairs is None:
         return {}
     ignored = result.labels == IGNORE

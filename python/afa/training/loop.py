@@ -1,12 +1,12 @@
 """Training: three phases from image-level tags (AFA, CVPR 2022).
 
-    afa train demo                                             # the embedded data set
+    afa train demo                                             # the generated demo data
     afa train voc --run runs/voc train.batch_size=8
     afa train voc --run runs/voc --resume
     torchrun --nproc-per-node=4 -m afa train voc               # one process per GPU
 
-Up to train.classify_until only the classifier learns. Then the segmentation learns from PAR labels and the affinity
-from the same; after train.par_until the segmentation learns from walk labels.
+Up to train.classify_until, only the classifier is trained. Then segmentation and affinity learn from PAR labels. After
+train.par_until, the segmentation learns from walk labels.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from afa.training.stopping import Stopped, StopRequest
 
 @dataclass(frozen=True)
 class Splits:
-    """The two data sets of a run."""
+    """The training and validation sets of a run."""
 
     train: TaggedDataset
     val: TaggedDataset
@@ -72,19 +72,20 @@ def train(
     splits: Splits | None = None,
     model: AFANet | None = None,
 ) -> AFANet | None:
-    """Train into the folder `run`: config.yaml, log.jsonl, checkpoints/, and model.safetensors once done.
+    """Train and write config.yaml, log.jsonl, checkpoints/ and finally model.safetensors to the folder `run`.
 
-    resume: continue from the newest whole checkpoint in `run`; on one machine the weights come out as if never stopped.
-    A finished run stays as it is, or is extended by a larger train.iterations; its old model and results then move to
-    run/previous. Without it, what an earlier run left in `run` is moved to run/previous/<number>. on_log: called with
-    every record of log.jsonl. splits, model: the configuration's, if they are open or built already.
+    resume: continue from the newest valid checkpoint in `run`; on the same machine, the weights are the same as without
+    interruption. A finished run is unchanged, or extended if train.iterations is larger; its old model and results are
+    then moved to run/previous. Without resume, files of an earlier run are moved to run/previous/<number>.
+    on_log: called with every record of log.jsonl.
+    splits, model: those of the configuration, if already opened or built.
 
-    Under torchrun every process calls this with the same arguments: each takes its share of every batch, and only rank
-    0 writes. `run` and the data must be on a disk that all of them see.
+    With torchrun, every process must call this function with the same arguments. Each processes its share of every batch,
+    and only rank 0 writes. `run` and the data must be on storage that all processes can access.
 
-    Returns the model that was saved, or None when the run was finished already and nothing was to be done. UserError
-    for anything wrong with the configuration or the data, before the first iteration, for a folder that another process
-    is working in, and for a loss that is not finite. Stopped after SIGTERM or Ctrl-C, once a checkpoint is written.
+    Returns the saved model, or None if the run was already finished. Raises UserError for an invalid configuration or
+    data, for a folder that another process is using, and for a non-finite loss. Raises Stopped after SIGTERM or Ctrl-C,
+    once a checkpoint is written.
     """
     device = distributed.setup(device)
     with lock_run(run) if distributed.is_main() else nullcontext():
@@ -94,8 +95,8 @@ def train(
         splits = splits or open_splits(config.data, progress)
         if config.train.keep_best is not None and not splits.val.has_masks:
             raise UserError(
-                f"train.keep_best is {config.train.keep_best}, but the split '{config.data.val_split}' has no masks to "
-                "choose by; set train.keep_best=null"
+                f"train.keep_best is {config.train.keep_best}, but the split '{config.data.val_split}' has no masks "
+                "to evaluate; set train.keep_best=null"
             )
         classes = splits.train.classes
         if resume and main:
@@ -135,7 +136,7 @@ def _loop(
     board: Board | None,
     progress: bool,
 ) -> None:
-    """All iterations from `start` on, with what is due between them."""
+    """Run all iterations from `start`, with logging, checkpoints and evaluations."""
     settings, classes, main = config.train, splits.train.classes, distributed.is_main()
     batches = _batches(config, splits.train, start)
     bar = tqdm(
@@ -187,7 +188,7 @@ def _evaluate(
     board: Board | None,
     progress: bool,
 ) -> None:
-    """Score the model on the validation split: for the log, and with train.keep_best to keep it if it is the best."""
+    """Evaluate the model on the validation split for the log and, with train.keep_best, save it if it is the best."""
     settings = config.train
     keep = min(PICTURES, len(splits.val)) if settings.tensorboard is not False else 0
     result = evaluate(step.eval_model, splits.val, config, progress=progress, keep=keep)
@@ -200,16 +201,16 @@ def _evaluate(
 
 
 def _prepare_folder(run: Path, config: Config, step: TrainStep, start: int, *, resumed: bool) -> None:
-    """Make room in the run's folder, check that the disk has enough of it, and write config.yaml."""
+    """Move old files away, check the free disk space, and write config.yaml."""
     if resumed:
         trim_log(run / LOG, start)
         forget_later_best(run, start)
-        if is_finished(run):  # and now extended
+        if is_finished(run):  # the run is being extended
             put_aside(run, RESULT_FILES)
     else:
         put_aside(run, [*TRAINING_FILES, *RESULT_FILES])
     size = sum(tensor.nbytes for tensor in step.model.state_dict().values())
-    # Weights and both of Adam's moments, for each that is kept, for the one being written, and the model.
+    # Weights and both Adam moments for each kept checkpoint and the one being written, and the model.
     copies = (4 if step.ema is not None else 3) * (config.train.keep_checkpoints + 1) + 1
     check_space(run, copies * size, "the checkpoints")
     write_text(run / CONFIG, to_yaml(config))
@@ -229,11 +230,11 @@ def _batches(config: Config, dataset: TaggedDataset, start: int) -> Batches:
 
 
 def _next(batches: Batches, stop: StopRequest) -> Sample | None:
-    """The next batch; None if the loader has ended because the run was asked to stop."""
+    """The next batch; None if the loader failed after a stop request."""
     try:
         return next(batches)
     except (RuntimeError, OSError):
-        # A cluster may end the loader's workers along with this process.
+        # A cluster may signal the loader's workers together with this process.
         if not stop.requested:
             raise
         return None
@@ -244,6 +245,6 @@ def _check_division(config: Config) -> None:
     if config.train.batch_size % (processes * micro_batches):
         parts = [f"{processes} processes"] * (processes > 1) + [f"{micro_batches} micro-batches"] * (micro_batches > 1)
         raise UserError(
-            f"train.batch_size is {config.train.batch_size} images for all processes together, and can't be divided "
-            f"evenly among {' x '.join(parts)}; set it to a multiple of {processes * micro_batches}"
+            f"train.batch_size ({config.train.batch_size} images over all processes) can't be divided evenly among "
+            f"{' x '.join(parts)}; set it to a multiple of {processes * micro_batches}"
         )

@@ -1,8 +1,8 @@
 """Losses of AFA (CVPR 2022).
 
-Segmentation and affinity loss divide sums over pixels or pairs by their counts over a whole batch. Where that batch is
-divided among processes or micro-batches, each part's loss is computed with the `counts` of the whole, and the parts add
-up to the loss of the whole batch; the published code instead treats each process's images as a batch of their own.
+Segmentation and affinity losses divide sums over pixels or pairs by their counts over the whole batch. If the batch is
+split over processes or micro-batches, each part uses the `counts` of the whole batch, and the parts add up to its loss.
+The published code instead normalizes in each process separately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def classification_loss(logits: Tensor, tags: Tensor) -> Tensor:
 
 
 def target_counts(labels: Tensor, pairs: Tensor) -> Tensor:
-    """What the losses divide by, int64 [4]: background and foreground pixels of labels [B, H, W], like and unlike
+    """Normalizers of the losses, int64 [4]: background and foreground pixels of labels [B, H, W], same and different
     pairs of affinity labels."""
     background = labels == 0
     foreground = ~background & (labels != IGNORE)
@@ -29,11 +29,10 @@ def target_counts(labels: Tensor, pairs: Tensor) -> Tensor:
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Half the cross-entropy over background pixels plus half that over foreground pixels, so that neither swamps the
-    other; 255 is ignored.
+    """Mean of the average cross-entropies over background and over foreground pixels; 255 is ignored.
 
-    logits [B, C+1, h, w] are upsampled to labels [B, H, W] (bilinear, align_corners=False). A kind of pixel the batch
-    has none of adds 0 (a plain mean would be nan). counts: `target_counts` of the whole batch, when this is a part.
+    logits [B, C+1, h, w] are upsampled to labels [B, H, W] (bilinear, align_corners=False). Background or foreground
+    without pixels contributes 0. counts: `target_counts` of the whole batch, if this is a part of it.
     """
     logits = logits.float()
     if logits.shape[2:] != labels.shape[1:]:
@@ -42,16 +41,16 @@ def segmentation_loss(logits: Tensor, labels: Tensor, counts: Tensor | None = No
     background = labels == 0
     foreground = ~background & (labels != IGNORE)
     backgrounds, foregrounds = (background.sum(), foreground.sum()) if counts is None else counts[:2]
-    # One weight a pixel, 1/2 over the count of its kind: both means in one sum, with no pixel gathered and no wait.
+    # Per-pixel weights compute both means in one sum, without indexing and without synchronization.
     weight = background * (0.5 / backgrounds.clamp(min=1)) + foreground * (0.5 / foregrounds.clamp(min=1))
     return (entropy * weight).sum()
 
 
 def affinity_loss(affinity: Tensor, pairs: Tensor, counts: Tensor | None = None) -> Tensor:
-    """`afa_ext.affinity_loss`; counts: `target_counts` of the whole batch, when this is a part of it."""
+    """`afa_ext.affinity_loss`; counts: `target_counts` of the whole batch, if this is a part of it."""
     if counts is None:
         return afa_ext.affinity_loss(affinity, pairs)
-    # The operator divides by the counts it finds: of each kind of pairs alone, that is undone by one factor.
+    # The operator divides by its own counts. With one kind of pairs per call, a factor corrects the normalization.
     parts = []
     for kind, whole in ((1, counts[2]), (0, counts[3])):
         chosen = pairs == kind

@@ -1,4 +1,4 @@
-"""Phases, learning rates and parameter groups: what depends on the iteration and the configuration alone."""
+"""Phases, learning rates and parameter groups, as functions of iteration and configuration."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def ends_phase(config: TrainConfig, iteration: int) -> bool:
 
 
 def learning_rate_factor(config: TrainConfig, iteration: int) -> float:
-    """What multiplies every group's rate at an iteration counted from 0: a linear rise from warmup_ratio to 1, then the
-    polynomial (1 - iteration/iterations)^poly_power."""
+    """Learning rate factor of all groups at an iteration counted from 0: linear warmup from warmup_ratio to 1, then
+    polynomial decay (1 - iteration/iterations)^poly_power."""
     if iteration < config.warmup:
         return config.warmup_ratio + (1 - config.warmup_ratio) * iteration / config.warmup
     return (1 - iteration / config.iterations) ** config.poly_power
 
 
 def ema_decay(config: TrainConfig, iteration: int) -> float:
-    """Share of the old average kept after the update of an iteration counted from 0: train.ema, less at first, so that
-    the random weights of the start are soon forgotten."""
+    """EMA decay after the update of an iteration counted from 0: train.ema, but smaller at first, so that the initial
+    weights are forgotten quickly."""
     return min(config.ema, (iteration + 1) / (iteration + 10))
 
 
 def step_seed(config: TrainConfig, iteration: int, part: int = 0) -> int:
-    """Seed of an iteration's random numbers: they depend on nothing that ran before, so a resumed run repeats exactly.
+    """Seed of an iteration. It does not depend on earlier iterations, so a resumed run repeats exactly.
 
-    part: which of the batch's parts, where processes or `train.accumulate` divide it; after 256 they repeat.
+    part: index of the batch part, if processes or `train.accumulate` split the batch; seeds repeat after 256 parts.
     """
     return (config.seed << 32) + (part % 256 << 24) + iteration
 
@@ -49,7 +49,7 @@ def step_seed(config: TrainConfig, iteration: int, part: int = 0) -> int:
 def parameter_groups(model: AFANet, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW groups: backbone, backbone norms (lr x norm_lr_factor, no weight decay), heads (lr x head_lr_factor).
 
-    A factor of 0 freezes the norms: their gradients are not even computed.
+    A norm_lr_factor of 0 freezes the norms; their gradients are not computed.
     """
     norm_ids = {
         id(parameter)

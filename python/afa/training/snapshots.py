@@ -1,4 +1,4 @@
-"""Labels of a few training images at the end of each phase: how pseudo labels and segmentation grow, for the report."""
+"""Snapshots of the labels of a few training images at the end of each phase, for the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from afa.run import SNAPSHOTS
 from afa.training.schedule import phase_of
 
 _LONGEST = 320
-"""Pixels of a kept picture's longer side: what the report shows."""
+"""Maximum longer side of a saved image in pixels, as shown in the report."""
 _ABOUT = ("name", "tags", "phase")
 _ARRAYS = ("image", "cam", "par", "walk", "prediction")
 
@@ -35,11 +35,11 @@ Snapshot = dict[str, Any]
 def snapshot(
     model: AFANet, dataset: TaggedDataset, config: Config, run: str | Path, iteration: int, *, count: int = 4
 ) -> Path:
-    """Write run/snapshots/<iteration>.npz: image, CAM, PAR label, walk label and segmentation of `count` images spread
-    evenly over `dataset` (a training set will do: no mask is opened). Returns its path.
+    """Write run/snapshots/<iteration>.npz and return its path.
 
-    Draws no random number and leaves the model in the mode it was in, so training goes on as without it. An image that
-    can't be read is left out.
+    The file contains image, CAM, PAR label, walk label and segmentation of `count` evenly spaced images of `dataset`. No
+    masks are read. Uses no random numbers and restores the mode of the model, so training is not affected. Images that
+    can't be read are skipped.
     """
     device = next(model.parameters()).device
     maker = LabelMaker.for_training(config)
@@ -80,8 +80,11 @@ def snapshot(
 
 
 def load_snapshots(run: str | Path) -> dict[int, list[Snapshot]]:
-    """Iteration -> its images in order: name, tags, phase (that the iteration ends), image uint8 [H,W,3], cam float
-    [H,W], par, walk and prediction uint8 [H,W]. Empty when the run has none; a damaged file is passed over."""
+    """Load the snapshots of a run: iteration -> images in order.
+
+    Each has name, tags, phase (the one that ended), image uint8 [H,W,3], cam float [H,W], par, walk and prediction uint8
+    [H,W]. Empty if the run has none; damaged files are skipped.
+    """
     found: dict[int, list[Snapshot]] = {}
     for path in sorted((Path(run) / SNAPSHOTS).glob("[0-9]*.npz")):
         try:

@@ -1,4 +1,4 @@
-"""One training step: model, optimizer and labels, over however many processes and micro-batches share the batch."""
+"""Training step: model, optimizer and labels, with any number of processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from afa.training.schedule import ema_decay, learning_rate_factor, parameter_gro
 
 @dataclass
 class StepResult:
-    """What one training step returns, all still on the device.
+    """Result of a training step, on the device.
 
-    Each of several processes has its own share, scaled so that the mean over processes is the value of the whole batch.
+    With several processes, losses are scaled so that their mean over processes is the value of the whole batch.
     """
 
     losses: Tensor
     """[3]: classification, segmentation, affinity; 0 for those not computed in this phase."""
     labels: Tensor | None = None
-    """Segmentation target [B, S, S]; with micro-batches that of the last one."""
+    """Segmentation target [B, S, S] of the last micro-batch."""
     pairs: Tensor | None = None
-    """Affinity target [B, N, N], likewise."""
+    """Affinity target [B, N, N] of the last micro-batch."""
     grad_norm: Tensor | None = None
-    """2-norm of all gradients together, before clipping: equal in all processes."""
+    """2-norm of all gradients before clipping; equal in all processes."""
 
 
 @dataclass
 class Targets:
-    """What segmentation and affinity learn from."""
+    """Targets of segmentation and affinity."""
 
     labels: Tensor
-    """int64 [B, S, S]: 0 background, class number + 1, 255 ignored."""
+    """int64 [B, S, S]: 0 background, class index + 1, 255 ignored."""
     pairs: Tensor
     """[B, N, N]: 1 same class, 0 different, 255 ignored."""
     counts: Tensor | None = None
@@ -53,13 +53,12 @@ class Targets:
 
 
 class TrainStep:
-    """Model and optimizer, and the step that updates them from one batch.
+    """Model, optimizer and the update from one batch.
 
-    The batch may be divided among processes (each is given its images) and split into `train.accumulate` micro-batches.
-    Every mean of a loss is over the whole batch all the same, and dropout in the decoder does not depend on the
-    division, so that the same configuration gives the same training up to rounding. Two differences remain: batch norm
-    in the decoder has statistics of all processes' images (with train.sync_batch_norm), but always of one micro-batch;
-    and a backbone with dropout or drop path of its own draws other noise.
+    The batch can be split over processes (each gets its images) and into `train.accumulate` micro-batches. Losses are
+    normalized over the whole batch, and dropout in the decoder is independent of the split, so the result is the same up to
+    rounding, with two exceptions. The decoder's batch norm uses the images of all processes (with train.sync_batch_norm),
+    but only of one micro-batch. Dropout and drop path in the backbone draw different random numbers.
     """
 
     def __init__(self, model: AFANet, config: Config, device: torch.device | str = "cpu") -> None:
@@ -88,7 +87,7 @@ class TrainStep:
 
     @property
     def eval_model(self) -> AFANet:
-        """The model to evaluate and to save: the average if there is one."""
+        """The model to evaluate and save: the moving average, if enabled."""
         if self.ema is None:
             return self.model
         model = self.ema.module
@@ -97,14 +96,14 @@ class TrainStep:
 
     @property
     def learning_rate(self) -> float:
-        """The backbone's, in the last update."""
+        """Learning rate of the backbone in the last update."""
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
     def update(self, batch: dict[str, Any], iteration: int) -> StepResult:
-        """One update from this process's part of a batch, at an iteration counted from 0.
+        """Update the weights from this process's part of a batch, at an iteration counted from 0.
 
-        batch: image uint8 [B, 3, S, S], tags [B, C], box [B, 4], on the host.
+        batch: image uint8 [B, 3, S, S], tags [B, C], box [B, 4], on the CPU.
         """
         train = self.config.train
         torch.manual_seed(step_seed(train, iteration))
@@ -119,7 +118,7 @@ class TrainStep:
         distributed.average_gradients(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         result.grad_norm = self._clip()
-        # Does nothing where a gradient is not finite and the precision is fp16: the scale was too large.
+        # With fp16, the scaler skips the update if a gradient is not finite.
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
@@ -128,10 +127,9 @@ class TrainStep:
         return result
 
     def losses(self, batch: dict[str, Any], phase: str, targets: Targets | None = None) -> tuple[StepResult, Tensor]:
-        """Forward, labels and losses of one micro-batch -> (what to log, the loss to differentiate).
+        """Compute labels and losses of one micro-batch; returns the result for the log and the loss to differentiate.
 
-        targets: if they were made before. The mean over processes of the sum over micro-batches is the loss of the
-        batch.
+        targets: if already computed. The loss of the batch is the sum over micro-batches, averaged over processes.
         """
         train = self.config.train
         images, tags = self._to_device(batch)
@@ -153,7 +151,7 @@ class TrainStep:
         loss_seg = segmentation_loss(out.seg_logits, targets.labels, targets.counts)
         loss_aff = affinity_loss(out.affinity, targets.pairs, targets.counts)
         if self._divided:
-            # Sums over this part with the whole batch's counts below: to be added over processes, not averaged.
+            # These partial losses must be summed over processes; undo the later averaging.
             loss_seg, loss_aff = loss_seg * distributed.world_size(), loss_aff * distributed.world_size()
         total = loss_cls + train.weight_seg * loss_seg + train.weight_affinity * loss_aff
         return StepResult(torch.stack([loss_cls, loss_seg, loss_aff]).detach(), targets.labels, targets.pairs), total
@@ -162,12 +160,12 @@ class TrainStep:
     def targets(self, batch: dict[str, Any], images: Tensor, inputs: Tensor, cam: Tensor, phase: str) -> Targets:
         """Targets of a batch in the phase par or walk.
 
-        images uint8 [B, 3, S, S], inputs normalized; cam: raw CAMs [B, C, h, w] of the training forward. Drop path in
-        the backbone stays active in the forwards made here, as published.
+        images: uint8 [B, 3, S, S]. inputs: normalized images. cam: raw CAMs [B, C, h, w] of the training forward pass.
+        Drop path in the backbone stays active in the forward passes for labels, as published.
         """
         walk = phase == "walk"
         sources = {"walk"} if walk and self.config.labels.affinity_from_walk else {"par", "walk"} if walk else {"par"}
-        # Tags and boxes are read from the loader's tensors, which are still on the host: no wait for the device.
+        # Read tags and boxes from the loader's CPU tensors to avoid a synchronization.
         side = images.shape[-1]
         whole = bool((batch["box"] == torch.tensor([0, side, 0, side])).all())
         box = None if whole else batch["box"].to(self.device, non_blocking=True)
@@ -186,7 +184,7 @@ class TrainStep:
         return Targets(maps["walk" if walk else "par"], pairs)
 
     def _accumulate(self, micro_batches: list[dict[str, Any]], phase: str, iteration: int) -> StepResult:
-        """Add up the gradients of all micro-batches."""
+        """Accumulate the gradients of all micro-batches."""
         targets: list[Targets | None] = [None] * len(micro_batches)
         if len(micro_batches) > 1 and phase != "classify":
             targets = [*self._targets_of_all(micro_batches, phase)]
@@ -203,8 +201,10 @@ class TrainStep:
 
     @torch.no_grad()
     def _targets_of_all(self, micro_batches: list[dict[str, Any]], phase: str) -> list[Targets]:
-        """The targets of every micro-batch before any of them is learned from: the losses divide by counts over the
-        whole batch. It costs a forward more than making them on the way, and keeps no graph."""
+        """Targets of all micro-batches, computed in advance because the losses divide by counts over the whole batch.
+
+        This needs an extra forward pass without gradients.
+        """
         made = []
         for micro_batch in micro_batches:
             images, _ = self._to_device(micro_batch)
@@ -228,7 +228,7 @@ class TrainStep:
         return self.config.train.accumulate * distributed.world_size() > 1
 
     def _seed_part(self, iteration: int, micro_batch: int, images: int) -> None:
-        """Seed random numbers by where in the whole batch the images of a micro-batch are."""
+        """Seed random numbers by the position of a micro-batch in the whole batch."""
         if not self._divided:
             return
         train = self.config.train
@@ -238,8 +238,8 @@ class TrainStep:
         place_shared_dropout(self.model, step_seed(train, iteration), first=part * images, whole=whole)
 
     def _complete_gradients(self) -> None:
-        """Give parameters that this phase does not use a gradient of 0, as published: decoder and affinity head are in
-        the graph from the start, so that Adam has counted all iterations when they begin to learn."""
+        """Set the gradients of parameters that this phase does not use to 0, as published, so that Adam counts all
+        iterations for the decoder and the affinity head."""
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -256,7 +256,7 @@ class TrainStep:
             torch._foreach_lerp_(averaged, current, 1 - self._ema_decay)
 
         average = AveragedModel(self.model, multi_avg_fn=update)
-        average.n_averaged += 1  # the initial weights count as the first, so that no update is a plain copy
+        average.n_averaged += 1  # count the initial weights, so that the first update is not a plain copy
         return average.requires_grad_(False).eval()
 
     def _label_precision(self) -> str:
@@ -267,10 +267,10 @@ class TrainStep:
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
-    """Whether the processor has matrix units for bfloat16; emulated, it is slower than float32."""
+    """Whether the device has bfloat16 matrix units; emulated bfloat16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Not in every torch from 2.10 on.
+    # Not all versions of torch have get_capabilities.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and bool(capabilities.get("amx_bf16", False))
 

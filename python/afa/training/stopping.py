@@ -1,5 +1,4 @@
-"""SIGTERM, which clusters send before they take a machine away, and Ctrl-C: the run stops between two steps, and is
-saved."""
+"""Graceful stop on SIGTERM, which clusters send before preemption, and Ctrl-C: a checkpoint is saved between two steps."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from afa import distributed
 
 
 class Stopped(Exception):
-    """Training ended early because it was asked to, with a checkpoint after `iteration` iterations."""
+    """Training was stopped early by a signal; a checkpoint was saved after `iteration` iterations."""
 
     def __init__(self, iteration: int, number: int = signal.SIGTERM) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after iteration {iteration}")
@@ -24,9 +23,9 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGINT set `requested` in place of ending the process. A second one ends it at once.
+    """Context in which SIGTERM and SIGINT set `requested` instead of ending the process. A second signal ends it.
 
-    `signal` is the one that came.
+    `signal` is the received signal.
     """
 
     def __init__(self) -> None:
@@ -45,9 +44,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def hold_loader(self) -> None:
-        """Keep torch from raising wherever this process is when one of the loader's workers ends, which may be the
-        middle of an update or of writing a checkpoint; to be called once the workers have started. The next batch then
-        fails."""
+        """Disable torch's SIGCHLD handler, which raises at an arbitrary point when a loader worker exits, possibly during
+        an update or while writing a checkpoint. Call it after the workers have started. Fetching the next batch then
+        fails instead."""
         self._handle(signal.SIGCHLD, signal.SIG_DFL)
 
     def _handle(self, number: int, handler: Any) -> None:
@@ -55,19 +54,19 @@ class StopRequest:
             self._before.setdefault(number, signal.signal(number, handler))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # A loader's worker that was forked from this process has the handler too, and must end.
+        # A forked loader worker inherits this handler and must exit.
         if self.requested or os.getpid() != self._owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.requested, self.signal = True, number
         if number == signal.SIGINT:
-            # Not print: it may have been interrupted itself.
+            # Not print: the signal may have interrupted a print.
             os.write(
-                2, b"\nafa: stopping after this iteration, with a checkpoint; press Ctrl-C again to stop at once\n"
+                2, b"\nafa: stopping after this iteration and saving a checkpoint; press Ctrl-C again to stop now\n"
             )
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; to be called by all of them at the same place."""
+        """Whether any process received a stop request. All processes must call this at the same point."""
         if distributed.world_size() == 1:
             return self.requested
         return bool(distributed.all_reduce_sum_(torch.tensor([int(self.requested)])).item())

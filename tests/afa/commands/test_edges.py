@@ -170,7 +170,7 @@ def test_predict_goes_on_after_a_bad_picture(
     for _ in range(2):  # what the first wrote is no input of the second
         assert main(command) == 2
         shown = capsys.readouterr()
-        assert "written  2 pictures" in shown.out
+        assert "written  2 images" in shown.out
         assert "skipped  the image photos/b.png can't be decoded (not an image file)" in shown.out
         assert "1 of 3 pictures can't be read" in shown.err and shown.err.count("\n") == 1
         written = sorted(
@@ -230,7 +230,7 @@ def test_a_missing_package_is_one_sentence(package: str, arguments: str, tmp_pat
     command = [sys.executable, "-c", code, *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"afa: error: the package {package} is not installed: pip install 'afa-ext[train]'\n"
+    assert done.stderr == f"afa: error: the package {package} is not installed; run pip install 'afa-ext[train]'\n"
 
 
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])

@@ -135,7 +135,7 @@ def test_shards_and_restarts_give_the_same_files(
     (out / f"cams/{max(part)}.npz").unlink()
     capsys.readouterr()
     again = _export(run, out, "--source=par", "--cams")
-    assert "written  5 labels of 'train'" in (shown := capsys.readouterr().out) and "(1 were there)" in shown
+    assert "written  5 labels of 'train'" in (shown := capsys.readouterr().out) and "(1 already existed)" in shown
     assert "on 6 images" in shown, "what was there is measured too"
     kept = [name for name, when in stamp.items() if (out / name).stat().st_mtime_ns == when]
     assert len(kept) == 1
@@ -159,7 +159,7 @@ def test_images_without_masks_are_said_to_be_unmeasured(
     for path in (voc_root / "SegmentationClass").glob("t*.png"):
         path.unlink()
     _export(run, tmp_path / "out")
-    assert "no masks, so the labels can't be measured" in capsys.readouterr().out
+    assert "no masks, so the labels can't be evaluated" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +172,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         assert "--shard must be I/N" in error("--out", "x", f"--shard={shard}")
     out = tmp_path / "out"
     _export(run, out, "--source=cam", "--shard=1/6")
-    assert "another source" in error("--out", str(out), "--source=par")
+    assert "different source" in error("--out", str(out), "--source=par")
     assert "another labels" in error("--out", str(out), "--source=cam", "labels.low=0.2")
     assert json.loads((out / "labels.json").read_text())["source"] == "cam"
     (out / "labels.json").unlink()

@@ -59,7 +59,7 @@ def test_ready_names_and_paths_resolve(tmp_path: Path) -> None:
     own = tmp_path / "mine.yaml"
     own.write_text("train: {iterations: 2007}\n")
     assert load_config(str(own)).train.iterations == 2007
-    with pytest.raises(UserError, match=r"no configuration 'vocc'.*coco.*did you mean 'voc'"):
+    with pytest.raises(UserError, match=r"no such configuration: 'vocc'.*coco.*did you mean 'voc'"):
         resolve("vocc")
 
 

@@ -23,7 +23,7 @@ def test_largest_seed() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["train.iterations=2000"], ["train.classify_until (2000)", "the decoder learns only after that", "got 2000"]),
+        (["train.iterations=2000"], ["train.classify_until (2000)", "the decoder trains only after it", "got 2000"]),
         (["train.iterations=100"], ["train.classify_until (2000)", "got 100"]),
         (["train.warmup=20000"], ["below train.iterations (20000)", "got 20000"]),
         (["train.lr=0"], ["above 0 and at most 1", "got 0"]),

@@ -327,7 +327,7 @@ def test_worked_example_of_the_docs(
         load_config("own", [override])
     assert [command.split()[1] for command in commands] == ["prepare", "train", "predict", "train"]
     assert "7 pictures, tagged by tags.csv, 3 classes" in shown[0]
-    assert "no masks" in shown[1] and "F1 of the tags" in shown[1]
+    assert "no masks" in shown[1] and "tag F1" in shown[1]
     assert (tmp_path / "found/masks/one.png").is_file()
     assert (tmp_path / "runs/own/report.html").is_file()
     assert "no masks" not in shown[3]

@@ -1,7 +1,7 @@
-"""`afa prepare`: makes a downloaded data set ready to train on, or looks through a folder of one's own pictures.
+"""`afa prepare`: prepare a downloaded data set for training, or check a folder of the user's own images.
 
-One module a data set. Each checks what is there, names what is missing and where it is to be had, and writes only what
-is not written yet: run again after a stop or a further download, it goes on.
+There is one module per data set. Each checks the existing files, lists missing ones with their download locations, and
+writes only new files, so it can be run again after an interruption or another download.
 """
 
 from afa.data.prepare.coco import prepare_coco

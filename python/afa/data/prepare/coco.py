@@ -1,8 +1,8 @@
 """COCO 2014: split lists, tags and masks of the 80 classes from its instance annotations.
 
-COCO's category ids, 1 to 90 with gaps, become 1 to 80 in their order. Where objects overlap, the smaller lies on top,
-so that what is in front of something larger is not lost: instances are drawn from the largest area to the smallest
-(equal ones by id), and crowd regions, whose outlines are rough, before all instances.
+COCO's category ids, 1 to 90 with gaps, are mapped to 1 to 80 in order. If objects overlap, the smaller one is on top, so
+that objects in front of larger ones are kept: instances are drawn from largest to smallest area (ties by id), after all
+crowd regions, whose outlines are coarse.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ PICTURES = {"train": 82_783, "val": 40_504}
 
 def prepare_coco(root: Path, *, train_masks: bool = False, progress: bool = True, say: Say) -> Path:
     """Write classes.txt, tags.csv, ImageSets/Segmentation/{train,val}.txt and SegmentationClass/<name>.png of the
-    validation images into `root`, which holds COCO 2014's train2014, val2014 and annotations; returns it.
+    validation images to `root`, the folder of COCO 2014's train2014, val2014 and annotations; returns `root`.
 
-    Images without any annotated object are in no list. train_masks: also the masks of the training images, which
-    training never opens.
+    Images without annotated objects are in no list. train_masks: also write masks of the training images, which training
+    never reads.
 
-    UserError says what is missing and where it is to be had.
+    Raises UserError with the missing files and their download locations.
     """
     folders, annotations = _check_coco(root, say)
     if _importable() is None:
@@ -56,15 +56,15 @@ def prepare_coco(root: Path, *, train_masks: bool = False, progress: bool = True
         if absent:
             name, url, _ = ARCHIVES[split]
             raise UserError(
-                f"{len(absent):,} of the {len(images):,} annotated pictures of {path} are not in {folders[split]} "
-                f"({some(absent)}); unpack {name} ({url}) anew"
+                f"{len(absent):,} of the {len(images):,} annotated images of {path} are not in {folders[split]} "
+                f"({some(absent)}); unpack {name} ({url}) again"
             )
         rows += [f"{image.name},{';'.join(COCO_CLASSES[number - 1] for number in image.numbers())}" for image in images]
     write_if_new(root / "classes.txt", COCO_CLASSES, say, f"{len(COCO_CLASSES)} classes")
     write_if_new(root / "tags.csv", rows, say, f"the tags of {len(rows) - 1:,} images")
     shown = Counter(number for images in splits.values() for image in images for number in image.numbers())
     say_classes({name: shown[number] for number, name in enumerate(COCO_CLASSES, 1)}, say)
-    # A list comes last: what it names is complete.
+    # Write the lists last, so that all listed images are complete.
     for split, images in splits.items():
         if split == "val" or train_masks:
             _draw(root / "SegmentationClass", images, split, progress, say)
@@ -74,31 +74,31 @@ def prepare_coco(root: Path, *, train_masks: bool = False, progress: bool = True
 
 
 def _check_coco(root: Path, say: Say) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The image folder and the annotation file of each split; everything missing is named at once."""
+    """The image folder and the annotation file of each split; UserError lists all missing files."""
     folders, annotations, missing = {}, {}, []
     for split, full in PICTURES.items():
         for name in (f"{split}2014", f"images/{split}2014", "JPEGImages"):
             count = len(files_by_name([root / name], (".jpg", ".jpeg", ".png")))
             if count:
                 folders[split] = root / name
-                say("found", f"{root / name}: {count:,} pictures of {full:,}")
+                say("found", f"{root / name}: {count:,} of {full:,} images")
                 break
         else:
             missing.append((f"{split}2014", split))
     for split in PICTURES:
         name = f"instances_{split}2014.json"
-        places = [place for place in (root / "annotations" / name, root / name) if place.is_file()]
-        if places:
-            annotations[split] = places[0]
-            say("found", str(places[0]))
+        existing = [path for path in (root / "annotations" / name, root / name) if path.is_file()]
+        if existing:
+            annotations[split] = existing[0]
+            say("found", str(existing[0]))
         else:
             missing.append((f"annotations/{name}", "annotations"))
     if missing:
         archives = dict.fromkeys(key for _, key in missing)
         get = ", ".join(f"{ARCHIVES[key][0]} ({ARCHIVES[key][2]}, {ARCHIVES[key][1]})" for key in archives)
         raise UserError(
-            f"COCO 2014 in {root} lacks {', '.join(name for name, _ in missing)}: get {get}, unpack into {root} and "
-            "run this again"
+            f"COCO 2014 in {root} lacks {', '.join(name for name, _ in missing)}; download {get}, unpack into {root} "
+            "and run this command again"
         )
     return folders, annotations
 
@@ -132,11 +132,11 @@ def _read_instances(path: Path) -> list[_Image]:
         categories = sorted(content["categories"], key=lambda category: category["id"])
         for number, (found, expected) in enumerate(zip_longest((c["name"] for c in categories), COCO_CLASSES), 1):
             if found != expected:
-                raise UserError(f"category {number} of {path} is {found!r}, and not {expected!r} as in COCO")
+                raise UserError(f"category {number} of {path} must be {expected!r} as in COCO, got {found!r}")
         numbers = {category["id"]: number for number, category in enumerate(categories, 1)}
         images: dict[Any, _Image] = {}
         for image in content["images"]:
-            # Some exports put the folder before the name.
+            # Some exports include the folder in the name.
             name = Path(image["file_name"]).stem
             images[image["id"]] = _Image(name, _side(image, "height"), _side(image, "width"), [])
         for item in content["annotations"]:
@@ -153,7 +153,7 @@ def _read_instances(path: Path) -> list[_Image]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         name, url, _ = ARCHIVES["annotations"]
         raise UserError(
-            f"{path} can't be read as COCO's instance annotations ({error!r:.200}); unpack {name} ({url}) anew"
+            f"{path} can't be read as COCO's instance annotations ({error!r:.200}); unpack {name} ({url}) again"
         ) from error
     names = Counter(image.name for image in images.values())
     double = [name for name, count in names.items() if count > 1]
@@ -165,35 +165,35 @@ def _read_instances(path: Path) -> list[_Image]:
 def _side(image: dict[str, Any], key: str) -> int:
     value = image[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"the {key} of image {image['id']!r} must be a whole number of pixels, and is {value!r}")
+        raise ValueError(f"the {key} of image {image['id']!r} must be a positive integer, got {value!r}")
     return value
 
 
 def _area(item: dict[str, Any]) -> float:
     area = float(item["area"])
     if not math.isfinite(area):
-        raise ValueError(f"the area of annotation {item['id']!r} must be a number, and is {area}")
+        raise ValueError(f"the area of annotation {item['id']!r} must be finite, got {area}")
     return area
 
 
 def _outline(item: dict[str, Any], image: _Image) -> Any:
-    """The segmentation, checked: pycocotools does not check what it is given."""
+    """Check and return the segmentation; pycocotools does not check its input."""
     where = f"the segmentation of annotation {item['id']!r}"
     outline = item["segmentation"]
     if isinstance(outline, dict):
         if list(outline["size"]) != [image.height, image.width]:
-            raise ValueError(f"{where} has the size {outline['size']}, and its image {[image.height, image.width]}")
+            raise ValueError(f"{where} has the size {outline['size']}, but its image has {[image.height, image.width]}")
         if not isinstance(outline["counts"], str | list):
-            raise ValueError(f"{where} must hold run lengths, and holds {outline['counts']!r:.40}")
+            raise ValueError(f"{where} must have run lengths, got {outline['counts']!r:.40}")
         return outline
     if not isinstance(outline, list):
-        raise ValueError(f"{where} must be polygons or run lengths, and is {outline!r:.40}")
+        raise ValueError(f"{where} must be polygons or run lengths, got {outline!r:.40}")
     if outline and all(isinstance(value, int | float) for value in outline):
         outline = [outline]  # one polygon without the list around it
     for polygon in outline:
         if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(_is_number, polygon)):
-            raise ValueError(f"{where} must hold polygons of x, y, x, y, ..., and holds {polygon!r:.40}")
-    # Two points enclose nothing, and pycocotools takes four numbers for a box.
+            raise ValueError(f"{where} must have polygons of x, y, x, y, ..., got {polygon!r:.40}")
+    # Skip polygons with fewer than three points; pycocotools interprets four numbers as a box.
     return [polygon for polygon in outline if len(polygon) >= 6]
 
 
@@ -202,7 +202,7 @@ def _is_number(value: Any) -> bool:
 
 
 def draw_mask(height: int, width: int, objects: Sequence[_Object]) -> np.ndarray:
-    """uint8 [height, width]: 0 background, 1..80; the smaller object over the larger, crowds below all."""
+    """Mask uint8 [height, width]: 0 background, 1..80; smaller objects over larger ones, crowds at the bottom."""
     from pycocotools import mask as coco
 
     drawn = np.zeros((height, width), np.uint8)

@@ -1,4 +1,4 @@
-"""Shared by all preparations: what they print, and writing only what differs."""
+"""Helpers for all data sets: output, and writing only changed files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tqdm import tqdm
 from afa.files import write_text, writing
 
 Say = Callable[[str, str], None]
-"""Prints one line: a word in the margin, and the text."""
+"""Prints one line: a short heading and the text."""
 
 
 def write_if_new(path: Path, lines: Iterable[str], say: Say, what: str) -> None:
-    """Write the lines unless the file holds them already, and say which; `what` describes the content.
+    """Write the lines unless the file already has this content, and report it; `what` describes the content.
 
-    A file of other content, which may be someone's work, is kept beside it as <name>.old.
+    A file with different content, which may be the user's work, is kept as <name>.old.
     """
     text = "".join(f"{line}\n" for line in lines)
     if path.is_file() and path.read_bytes() == text.encode():
@@ -28,28 +28,28 @@ def write_if_new(path: Path, lines: Iterable[str], say: Say, what: str) -> None:
         return
     former = path.with_name(f"{path.name}.old")
     if path.is_file():
-        # A former one that is kept already may be the only copy of someone's work.
+        # An existing backup may be the only copy of the user's work.
         number = 1
         while former.exists():
             number += 1
             former = path.with_name(f"{path.name}.old{number}")
         with writing(former):
             path.replace(former)
-        say("rewrote", f"{path}: {what}; the former one is {former.name}")
+        say("rewrote", f"{path}: {what}; the previous file is {former.name}")
     else:
         say("wrote", f"{path}: {what}")
     write_text(path, text)
 
 
 def say_classes(counts: Mapping[str, int], say: Say) -> None:
-    """Print the classes with the number of images that show each."""
+    """Print the number of images per class."""
     say("classes", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
 def run_all(work: Callable[[Any], object], tasks: Sequence[Any], name: str, progress: bool) -> None:
-    """work(task) of every task in a pool of processes, with a progress bar; the first error ends it.
+    """Run work(task) for every task in a process pool with a progress bar; the first error stops it.
 
-    A stop loses what is being worked on, and nothing that is done.
+    An interruption loses only the tasks in progress.
     """
     if not tasks:
         return
@@ -57,7 +57,7 @@ def run_all(work: Callable[[Any], object], tasks: Sequence[Any], name: str, prog
     with tqdm(total=len(tasks), desc=name, unit="img", disable=not progress, dynamic_ncols=True) as bar:
         pool = ProcessPoolExecutor(workers)
         try:
-            # Some at a time: a task holds the outlines of a whole image, and a copy of each waits in the pool.
+            # Submit in batches: a task contains the outlines of an image, and the pool keeps a copy of each.
             for part in _parts(tasks, 64 * workers):
                 for _ in pool.map(work, part, chunksize=8):
                     bar.update()
@@ -71,8 +71,8 @@ def _parts(tasks: Iterable[Any], length: int) -> Iterator[list[Any]]:
         yield part
 
 
-def some(names: Iterable[str], most: int = 3) -> str:
-    """'a, b, c and 7 more'."""
+def some(names: Iterable[str], max_names: int = 3) -> str:
+    """Abbreviate a list: 'a, b, c and 7 more'."""
     names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more

@@ -1,4 +1,4 @@
-"""A look through a folder of one's own pictures before training: what was found, and every bad file. Writes nothing."""
+"""Check a folder of the user's own images before training: print its contents and every bad file. Writes nothing."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from afa.errors import UserError
 
 
 def prepare_own(folder: Path, *, progress: bool = True, say: Say) -> Path:
-    """Say which pictures, classes, splits and masks `folder` holds; returns it.
+    """Print the images, classes, splits and masks of `folder`; returns it.
 
-    UserError for whatever `afa train` would refuse, all undecodable pictures at once.
+    Raises UserError for everything that `afa train` would refuse, including all undecodable images at once.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give the folder with your pictures")
+        raise UserError(f"no such folder: {folder}; give the folder with your images")
     if not is_own_folder(folder):
         raise UserError(
-            f"{folder} is in PASCAL VOC layout (it has ImageSets or JPEGImages), which needs no preparation of this "
-            f"kind: train with `afa train voc data.root={folder}`"
+            f"{folder} is in PASCAL VOC layout (it has ImageSets or JPEGImages) and doesn't need this command; "
+            f"train with `afa train voc data.root={folder}`"
         )
     own = read_own_folder(folder)
-    say("found", f"{len(own.pictures):,} pictures, tagged by {own.source}, {len(own.classes)} classes")
+    say("found", f"{len(own.pictures):,} images, tagged by {own.source}, {len(own.classes)} classes")
     if own.untagged:
         total = own.untagged + len(own.pictures)
-        say("note", f"left out because {own.source} has no line for them: {own.untagged:,} of {total:,} pictures")
+        say("note", f"skipped because {own.source} has no line for them: {own.untagged:,} of {total:,} images")
     others = other_files(folder)
     if others:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
-        say("note", f"left out because they are not pictures that can be read: {kinds}")
+        say("note", f"skipped because they are not supported image files: {kinds}")
     data = DataConfig(root=str(folder), bad_images="skip")
     bad: list[str] = []
     names: dict[str, set[str]] = {}
@@ -43,11 +43,11 @@ def prepare_own(folder: Path, *, progress: bool = True, say: Say) -> Path:
         if split == "val":
             masked, notes = dataset.has_masks, dataset.mask_notes()
     counts = {split: len(found) for split, found in names.items()}
-    say("split", f"{counts['train']:,} to train on, {counts['val']:,} to measure: {own.how_split()}")
+    say("split", f"{counts['train']:,} for training, {counts['val']:,} for validation: {own.how_split()}")
     if masked:
         say("masks", f"{own.mask_files:,} mask files in {own.mask_folder}")
     else:
-        say("masks", f"no masks in {own.mask_folder}: the classifier's F1 will be measured, the segmentation can't be")
+        say("masks", f"no masks in {own.mask_folder}: only the classifier's F1 will be computed")
     for note in [*own.notes, *notes]:
         say("note", note)
     width, tagged = max(map(len, own.classes)), own.counts()
@@ -61,14 +61,14 @@ def prepare_own(folder: Path, *, progress: bool = True, say: Say) -> Path:
         for reason in bad[:20]:
             say("bad", reason.rpartition(";")[0])
         raise UserError(
-            f"{len(bad):,} of the {len(own.pictures):,} pictures of {folder} can't be used, as listed above; fix or "
+            f"{len(bad):,} of the {len(own.pictures):,} images of {folder} can't be used (listed above); fix or "
             "remove them, or train with data.bad_images=skip"
         )
     return folder
 
 
 def _hint(name: str, counts: dict[str, int]) -> str:
-    """A question where a rare tag looks like a misspelling of one that is common."""
+    """A hint if a rare tag looks like a misspelling of a common one."""
     common = [other for other, count in counts.items() if count >= 5 * counts[name] and other != name]
     near = difflib.get_close_matches(name, common, n=1, cutoff=0.75)
     return f"   is this '{near[0]}'?" if near and counts[name] <= 3 else ""

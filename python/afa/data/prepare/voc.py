@@ -1,6 +1,6 @@
 """PASCAL VOC 2012 with SBD: the list train_aug, image-level tags, and optionally the masks of its training images.
 
-train_aug is all that VOC or SBD (Hariharan et al., ICCV 2011) have segmented, but for VOC's val: 10,582 images.
+train_aug is the set of images segmented in VOC or SBD (Hariharan et al., ICCV 2011), without VOC's val: 10,582 images.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ LIST = "train_aug"
 def prepare_voc(
     devkit: Path, *, sbd: Path | None = None, train_masks: bool = False, progress: bool = True, say: Say
 ) -> Path:
-    """Write ImageSets/Segmentation/train_aug.txt and tags.csv into the VOC2012 folder at or below `devkit`; returns it.
+    """Write ImageSets/Segmentation/train_aug.txt and tags.csv to the VOC2012 folder at or below `devkit`; returns it.
 
-    SBD is looked for in `sbd`, or beside and in the devkit; a folder SegmentationClassAug of masks will do, and so will
-    a train_aug.txt or trainaug.txt that is there. train_masks: also write the masks that SBD has of training images as
-    SegmentationClassAug/<name>.png, which training never opens.
+    SBD is searched in `sbd`, or in and next to the devkit. An existing folder SegmentationClassAug of masks or an existing
+    train_aug.txt or trainaug.txt also works. train_masks: also write SBD's masks of training images as
+    SegmentationClassAug/<name>.png, which training never reads.
 
-    UserError says what is missing and where it is to be had.
+    Raises UserError with the missing files and their download locations.
     """
     root = _find_root(devkit)
     train, val = _check_voc(root, say)
@@ -48,8 +48,8 @@ def prepare_voc(
     if source is None:
         raise UserError(
             f"{root} is ready with VOC's own {len(train):,} training images (data.train_split=train), but the list "
-            f"{LIST} of {TRAIN_AUG:,} needs SBD: get benchmark.tgz (1.4 GB, {SBD_URL}, or by way of {SBD_PAGE}), "
-            f"unpack it beside {root} and run this again; --sbd FOLDER names another place"
+            f"{LIST} of {TRAIN_AUG:,} needs SBD: download benchmark.tgz (1.4 GB, {SBD_URL}, or from {SBD_PAGE}), "
+            f"unpack it next to {root} or give --sbd FOLDER, and run this command again"
         )
     if train_masks:
         _write_masks(root, source, set(val), progress, say)
@@ -58,19 +58,19 @@ def prepare_voc(
 
 def _find_root(devkit: Path) -> Path:
     if not devkit.is_dir():
-        raise UserError(f"there is no folder {devkit}; {_get_voc()}")
+        raise UserError(f"no such folder: {devkit}; {_get_voc()}")
     for root in (devkit, devkit / "VOC2012", devkit / "VOCdevkit" / "VOC2012"):
         if any((root / name).is_dir() for name in ("JPEGImages", "Annotations", "ImageSets")):
             return root
-    raise UserError(f"{devkit} does not hold VOC 2012 (no VOC2012/JPEGImages in it); {_get_voc()}")
+    raise UserError(f"{devkit} does not contain VOC 2012 (no VOC2012/JPEGImages); {_get_voc()}")
 
 
 def _get_voc() -> str:
-    return f"get VOCtrainval_11-May-2012.tar (2 GB, {VOC_URL}), unpack it and give the folder VOCdevkit"
+    return f"download VOCtrainval_11-May-2012.tar (2 GB, {VOC_URL}), unpack it and give the folder VOCdevkit"
 
 
 def _check_voc(root: Path, say: Say) -> tuple[list[str], list[str]]:
-    """VOC's own train and val names; everything missing is named at once."""
+    """VOC's own train and val names; UserError lists all missing files."""
     missing = []
     for folder, suffix, full in (
         ("JPEGImages", ".jpg", PICTURES),
@@ -79,7 +79,7 @@ def _check_voc(root: Path, say: Say) -> tuple[list[str], list[str]]:
     ):
         count = len(files_by_name([root / folder], (suffix,)))
         if count:
-            say("found", f"{root / folder}: {count:,} files of {full:,}")
+            say("found", f"{root / folder}: {count:,} of {full:,} files")
         else:
             missing.append(f"{folder}/*{suffix}")
     lists = {}
@@ -88,7 +88,7 @@ def _check_voc(root: Path, say: Say) -> tuple[list[str], list[str]]:
         if path.is_file():
             finder = PictureFinder(files_by_name([root / "JPEGImages"], (".jpg",)))
             lists[split] = [listed_name(line, finder) for line in read_lines(path)]
-            say("found", f"{path}: {len(lists[split]):,} names of {full:,}")
+            say("found", f"{path}: {len(lists[split]):,} of {full:,} names")
         else:
             missing.append(str(path.relative_to(root)))
     if missing:
@@ -98,12 +98,12 @@ def _check_voc(root: Path, say: Say) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class _Segmented:
-    """Which images have been segmented beyond VOC's own train and val."""
+    """Images segmented in addition to VOC's own train and val."""
 
     where: Path
     names: list[str]
     matrices: Path | None
-    """SBD's folder of .mat files, where it is there."""
+    """SBD's folder of .mat files, if it exists."""
 
 
 def _find_sbd(root: Path, devkit: Path, given: Path | None) -> _Segmented | None:
@@ -120,8 +120,8 @@ def _find_sbd(root: Path, devkit: Path, given: Path | None) -> _Segmented | None
                 return _Segmented(folder, names, folder / "cls")
     if given is not None:
         raise UserError(
-            f"--sbd {given} does not hold SBD (dataset/cls, dataset/train.txt and dataset/val.txt of "
-            f"benchmark_RELEASE); get benchmark.tgz ({SBD_URL}, or by way of {SBD_PAGE}) and unpack it"
+            f"--sbd {given} does not contain SBD (dataset/cls, dataset/train.txt and dataset/val.txt of "
+            f"benchmark_RELEASE); download benchmark.tgz ({SBD_URL}, or from {SBD_PAGE}) and unpack it"
         )
     masks = files_by_name([root / "SegmentationClassAug"], (".png",))
     if masks:
@@ -140,13 +140,13 @@ def _write_list(
     absent = [name for name in [*names, *val] if name not in pictures]
     if absent:
         raise UserError(
-            f"{len(absent):,} listed pictures are not in {root / 'JPEGImages'} ({some(absent)}); {_get_voc()}"
+            f"{len(absent):,} listed images are not in {root / 'JPEGImages'} ({some(absent)}); {_get_voc()}"
         )
     if source is None:
         return
     say("found", f"{source.where}: {len(source.names):,} segmented images")
     path = split_list(root, LIST)
-    note = "" if len(names) == TRAIN_AUG else f", of {TRAIN_AUG:,} when complete"
+    note = "" if len(names) == TRAIN_AUG else f" (the complete list has {TRAIN_AUG:,})"
     if path.is_file() and {stem_of(line.split()[0]) for line in read_lines(path)} == set(names):
         say("kept", f"{path}: {len(names):,} names{note}")
     else:
@@ -154,7 +154,7 @@ def _write_list(
 
 
 def _write_tags(root: Path, names: list[str], source: _Segmented | None, progress: bool, say: Say) -> None:
-    """tags.csv from the annotations; from SBD's segmentation where an image has no annotation."""
+    """Write tags.csv from the annotations, or from SBD's segmentation if an image has no annotation."""
 
     def labels_of(name: str) -> list[str]:
         path = root / "Annotations" / f"{name}.xml"
@@ -172,7 +172,7 @@ def _write_tags(root: Path, names: list[str], source: _Segmented | None, progres
         for name, labels in zip(names, found, strict=True):
             for label in labels:
                 if label not in VOC_CLASSES:
-                    raise UserError(f"the annotation of '{name}' in {root} holds '{label}', which is no class of VOC")
+                    raise UserError(f"unknown VOC class '{label}' in the annotation of '{name}' in {root}")
             shown = [label for label in VOC_CLASSES if label in labels]
             for label in shown:
                 counts[label] += 1
@@ -182,30 +182,30 @@ def _write_tags(root: Path, names: list[str], source: _Segmented | None, progres
 
 
 def read_sbd(path: Path) -> np.ndarray:
-    """The class map in one of SBD's cls/*.mat files, uint8 [H,W]: 0 background, 1..20; nothing in it is ignored."""
+    """The class map of an SBD cls/*.mat file, uint8 [H,W]: 0 background, 1..20; it has no ignored pixels."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
         raise UserError("reading SBD's .mat files needs scipy: pip install 'afa-ext[train]'") from error
     try:
         mask = np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0])
-    except Exception as error:  # scipy raises what it pleases on a damaged file
-        raise UserError(f"{path} can't be read as one of SBD's .mat files ({error!r}); unpack it anew") from error
+    except Exception as error:  # scipy raises many exception types on damaged files
+        raise UserError(f"{path} can't be read as an SBD .mat file ({error!r}); unpack it again") from error
     if mask.ndim != 2 or mask.max(initial=0) > len(VOC_CLASSES):
-        raise UserError(f"{path} holds no map of VOC's {len(VOC_CLASSES)} classes; unpack it anew")
+        raise UserError(f"{path} is not a map of VOC's {len(VOC_CLASSES)} classes; unpack it again")
     return mask.astype(np.uint8)
 
 
 def _write_masks(root: Path, source: _Segmented, val: set[str], progress: bool, say: Say) -> None:
     folder = root / "SegmentationClassAug"
     if source.matrices is None:
-        say("note", f"--train-masks: {source.where} stays as it is, as SBD's own .mat files are not there")
+        say("note", f"--train-masks: no masks written, because SBD's .mat files were not found (using {source.where})")
         return
-    # VOC's masks are the finer ones, and have ignored borders.
+    # VOC's own masks are finer and have ignored borders, so they are kept.
     done = set(files_by_name([root / "SegmentationClass", folder], (".png",)))
     names = sorted(set(source.names) - val - done)
     run_all(_convert, [(source.matrices / f"{name}.mat", folder / f"{name}.png") for name in names], "masks", progress)
-    say("wrote" if names else "kept", f"{folder}: {len(names):,} masks more from SBD")
+    say("wrote" if names else "kept", f"{folder}: {len(names):,} additional masks from SBD")
 
 
 def _convert(task: tuple[Path, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Readers: each turns a folder of one layout into pictures with tags and masks.
+"""Readers: each reads the images, tags and masks of one folder layout.
 
 To add a layout, write a module with a function (root, split) -> TaggedPictures and call it in `read_tagged`.
 """
@@ -13,5 +13,5 @@ __all__ = ["TaggedPictures", "is_own_folder", "read_tagged"]
 
 
 def read_tagged(root: Path, split: str) -> TaggedPictures:
-    """The split of a folder in VOC's layout or of one's own pictures, whichever it is."""
+    """Read a split of a folder, detecting whether it is in VOC layout or contains the user's own images."""
     return read_own_split(root, split) if is_own_folder(root) else read_voc_split(root, split)

@@ -1,4 +1,4 @@
-"""What every reader gives."""
+"""The result type of all readers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TaggedPictures:
-    """The pictures of one split with their tags, and all masks of the folder. Nothing has been decoded."""
+    """The images of one split with their tags, and all masks of the folder. No file has been decoded."""
 
     classes: list[str]
-    """Foreground classes in the order of their numbers: class i of a mask is `classes[i - 1]`."""
+    """Foreground classes in index order: class i of a mask is `classes[i - 1]`."""
     names: list[str]
     paths: list[Path]
     tags: Tensor
-    """float32 [len(names), len(classes)], 1 where the picture shows the class."""
+    """float32 [len(names), len(classes)], 1 if the image has the tag."""
     masks: Mapping[str, Path]
-    """Name -> mask, also of pictures outside the split."""
+    """Name -> mask, including images outside the split."""
     mask_folder: Path
-    """Where masks are looked for first."""
+    """The primary folder of masks."""
     notes: list[str] = field(default_factory=list)
-    """What a user should know of the folder, one sentence each."""
+    """Notes about the folder for the user, one sentence each."""

@@ -15,11 +15,11 @@ from afa.data.listing import PictureFinder, stem_of
 from afa.errors import UserError, did_you_mean
 
 HEADERS = (("image", "labels"), ("image", "label"), ("image", "tags"), ("filename", "labels"), ("filename", "label"))
-"""First lines of a CSV that name its columns."""
+"""Recognized header lines of a CSV."""
 
 
 def read_tags(root: Path, names: Sequence[str], classes: Sequence[str], pictures: Mapping[str, Path]) -> Tensor:
-    """float32 [len(names), len(classes)], 1 where the image holds the class; `pictures` are all in the folder."""
+    """Tags float32 [len(names), len(classes)], 1 if the image has the class; pictures: all images in the folder."""
     numbers = {name: number for number, name in enumerate(classes)}
     path = root / "tags.csv"
     labels_of = _csv_tags(path, numbers, pictures) if path.is_file() else _xml_tags(root)
@@ -29,7 +29,7 @@ def read_tags(root: Path, names: Sequence[str], classes: Sequence[str], pictures
         for label in labels:
             if label not in numbers:
                 raise UserError(
-                    f"the tag '{label}' in {source} names no class{did_you_mean(label, classes)} "
+                    f"unknown class '{label}' in {source}{did_you_mean(label, classes)} "
                     f"(the {len(classes)} classes come from {_classes_source(root)})"
                 )
             tags[row, numbers[label]] = 1
@@ -38,15 +38,15 @@ def read_tags(root: Path, names: Sequence[str], classes: Sequence[str], pictures
 
 def _classes_source(root: Path) -> str:
     path = root / "classes.txt"
-    return str(path) if path.is_file() else f"PASCAL VOC, as there is no {path}"
+    return str(path) if path.is_file() else f"PASCAL VOC, because there is no {path}"
 
 
 TagReader = Callable[[str], tuple[list[str], str]]
-"""Image name -> its labels, and where they stand in words."""
+"""Image name -> its labels, and a description of their location."""
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not empty, stripped; UserError when it can't be read."""
+    """The stripped, non-empty lines of a UTF-8 text file; UserError if it can't be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -55,26 +55,26 @@ def read_lines(path: Path) -> list[str]:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(image, labels, where it stands in words) of every line of `image,labels`, but for the header."""
+    """Yield (image, labels, location) for every line of `image,labels` except the header."""
     for number, line in enumerate(read_lines(path), 1):
         where = f"line {number} of {path}"
         try:
             cells = [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True, strict=True))]
         except csv.Error as error:
-            raise UserError(f"{where} is not valid CSV ({error}); close every quote that it opens") from error
+            raise UserError(f"{where} is not valid CSV ({error}); check for an unclosed quote") from error
         if number == 1 and tuple(cell.lower() for cell in cells) in HEADERS:
             continue
         if len(cells) != 2:
             raise UserError(
-                f"{where} has {len(cells)} columns: it must be image,labels with the labels "
-                "separated by spaces or semicolons"
+                f"{where} has {len(cells)} columns; expected image,labels, with labels separated by spaces or "
+                "semicolons"
             )
         yield cells[0], cells[1], where
 
 
 def split_labels(text: str, classes: Container[str], where: str) -> list[str]:
-    """The labels in one cell: separated by semicolons, or by spaces when it has none. background means no label."""
-    # 'traffic light' alone is one class and not two; several such need semicolons.
+    """The labels in one cell, separated by semicolons or, if there are none, by spaces. background means no label."""
+    # A cell with only 'traffic light' is one class, not two. Several names with spaces need semicolons.
     whole = class_name(text, where) if text.strip() and ";" not in text else ""
     parts = text.split(";") if ";" in text else [whole] if whole in classes else text.split()
     names = [class_name(part, where) for part in parts if part.strip()]
@@ -86,7 +86,7 @@ def _csv_tags(path: Path, numbers: dict[str, int], pictures: Mapping[str, Path])
     rows: dict[str, tuple[list[str], str]] = {}
     for image, text, where in csv_rows(path):
         labels = (split_labels(text, numbers, where), where)
-        # A line about a picture that isn't there is kept under its bare name, for nobody.
+        # Lines for missing images are allowed and have no effect.
         for name in finder.find(image) or [stem_of(image)]:
             if name in rows:
                 raise UserError(f"{where} tags '{name}' a second time; keep one line per image")
@@ -118,18 +118,18 @@ def _xml_tags(root: Path) -> TagReader:
 
 
 def xml_labels(path: Path) -> list[str]:
-    """The names of the objects in one of VOC's annotations, as often as they stand there."""
+    """The names of all objects in a VOC annotation, including duplicates."""
     try:
         tree = ElementTree.parse(path)
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # LookupError: an unknown encoding
         raise UserError(f"the tag file {path} can't be read as XML ({error}); replace it") from error
     if tree.getroot().tag != "annotation":
         raise UserError(
-            f"the tag file {path} must hold VOC's <annotation>, but holds <{tree.getroot().tag}>; replace it"
+            f"the root element of the tag file {path} must be VOC's <annotation>, got <{tree.getroot().tag}>; replace it"
         )
     labels = []
     for item in tree.getroot().findall("object"):
-        # The object's own name and not any name in it: parts of a person (head, hand) have names too.
+        # Only the name of the object itself: parts of a person (head, hand) have names too.
         label = class_name(item.findtext("name") or "", f"an object of {path}")
         if not is_background(label):
             labels.append(label)

@@ -1,4 +1,4 @@
-"""PASCAL VOC's folder layout, which COCO's pictures fit into: split lists, classes and image files."""
+"""Reader for PASCAL VOC's folder layout, also used for COCO: split lists, classes and image files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from afa.data.readers.tags import read_lines, read_tags
 from afa.errors import UserError, did_you_mean
 
 IMAGE_FOLDERS = ("JPEGImages", "train2014", "val2014", "images/train2014", "images/val2014")
-"""Of VOC, and of COCO 2014 as it unpacks; all that are there are looked through."""
+"""Image folders of VOC and COCO 2014; all existing ones are searched."""
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
-"""VOC's own masks come before those made from SBD."""
+"""VOC's own masks take precedence over those made from SBD."""
 
 
 def read_voc_split(root: Path, split: str) -> TaggedPictures:
-    """The pictures of one split list with their tags; UserError names the file or line that is wrong."""
-    # Listed once: looking for each file takes long on network disks.
+    """The images of one split list with their tags; UserError for an invalid file or line."""
+    # List the folder once, because looking up each file is slow on network disks.
     pictures = _pictures(root)
     names = read_split(root, split, pictures)
     classes = read_classes(root)
@@ -32,37 +32,39 @@ def read_voc_split(root: Path, split: str) -> TaggedPictures:
 
 
 def split_list(root: Path, split: str) -> Path:
-    """Where the list of a split is, or would be."""
+    """Path of a split list, whether or not it exists."""
     return root / "ImageSets" / "Segmentation" / f"{split}.txt"
 
 
 def read_split(root: Path, split: str, pictures: Mapping[str, Path] | None = None) -> list[str]:
-    """The names in a split list, each once, as `find_images` takes them; `pictures` are all in the folder."""
+    """The unique names in a split list, for `find_images`; pictures: all images in the folder."""
     path = split_list(root, split)
     if not root.is_dir():
         raise UserError(
-            f"the data folder {root} does not exist (looked for {path}); "
+            f"the data folder {root} does not exist (expected {path}); "
             "set data.root=FOLDER to a folder in PASCAL VOC layout, or set data.embedded=true to "
-            "have the embedded data set made there, as `afa train demo` does"
+            "generate the demo data set there, as `afa train demo` does"
         )
     if not path.is_file():
         lists = sorted(file.stem for file in path.parent.glob("*.txt"))
-        there = f"the lists there are {', '.join(lists)}{did_you_mean(split, lists)}" if lists else "no list is there"
+        there = (
+            f"the existing lists are {', '.join(lists)}{did_you_mean(split, lists)}" if lists else "there are no lists"
+        )
         coco = any((root / name).is_dir() for name in IMAGE_FOLDERS[1:])
         raise UserError(
-            f"the split list {path} does not exist: {there}; set data.train_split or data.val_split, or make the lists "
-            f"of a fresh download: afa prepare {'coco' if coco else 'voc'} {root}"
+            f"the split list {path} does not exist: {there}; set data.train_split or data.val_split, or create the "
+            f"lists of a new download with afa prepare {'coco' if coco else 'voc'} {root}"
         )
     finder = PictureFinder(_pictures(root) if pictures is None else pictures)
     names = list(dict.fromkeys(listed_name(line, finder) for line in read_lines(path)))
     if not names:
-        raise UserError(f"the split list {path} is empty; it must hold one image name per line")
+        raise UserError(f"the split list {path} is empty; it must have one image name per line")
     return names
 
 
 def listed_name(line: str, finder: PictureFinder) -> str:
-    """The picture that a line of a split list means: a name, which may have spaces or folders, a file name, or a
-    path, after which the path of the mask may stand."""
+    """The image for a line of a split list: a name (possibly with spaces or folders), a file name, or a path, which can be
+    followed by the path of the mask."""
     first = line.split()[0]
     for text in (line, first, _below_folder(line), _below_folder(first)):
         found = finder.find(text)
@@ -76,7 +78,7 @@ def listed_name(line: str, finder: PictureFinder) -> str:
 
 
 def _below_folder(text: str) -> str:
-    """A path such as /JPEGImages/sub/a.jpg from below the folder of images."""
+    """Strip the image folder and the suffix from a path such as /JPEGImages/sub/a.jpg."""
     text = text.replace("\\", "/").lstrip("/")
     for folder in IMAGE_FOLDERS:
         text = text.removeprefix(f"{folder}/")
@@ -84,18 +86,18 @@ def _below_folder(text: str) -> str:
 
 
 def read_classes(root: Path) -> list[str]:
-    """The foreground classes of classes.txt, or VOC's."""
+    """The foreground classes of classes.txt, or VOC's if there is no such file."""
     path = root / "classes.txt"
     return read_class_list(path) if path.is_file() else list(VOC_CLASSES)
 
 
 def read_class_list(path: Path) -> list[str]:
-    """The names in a classes.txt, checked."""
+    """Read and check the names in a classes.txt."""
     return check_class_list(read_lines(path), str(path))
 
 
 def find_images(root: Path, names: Sequence[str], split: str, pictures: Mapping[str, Path] | None = None) -> list[Path]:
-    """The image file of every name; `pictures` are all in the folder."""
+    """The image file of every name; pictures: all images in the folder."""
     folders = _image_folders(root)
     if not folders:
         raise UserError(
@@ -107,7 +109,7 @@ def find_images(root: Path, names: Sequence[str], split: str, pictures: Mapping[
         if name not in files:
             raise UserError(
                 f"the image '{name}' of {split_list(root, split)} is not in {' or '.join(map(str, folders))} "
-                f"(looked for {name} with {', '.join(IMAGE_SUFFIXES)}); add it or take it out of the list"
+                f"(searched for {name} with {', '.join(IMAGE_SUFFIXES)}); add it or remove it from the list"
             )
     return [files[name] for name in names]
 
