@@ -522,7 +522,7 @@ void launch_ring(const StencilParams& p, bool resident, void* stream) {
       return;
     }
   }
-  const dim3 grid(static_cast<unsigned>(tiles < kMaxGridX ? tiles : kMaxGridX));
+  const dim3 grid = block_grid(tiles);
   for (int t = 0; t < p.steps; ++t) {
     AFA_LAUNCH_SHARED(kernel, grid, dim3(Shape::kThreads), size_t{Shape::kBytes}, stream, p, t, t + 1);
   }

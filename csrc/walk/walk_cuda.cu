@@ -700,8 +700,7 @@ bool find_step_tiles(const WalkStepParams& p, int threads, StepTiles& s) {
 // A block for each piece of a row of targets, a second dimension for images and passes.
 dim3 tile_grid(const WalkParams& walk, const StepTiles& s) {
   const int64_t rows = walk.height * s.across, groups = walk.batch * s.passes;
-  return dim3(static_cast<unsigned>(rows < kMaxGridX ? rows : kMaxGridX),
-              static_cast<unsigned>(groups < kMaxGridY ? groups : kMaxGridY));
+  return block_grid(rows, groups);
 }
 
 dim3 node_grid(const WalkParams& p) {
