@@ -47,13 +47,22 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// One thread an item in x; y for images, planes or groups of them. Kernels stride over what a grid can't
-// hold.
-inline dim3 grid_for(int64_t items, int64_t groups) {
-  const int64_t x = ceil_div(items, kThreads);
+// Blocks in x and in y, as many of them as a grid can hold: kernels stride over the rest.
+inline dim3 block_grid(int64_t x, int64_t y = 1) {
   return dim3(static_cast<unsigned>(x < kMaxGridX ? x : kMaxGridX),
-              static_cast<unsigned>(groups < kMaxGridY ? groups : kMaxGridY));
+              static_cast<unsigned>(y < kMaxGridY ? y : kMaxGridY));
 }
+
+// One thread per item in x; y for images, planes or groups of them.
+inline dim3 grid_for(int64_t items, int64_t groups) {
+  return block_grid(ceil_div(items, kThreads), groups);
+}
+
+// A compile-time bool as a value, for generic lambdas.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
 
 __device__ inline int64_t first_item() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -219,8 +219,7 @@ bool find_step_tiles(const WalkStepParams& p, int threads, WalkTiles& s) {
   const int classes = static_cast<int>(ceil_div(p.classes, passes));
   if (!find_tiles(p.walk, classes / kStepClasses + 1, classes, threads, s)) return false;
   s.passes = passes;
-  s.wide_scores = p.walk.width % 4 == 0 && reinterpret_cast<uintptr_t>(p.scores) % 16 == 0 &&
-                  reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  s.wide_scores = p.walk.width % 4 == 0 && aligned(p.scores) && aligned(p.out);
   return true;
 }
 }  // namespace

@@ -7,7 +7,7 @@
 // outside the window.
 #pragma once
 
-#include "common/cuda.cuh"
+#include "common/vectors.cuh"
 #include "walk/walk.h"
 
 namespace afa {
@@ -152,15 +152,11 @@ __device__ inline void count_offsets(const Stencil& stencil, int* first_of_run) 
   }
 }
 
-__device__ inline float4 load_four(const float* at) {
-  return *reinterpret_cast<const float4*>(at);
-}
 template <typename T>
 __device__ float4 load_four(const T* at) {
-  const uint2 four = *reinterpret_cast<const uint2*>(at);
-  const T* value = reinterpret_cast<const T*>(&four);
-  return make_float4(to_sum<float>(value[0]), to_sum<float>(value[1]), to_sum<float>(value[2]),
-                     to_sum<float>(value[3]));
+  const Vec<T, 4> four = load<4>(at);
+  return make_float4(to_sum<float>(four.at[0]), to_sum<float>(four.at[1]), to_sum<float>(four.at[2]),
+                     to_sum<float>(four.at[3]));
 }
 // The entries of the runs from `first` under `end`, as tiles[row][group of sources][group of targets][source]
 // [target]. A thread's place in a tile stays the same from group to group.
@@ -239,16 +235,13 @@ bool find_tiles(const WalkParams& walk, int sets, int classes, int threads, Walk
   if (most > budget / in_row_bytes) most = budget / in_row_bytes;
   if (most < 1) return false;
   s.rows = static_cast<int>(ceil_div(walk.stencil.runs, ceil_div(walk.stencil.runs, most)));
-  const uintptr_t bytes = walk.kind == Kind::f32 ? 16 : 8;
-  s.wide = walk.layout == Layout::dense && walk.width % 4 == 0 &&
-           reinterpret_cast<uintptr_t>(walk.affinity) % bytes == 0;
+  const int64_t bytes = walk.kind == Kind::f32 ? 16 : 8;
+  s.wide = walk.layout == Layout::dense && walk.width % 4 == 0 && aligned(walk.affinity, bytes);
   return s.threads() >= 4 * s.tiles();  // stage_entries has a thread for each place in a group's tiles
 }
 // A block for each piece of a row of targets, a second dimension for images and passes.
 dim3 tile_grid(const WalkParams& walk, const WalkTiles& s) {
-  const int64_t rows = walk.height * s.across, groups = walk.batch * s.passes;
-  return dim3(static_cast<unsigned>(rows < kMaxGridX ? rows : kMaxGridX),
-              static_cast<unsigned>(groups < kMaxGridY ? groups : kMaxGridY));
+  return block_grid(walk.height * s.across, walk.batch * s.passes);
 }
 
 }  // namespace
