@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _native  # noqa: F401  (registers the operators)
 from ._autocast import autocast_to_float32
+from ._autograd import register_derivatives
 from ._checks import check_affinity_from_attention, check_affinity_labels, check_affinity_loss
 
 _ops = torch.ops.afa_ext
@@ -179,5 +180,8 @@ def _loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _ops.affinity_loss_backward(grad, sums, labels).to(ctx.dtype), None
 
 
-torch.library.register_autograd("afa_ext::affinity_from_attention", _affinity_backward, setup_context=_affinity_context)
-torch.library.register_autograd("afa_ext::affinity_loss", _loss_backward, setup_context=_loss_context)
+register_derivatives("affinity_from_attention", backward=_affinity_backward, setup_context=_affinity_context)
+register_derivatives("affinity_from_attention_backward_attention", linear=("grad",))
+register_derivatives("affinity_from_attention_backward_weight", linear=("grad",))
+register_derivatives("affinity_loss", backward=_loss_backward, setup_context=_loss_context)
+register_derivatives("affinity_loss_backward", linear=("grad",))

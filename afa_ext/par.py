@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _native  # noqa: F401  (registers the operators)
 from ._autocast import autocast_to_float32
+from ._autograd import check_no_tangent, register_derivatives
 from ._checks import (
     check_choice,
     check_dilations,
@@ -60,6 +61,7 @@ def par_affinity(
     (images,) = autocast_to_float32(images)
     offsets = check_par_affinity(images, dilations, w1, w2)
     check_no_grad("images", images)
+    check_no_tangent("images", images)
     weights: Tensor = _ops.par_affinity(images, offsets, float(w1), float(w2))
     return weights
 
@@ -76,6 +78,7 @@ def pamr_affinity(images: Tensor, *, dilations: Sequence[int] = DILATIONS) -> Te
     (images,) = autocast_to_float32(images)
     offsets = check_pamr_affinity(images, dilations)
     check_no_grad("images", images)
+    check_no_tangent("images", images)
     weights: Tensor = _ops.pamr_affinity(images, offsets)
     return weights
 
@@ -173,6 +176,7 @@ def _prepare(images: Tensor, masks: Tensor, class_mask: Tensor | None, resize: s
     images, masks = autocast_to_float32(images, masks)
     check_par_refine(images, masks, class_mask, resize)
     check_no_grad("images", images)
+    check_no_tangent("images", images)
     if images.shape[2:] != masks.shape[2:]:
         if resize == "mask_to_image":
             masks = F.interpolate(masks, size=images.shape[2:], mode="bilinear", align_corners=True)
@@ -326,4 +330,8 @@ def _propagate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_weights, grad_masks, None, None, None
 
 
-torch.library.register_autograd("afa_ext::par_propagate", _propagate_backward, setup_context=_propagate_context)
+register_derivatives("par_affinity")
+register_derivatives("pamr_affinity")
+register_derivatives("par_propagate", linear=("masks",), backward=_propagate_backward, setup_context=_propagate_context)
+register_derivatives("par_propagate_backward_masks", linear=("grad",))
+register_derivatives("par_propagate_backward_weights", linear=("grad", "masks"))

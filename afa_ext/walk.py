@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _native  # noqa: F401  (registers the operators)
 from ._autocast import autocast_to_float32
+from ._autograd import check_no_tangent, register_derivatives
 from ._checks import (
     check_edge_affinity,
     check_feature_affinity,
@@ -92,11 +93,11 @@ def random_walk(
     if boxes is None:
         return _walk(scores, affinity, radius, window, power, steps, normalize, eps, direction, None)
     # A column of P is a target of scores @ P, and a source of P @ scores.
-    outside = ~box_mask(boxes, grid)
+    inside = box_mask(boxes, grid)
     if direction == "rows":
-        scores = scores.masked_fill(outside, 0)
+        scores = scores * inside
     out = _walk(scores, affinity, radius, window, power, steps, normalize, eps, direction, None)
-    return out if direction == "rows" else out.masked_fill(outside, 0)
+    return out if direction == "rows" else out * inside
 
 
 def propagate_cams(
@@ -162,6 +163,7 @@ def edge_affinity(edge: Tensor, radius: int) -> Tensor:
     (edge,) = autocast_to_float32(edge)
     check_edge_affinity(edge, radius)
     check_no_grad("edge", edge)
+    check_no_tangent("edge", edge)
     planes: Tensor = _ops.edge_affinity(edge.flatten(0, -3), radius)
     return planes.flatten(2).mT
 
@@ -212,6 +214,7 @@ def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10
     x, edge = autocast_to_float32(x, edge)
     check_propagate_to_edge(x, edge, radius, beta, exp_times)
     check_no_grad("edge", edge)
+    check_no_tangent("edge", edge)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     height, width = edge.shape[-2:]
     maps = (x if edge.dim() == 4 else x.reshape(1, -1, height, width)).to(wide)
@@ -445,8 +448,17 @@ def _propagate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_scores, grad_transition, None, None, None, None
 
 
-torch.library.register_autograd("afa_ext::walk_transition", _transition_backward, setup_context=_transition_context)
-torch.library.register_autograd("afa_ext::walk_transpose", _transpose_backward, setup_context=_transpose_context)
-torch.library.register_autograd("afa_ext::walk_propagate", _propagate_backward, setup_context=_propagate_context)
-torch.library.register_autograd("afa_ext::walk_step", _step_backward, setup_context=_step_context)
-torch.library.register_autograd("afa_ext::feature_affinity", _features_backward, setup_context=_features_context)
+register_derivatives("walk_transition", backward=_transition_backward, setup_context=_transition_context)
+register_derivatives("walk_transition_backward", linear=("grad",))
+register_derivatives(
+    "walk_transpose", linear=("transition",), backward=_transpose_backward, setup_context=_transpose_context
+)
+register_derivatives("walk_step", linear=("scores",), backward=_step_backward, setup_context=_step_context)
+register_derivatives(
+    "walk_propagate", linear=("scores",), backward=_propagate_backward, setup_context=_propagate_context
+)
+register_derivatives("walk_propagate_backward_scores", linear=("grad",))
+register_derivatives("walk_propagate_backward_transition", linear=("grad", "scores"))
+register_derivatives("edge_affinity")
+register_derivatives("feature_affinity", backward=_features_backward, setup_context=_features_context)
+register_derivatives("feature_affinity_backward", linear=("grad",))

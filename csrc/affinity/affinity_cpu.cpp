@@ -20,8 +20,7 @@ inline typename Vec<S>::type sigmoid(typename Vec<S>::type z) {
   using V = typename Vec<S>::type;
   const V e = exp_nonpositive(z < S{0} ? z : -z);
   const V inverse = S{1} / (S{1} + e);
-  const V result = z < S{0} ? e * inverse : inverse;
-  return z == z ? result : z;  // NaN stays
+  return z < S{0} ? e * inverse : inverse;
 }
 
 // f(begin, end): ranges of whole lines that hold all nodes of node i's window, and few others. Lines, as a
@@ -365,10 +364,12 @@ void loss_blocks(const AffinityLossParams& p, int64_t begin, int64_t end) {
       __builtin_memcpy(&label, labels + x, static_cast<size_t>(count - x < kStep ? count - x : kStep));
       const V kind = __builtin_convertvector(label, V), a = load_wide_first(affinity + x, count - x);
       const V none = {}, one = none + Sum<T>{1};
-      same += kind == one ? one - a : none;
-      same_count += kind == one ? one : none;
-      different += kind == none ? a : none;
-      different_count += kind == none ? one : none;
+      // Products, not choices: a NaN counts whatever its label, as in the definition.
+      const V is_same = kind == one ? one : none, is_different = kind == none ? one : none;
+      same += (one - a) * is_same;
+      same_count += is_same;
+      different += a * is_different;
+      different_count += is_different;
     }
     double* partial = p.partial + 4 * block;
     partial[0] = static_cast<double>(sum_of_lanes(same, Sum<T>{0}));

@@ -22,10 +22,12 @@ __global__ void __launch_bounds__(kSumThreads) loss_kernel(const __grid_constant
     Sum same = 0, different = 0;
     int same_count = 0, different_count = 0;
     auto add = [&](Sum a, uint8_t label) {
-      same += label == 1 ? 1 - a : Sum{0};
-      different += label == 0 ? a : Sum{0};
-      same_count += label == 1 ? 1 : 0;
-      different_count += label == 0 ? 1 : 0;
+      // Products, not choices: a NaN counts whatever its label, as in the definition.
+      const int is_same = label == 1 ? 1 : 0, is_different = label == 0 ? 1 : 0;
+      same += (1 - a) * static_cast<Sum>(is_same);
+      different += a * static_cast<Sum>(is_different);
+      same_count += is_same;
+      different_count += is_different;
     };
     if (first + kLossBlock <= p.count) {
       const int64_t own = first + static_cast<int64_t>(threadIdx.x) * V;

@@ -211,7 +211,7 @@ void choice_rows(const ChoiceParams& p, int64_t begin, int64_t end, T* scratch) 
         } else {
 #pragma GCC ivdep
           for (int64_t x = 0; x < width; ++x) {
-            const bool better = map[x] > best[x];
+            const bool better = map[x] > best[x] || (map[x] != map[x] && best[x] == best[x]);
             best[x] = better ? map[x] : best[x];
             chosen[x] = better ? number : chosen[x];
             background[x] -= share * map[x];
@@ -219,7 +219,10 @@ void choice_rows(const ChoiceParams& p, int64_t begin, int64_t end, T* scratch) 
         }
       }
 #pragma GCC ivdep
-      for (int64_t x = 0; x < width; ++x) chosen[x] = best[x] > background[x] ? chosen[x] : 0;
+      for (int64_t x = 0; x < width; ++x) {
+        const bool over = !(best[x] <= background[x]) & (background[x] == background[x]);
+        chosen[x] = over ? chosen[x] : 0;
+      }
     }
     const Int* high = choice - p.x;
     const Int* low = choice + (p.thresholds - 1) * width - p.x;

@@ -300,13 +300,13 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(5))
 #pragma unroll kAtOnce
           for (int64_t j = 0; j < count; ++j) {
             const T score = value((j + extra) * p.thresholds + t);
-            if (j == 0 || score > best) {
+            if (j == 0 || score > best || (score != score && best == best)) {
               best = score;
               choice[t] = numbers[j];
             }
             if (!p.background_map) background -= score;
           }
-          if (!(best > background)) choice[t] = 0;
+          if (best <= background || background != background) choice[t] = 0;
         }
         label = choice[0];
         if (p.thresholds > 1 && label == 0 && choice[1] != 0) label = p.ignore;

@@ -77,7 +77,10 @@ void edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
       each_path_point(dy, dx, [&](int64_t py, int64_t px) {
         const T* on_path = edge + py * p.width + px;
 #pragma GCC ivdep
-        for (int64_t x = first; x < last; ++x) top[x] = on_path[x] > top[x] ? on_path[x] : top[x];
+        for (int64_t x = first; x < last; ++x) {
+          const bool take = (on_path[x] > top[x]) | (on_path[x] != on_path[x]);  // a NaN stays
+          top[x] = take ? on_path[x] : top[x];
+        }
       });
       for (int64_t x = first; x < last; ++x) top[x] = 1 - top[x];
       mirror(p, out, k, y, dy, dx, first, last);
@@ -111,13 +114,12 @@ void add_distances(const T* a, const T* b, int64_t stride, int64_t channels, T* 
   }
 }
 
-// exp(-value / channels), by vectors; a NaN stays one.
+// exp(-value / channels), by vectors.
 template <typename T>
 void exponentials(T* values, int64_t count, T scale) {
   using V = typename Vec<T>::type;
   auto exponential = [&](V v) {
-    const V x = v * -scale;
-    return x == x ? exp_nonpositive(x) : x;
+    return exp_nonpositive(v * -scale);
   };
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(values + i, exponential(load<T>(values + i)));
@@ -142,7 +144,15 @@ void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
         }
         add_distances(here, here + dy * p.width + dx, nodes, block, sum, first, last);
       });
+      // The distance of a node to itself: 0, or NaN.
+      T* centre = out + (p.stencil.size / 2 * p.height + y) * p.width;
+      if (c == 0) {
+        for (int64_t x = 0; x < p.width; ++x) centre[x] = 0;
+      }
+      add_distances(here, here, nodes, block, centre, 0, p.width);
     }
+    T* own = out + (p.stencil.size / 2 * p.height + y) * p.width;
+    for (int64_t x = 0; x < p.width; ++x) own[x] += 1;
     each_pair(p, y, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
       exponentials<T>(out + (k * p.height + y) * p.width + first, last - first,
                       T{1} / static_cast<T>(p.channels));
@@ -153,7 +163,9 @@ void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
 
 // dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is that of both its entries. `slope`
 // holds the factors of one row of nodes, [K, length], 0 where there is no neighbour: the loop over vectors
-// of nodes needs no border case but for the ends of memory.
+// of nodes needs no border case but for the ends of memory. The centre's row, which no difference meets, holds
+// what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as in the
+// definition).
 template <typename T>
 void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T* slope) {
   using V = typename Vec<T>::type;
@@ -174,13 +186,19 @@ void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T*
         slope[k * length + x] = (grad[here + x] + grad[there + x]) * affinity[here + x] * scale;
       }
     });
+    T* start = slope + p.stencil.size / 2 * length;
+    for (int64_t k = 0; k < p.stencil.size; ++k) {
+      const T* factor = slope + k * length;
+#pragma GCC ivdep
+      for (int64_t x = 0; x < length; ++x) start[x] = start[x] * 0 + factor[x] * 0;
+    }
     for (int64_t c = 0; c < p.channels; ++c) {
       const int64_t plane = (b * p.channels + c) * nodes + y * p.width;
       for (int64_t x = 0; x < p.width; x += kLanes<T>) {
         const int64_t count = p.width - x < kLanes<T> ? p.width - x : kLanes<T>;
         const bool whole = count == kLanes<T>;
         const V centre = whole ? load<T>(features + plane + x) : load_first<T>(features + plane + x, count);
-        V sum = {};
+        V sum = load<T>(start + x);
         const T* weight = slope + x;
         for (int r = 0; r < p.stencil.runs; ++r) {
           const Run& run = p.stencil.run[r];

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(8))
 #pragma unroll 4
           for (int j = 0; j < counts[i]; ++j) {
             const Sum on_path = to_sum<Sum>(here[points[i][j]]);
-            if (on_path > top) top = on_path;
+            if (on_path > top || on_path != on_path) top = on_path;  // a NaN stays
           }
         }
         write_pair(room, offset, forth, back, 1 - top);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
     T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
     each_node(p, [&](int64_t node, const Room& room) {
       Sum sum[kOffsets] = {};
-      int64_t other[kOffsets];  // the node itself where there is none
+      int64_t other[kOffsets];  // the node itself where there is none, and at the centre
 #pragma unroll
       for (int i = 0; i < kOffsets; ++i) {
         other[i] = 0;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
       for (int i = 0; i < kOffsets; ++i, forth += nodes, back -= nodes) {
         if (i >= count) break;
         if (i == 0 && first == centre) {
-          *forth = from_sum<T>(Sum{1});
+          *forth = from_sum<T>(1 + sum[0]);  // 1, or NaN
         } else {
           write_pair(room, offsets[i], forth, back, exp(-sum[i] / static_cast<Sum>(p.channels)));
         }
@@ -182,6 +182,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(3))
     each_node(p, [&](int64_t node, const Room& room) {
       const T* const here = static_cast<const T*>(p.in) + planes + node;
       Sum value[kChannels], sum[kChannels] = {};
+      Sum start = 0;  // NaN where any slope is NaN or infinite: 0 times it, as in the definition
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) value[c] = c < count ? to_sum<Sum>(here[c * nodes]) : Sum{0};
       // Of offset k: this node's entry, and the opposite one of the node k leads to.
@@ -195,6 +196,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(3))
         for (int j = 0; j < run.count; ++j, ++dx, ++other) {
           if (room.holds(-run.dy, dx)) {
             const Sum slope = (to_sum<Sum>(*grad) + to_sum<Sum>(opposite[other])) * to_sum<Sum>(*affinity);
+            start += slope * 0;
             const T* there = here + other;
 #pragma unroll
             for (int c = 0; c < kChannels; ++c, there += nodes) {
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(3))
       T* out = static_cast<T*>(p.out) + planes + node;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c, out += nodes) {
-        if (c < count) *out = from_sum<T>(sum[c] / static_cast<Sum>(p.channels));
+        if (c < count) *out = from_sum<T>((sum[c] + start) / static_cast<Sum>(p.channels));
       }
     });
   }
