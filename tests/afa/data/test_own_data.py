@@ -194,7 +194,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "no tags": (
         lambda root: (root / "tags.csv").write_text("p01.jpg,\n"),
-        ["tags.csv", "1 to 254 classes", "names 0"],
+        ["tags.csv", "1 to 254 classes", "got 0"],
     ),
     "a tag out of the list": (
         lambda root: (root / "classes.txt").write_text("cat\ndogs\n"),
@@ -218,7 +218,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "no picture": (
         lambda root: [path.unlink() for path in [*root.glob("*.jpg"), root / "deep/extra.png"]],
-        ["holds no picture", "data.root"],
+        ["no images", "data.root"],
     ),
     "an unknown split list": (
         lambda root: (root / "val.txt").write_text("p99.jpg\n"),
@@ -245,7 +245,7 @@ def test_mistake_in_the_folder(album: Path, mistake: str) -> None:
 
 def test_downloads_are_not_taken_for_pictures_of_ones_own(tmp_path: Path) -> None:
     _picture(tmp_path / "kit/VOC2012/JPEGImages/a.jpg")
-    with pytest.raises(UserError, match=r"holds a folder in PASCAL VOC layout; set data\.root=.*kit/VOC2012$"):
+    with pytest.raises(UserError, match=r"contains a folder in PASCAL VOC layout; set data\.root=.*kit/VOC2012$"):
         _open(tmp_path / "kit", "train")
     with pytest.raises(UserError, match=r"no list is there.*afa prepare voc .*VOC2012$"):
         _open(tmp_path / "kit/VOC2012", "train_aug")
@@ -326,7 +326,7 @@ def test_worked_example_of_the_docs(
     for override in re.findall(r"(?:train|data|model)\.\w+=[^\s`]+", page):
         load_config("own", [override])
     assert [command.split()[1] for command in commands] == ["prepare", "train", "predict", "train"]
-    assert "7 pictures, tagged by tags.csv, 3 classes" in shown[0]
+    assert "7 images, tagged by tags.csv, 3 classes" in shown[0]
     assert "no masks" in shown[1] and "tag F1" in shown[1]
     assert (tmp_path / "found/masks/one.png").is_file()
     assert (tmp_path / "runs/own/report.html").is_file()

@@ -220,7 +220,7 @@ def test_voc_without_sbd_is_ready_for_its_own_training_list(devkit: Path, say: A
             ["Annotations/*.xml", "ImageSets/Segmentation/val.txt"],
         ),
         (["VOC2012"], ["does not hold VOC 2012"]),
-        (["VOC2012/JPEGImages/s2.jpg"], ["1 listed pictures", "(s2)"]),
+        (["VOC2012/JPEGImages/s2.jpg"], ["1 listed images", "(s2)"]),
     ],
 )
 def test_voc_missing_parts_are_named(devkit: Path, sbd: Path, gone: list[str], words: list[str], say: Any) -> None:
@@ -461,10 +461,10 @@ def test_command_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["prepare", "own", str(root), "--quiet"]) == 0
     shown = capsys.readouterr().out
     for words in (
-        "30 pictures, tagged by tags.csv, 2 classes",
-        "left out because tags.csv has no line for them: 1 of 31 pictures",
+        "30 images, tagged by tags.csv, 2 classes",
+        "skipped because tags.csv has no line for them: 1 of 31 images",
         f"no masks in {root / 'masks'}: the classifier's F1 will be measured",
-        "left out because they are not pictures that can be read: 1 .mov",
+        "skipped because they are not supported image files: 1 .mov",
         "1  zebar",
         "is this 'zebra'?",
         f"next     afa train own data.root={root}",
@@ -475,7 +475,7 @@ def test_command_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (root / "17.jpg").write_bytes(b"hello")
     assert main(["prepare", "own", str(root), "--quiet"]) == 2
     captured = capsys.readouterr()
-    assert "2 of the 30 pictures" in captured.err
+    assert "2 of the 30 images" in captured.err
     assert "data.bad_images=skip" in captured.err
     assert [name in captured.out for name in ("3.jpg can't", "17.jpg can't")] == [True, True]
 

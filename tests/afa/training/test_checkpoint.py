@@ -112,7 +112,7 @@ def test_damaged_is_named_and_the_one_before_used(
 def test_none_whole_is_left(config: Config, cut: Path) -> None:
     for folder in (cut / "checkpoints").iterdir():
         (folder / "state.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"00000006 is damaged.*00000004 is damaged.*no whole one is left"):
+    with pytest.raises(UserError, match=r"00000006 is damaged.*00000004 is damaged.*there is no valid checkpoint"):
         run_train(config, cut, resume=True)
 
 
@@ -347,7 +347,7 @@ def test_a_half_deleted_checkpoint_is_no_reason_to_lose_a_finished_run(config: C
     (run / "checkpoints/00000009/state.pt").unlink()
     assert_equal(whole, run_train(config, run, resume=True))
     config.train.iterations = 12
-    with pytest.raises(UserError, match=r"finished, and no whole checkpoint .* its model stays as it is"):
+    with pytest.raises(UserError, match=r"finished, but there is no valid checkpoint .* its model is unchanged"):
         run_train(config, run, resume=True)
     assert_equal(whole, load_file(run / "model.safetensors"))
 
