@@ -204,7 +204,7 @@ def _damage(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
         if sha256(folder / name) != sums[name]:
-            return f"the checksum of {name} does not match"
+            return f"{name} has a wrong checksum"
     return None
 
 

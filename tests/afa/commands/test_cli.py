@@ -227,7 +227,7 @@ def test_bad_input_of_the_other_commands(small: Path, tmp_path: Path, capsys: py
     assert "'x*.jpg'" in _error(capsys, "predict", "half", "x*.jpg")
     assert "no images" in _error(capsys, "predict", "half", "half")
     twins = [str(tmp_path / "voc/JPEGImages/v0.jpg"), str(tmp_path / "voc/SegmentationClass/v0.png")]
-    assert "both be written as 'v0'" in _error(capsys, "predict", "half", *twins)
+    assert "the same output name 'v0'" in _error(capsys, "predict", "half", *twins)
     assert "metrics.json does not exist" in _error(capsys, "report", "half")
 
 

@@ -69,9 +69,9 @@ def test_lists() -> None:
         (["cat", "_background_"], "background is always class 0"),
         (["cat", "cat"], "'cat' twice"),
         (["cat", "Cat"], "differ only in case"),
-        (["cat", "\uff43\uff41\uff54"], "differ only in case or form"),
+        (["cat", "\uff43\uff41\uff54"], "differ only in case or Unicode form"),
         ([], "got 0"),
-        ([f"c{i}" for i in range(255)], "names 255"),
+        ([f"c{i}" for i in range(255)], "got 255"),
     ):
         with pytest.raises(UserError, match=words):
             check_class_list(names, "x")

@@ -171,7 +171,7 @@ def test_every_exif_orientation_of_image_and_mask(tmp_path: Path, orientation: i
 
 def test_mask_of_an_image_that_was_not_turned(tmp_path: Path) -> None:
     Image.new("L", (6, 10)).save(tmp_path / "mask.png")
-    with pytest.raises(UserError, match=r"6 x 10 pixels but its image is 10 x 6; .*turn this one"):
+    with pytest.raises(UserError, match=r"6 x 10 pixels but its image is 10 x 6; .*rotate it"):
         read_mask(tmp_path / "mask.png", 3, (6, 10))
 
 
@@ -196,7 +196,7 @@ def test_more_mask_encodings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="contains the value 300"):
         read_mask(tmp_path / "too large.png", 3)
     Image.new("CMYK", (3, 2)).save(tmp_path / "print.tif")
-    with pytest.raises(UserError, match=r"color picture \(CMYK\)"):
+    with pytest.raises(UserError, match=r"color image \(CMYK\)"):
         read_mask(tmp_path / "print.tif", 3)
 
 

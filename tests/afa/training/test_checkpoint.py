@@ -253,7 +253,7 @@ def test_command_line_on_sigterm(config: Config, tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, err
     saved = sorted((tmp_path / "runs/long/checkpoints").iterdir())[-1]
-    assert f"by SIGTERM; the checkpoint of iteration {int(saved.name):,} is written" in out
+    assert f"by SIGTERM; saved the checkpoint of iteration {int(saved.name):,}" in out
     assert "afa train runs/long --resume" in out and "Traceback" not in err
 
 
@@ -410,7 +410,7 @@ def test_a_running_run_owns_its_folder(config: Config, tmp_path: Path, monkeypat
     def second(self: TrainStep, batch: Any, iteration: int) -> Any:
         if iteration == 1:
             for resume in (False, True):
-                with pytest.raises(UserError, match="another process is working in the run's folder") as caught:
+                with pytest.raises(UserError, match="another process is using the run's folder") as caught:
                     train(config, tmp_path / "run", resume=resume, device="cpu", progress=False)
                 refused.append(str(caught.value))
         return real(self, batch, iteration)
@@ -435,4 +435,4 @@ def test_evaluating_a_running_run_is_refused(
     run_train(config, tmp_path / "run")
     with lock_run(tmp_path / "run"):
         assert main(["evaluate", str(tmp_path / "run"), "--quiet", "--device", "cpu"]) == 2
-    assert "another process is working in the run's folder" in capsys.readouterr().err
+    assert "another process is using the run's folder" in capsys.readouterr().err
