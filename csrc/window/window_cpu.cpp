@@ -118,9 +118,7 @@ void add_distances(const T* a, const T* b, int64_t stride, int64_t channels, T* 
 template <typename T>
 void exponentials(T* values, int64_t count, T scale) {
   using V = typename Vec<T>::type;
-  auto exponential = [&](V v) {
-    return exp_nonpositive(v * -scale);
-  };
+  auto exponential = [&](V v) { return exp_nonpositive(v * -scale); };
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(values + i, exponential(load<T>(values + i)));
   if (i < count) store_first<T>(values + i, exponential(load_first<T>(values + i, count - i)), count - i);
@@ -163,9 +161,9 @@ void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
 
 // dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is that of both its entries. `slope`
 // holds the factors of one row of nodes, [K, length], 0 where there is no neighbour: the loop over vectors
-// of nodes needs no border case but for the ends of memory. The centre's row, which no difference meets, holds
-// what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as in the
-// definition).
+// of nodes needs no border case but for the ends of memory. The centre's row, which no difference meets,
+// holds what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as
+// in the definition).
 template <typename T>
 void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T* slope) {
   using V = typename Vec<T>::type;
