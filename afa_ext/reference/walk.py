@@ -196,6 +196,6 @@ def propagate_cams(
     grid = (cams.shape[2], cams.shape[3])
     check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, scores_name="cams")
     wide = torch.float64 if cams.dtype == torch.float64 else torch.float32
-    scores, _ = class_scores(cams.to(wide), class_labels, background)
+    scores, present = class_scores(cams.to(wide), class_labels, background)
     walked = random_walk(scores, affinity.to(wide), grid=grid, radius=radius, power=power, steps=steps, eps=eps)
-    return walked.to(cams.dtype)
+    return walked.masked_fill(~present[:, :, None, None], 0).to(cams.dtype)

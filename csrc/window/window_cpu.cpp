@@ -71,16 +71,26 @@ void edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
     const T* edge = static_cast<const T*>(p.in) + b * nodes + y * p.width;
     T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
     fill_border(p, out, y);
+    // The rows that paths from row y meet. Two comparisons a point, which a NaN needs, take 1.6 times as
+    // long.
+    const int64_t reach = p.stencil.run[0].dy < 0 ? -p.stencil.run[0].dy : p.stencil.run[0].dy;
+    const int64_t seen = (y + reach < p.height ? reach + 1 : p.height - y) * p.width;
+    int has_nan = 0;
+    for (int64_t i = 0; i < seen; ++i) has_nan |= edge[i] != edge[i];
     each_pair(p, y, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
       T* top = out + (k * p.height + y) * p.width;
       for (int64_t x = first; x < last; ++x) top[x] = edge[x];
       each_path_point(dy, dx, [&](int64_t py, int64_t px) {
         const T* on_path = edge + py * p.width + px;
-#pragma GCC ivdep
-        for (int64_t x = first; x < last; ++x) {
-          const bool take = (on_path[x] > top[x]) | (on_path[x] != on_path[x]);  // a NaN stays
-          top[x] = take ? on_path[x] : top[x];
+        if (has_nan) {
+          for (int64_t x = first; x < last; ++x) {
+            const bool take = (on_path[x] > top[x]) | (on_path[x] != on_path[x]);  // a NaN stays
+            top[x] = take ? on_path[x] : top[x];
+          }
+          return;
         }
+#pragma GCC ivdep
+        for (int64_t x = first; x < last; ++x) top[x] = on_path[x] > top[x] ? on_path[x] : top[x];
       });
       for (int64_t x = first; x < last; ++x) top[x] = 1 - top[x];
       mirror(p, out, k, y, dy, dx, first, last);
@@ -118,9 +128,7 @@ void add_distances(const T* a, const T* b, int64_t stride, int64_t channels, T* 
 template <typename T>
 void exponentials(T* values, int64_t count, T scale) {
   using V = typename Vec<T>::type;
-  auto exponential = [&](V v) {
-    return exp_nonpositive(v * -scale);
-  };
+  auto exponential = [&](V v) { return exp_nonpositive(v * -scale); };
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(values + i, exponential(load<T>(values + i)));
   if (i < count) store_first<T>(values + i, exponential(load_first<T>(values + i, count - i)), count - i);
@@ -163,9 +171,9 @@ void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
 
 // dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is that of both its entries. `slope`
 // holds the factors of one row of nodes, [K, length], 0 where there is no neighbour: the loop over vectors
-// of nodes needs no border case but for the ends of memory. The centre's row, which no difference meets, holds
-// what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as in the
-// definition).
+// of nodes needs no border case but for the ends of memory. The centre's row, which no difference meets,
+// holds what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as
+// in the definition).
 template <typename T>
 void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T* slope) {
   using V = typename Vec<T>::type;
