@@ -4,7 +4,7 @@
 // Features: four channels at a time are added to a row of sums, and channels pass in blocks whose rows stay
 // in the first-level cache while the offsets pass. Which thread computes a row changes no sum.
 #include "common/vec.h"
-#include "window/window.h"
+#include "pair_affinity/pair_affinity.h"
 
 namespace afa {
 namespace AFA_SIMD {
@@ -14,7 +14,7 @@ constexpr int64_t kChannelBlock = 32;
 
 // f(k, dy, dx, first x, end x): the nodes of a row for which x + dx lies in the grid (none: end = first).
 template <typename F>
-inline void each_offset(const WindowParams& p, const F& f) {
+inline void each_offset(const PairAffinityParams& p, const F& f) {
   int64_t k = 0;
   for (int r = 0; r < p.stencil.runs; ++r) {
     const Run& run = p.stencil.run[r];
@@ -32,7 +32,7 @@ inline void each_offset(const WindowParams& p, const F& f) {
 // The same for pairs whose upper (or, in one row, left) node lies in row y: offsets after the window's
 // centre.
 template <typename F>
-inline void each_pair(const WindowParams& p, int64_t y, const F& f) {
+inline void each_pair(const PairAffinityParams& p, int64_t y, const F& f) {
   each_offset(p, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t end) {
     if (k > p.stencil.size / 2 && y + dy < p.height) f(k, dy, dx, first, end);
   });
@@ -40,7 +40,7 @@ inline void each_pair(const WindowParams& p, int64_t y, const F& f) {
 
 // The centre is 1, what leaves the grid 0.
 template <typename T>
-inline void fill_border(const WindowParams& p, T* out, int64_t y) {
+inline void fill_border(const PairAffinityParams& p, T* out, int64_t y) {
   each_offset(p, [&](int64_t k, int64_t dy, int64_t, int64_t first, int64_t end) {
     T* row = out + (k * p.height + y) * p.width;
     const bool inside = y + dy >= 0 && y + dy < p.height;
@@ -56,15 +56,15 @@ inline void fill_border(const WindowParams& p, T* out, int64_t y) {
 
 // Copies affinities [first, end) of row y to its pairs' other ends.
 template <typename T>
-inline void mirror(const WindowParams& p, T* out, int64_t k, int64_t y, int64_t dy, int64_t dx, int64_t first,
-                   int64_t end) {
+inline void mirror(const PairAffinityParams& p, T* out, int64_t k, int64_t y, int64_t dy, int64_t dx,
+                   int64_t first, int64_t end) {
   const T* from = out + (k * p.height + y) * p.width;
   T* to = out + ((p.stencil.size - 1 - k) * p.height + y + dy) * p.width + dx;
   for (int64_t x = first; x < end; ++x) to[x] = from[x];
 }
 
 template <typename T>
-void edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
+void edge_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
   const int64_t nodes = p.height * p.width;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / p.height, y = item % p.height;
@@ -135,7 +135,7 @@ void exponentials(T* values, int64_t count, T scale) {
 }
 
 template <typename T>
-void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
+void feature_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
   const int64_t nodes = p.height * p.width;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / p.height, y = item % p.height;
@@ -175,7 +175,7 @@ void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
 // holds what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as
 // in the definition).
 template <typename T>
-void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T* slope) {
+void feature_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t end, T* slope) {
   using V = typename Vec<T>::type;
   const int64_t nodes = p.height * p.width, size = p.batch * p.channels * nodes;
   const int64_t length = (p.width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -244,7 +244,7 @@ void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T*
 
 }  // namespace
 
-void window_edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
+void edge_affinity_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
   if (p.kind == Kind::f64) {
     edge_rows<double>(p, begin, end);
   } else {
@@ -252,7 +252,7 @@ void window_edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void window_feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
+void feature_affinity_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
   if (p.kind == Kind::f64) {
     feature_rows<double>(p, begin, end);
   } else {
@@ -260,7 +260,7 @@ void window_feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void window_feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, void* scratch) {
+void feature_affinity_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t end, void* scratch) {
   if (p.kind == Kind::f64) {
     feature_backward_rows<double>(p, begin, end, static_cast<double*>(scratch));
   } else {
