@@ -31,8 +31,9 @@ def edge_affinity(edge: Tensor, radius: int) -> Tensor:
         radius: 1 to 63, of the disc dy*dy + dx*dx < radius*radius.
 
     Returns:
-        [B, N, window] as :func:`afa_ext.random_walk` takes it with ``window="disc"``, in the type of ``edge``; 0 where the
-        neighbour leaves the grid. A view whose entries of one offset lie together, which random_walk reads as is.
+        [B, N, window] as :func:`afa_ext.random_walk` takes it with ``window="disc"``, in the type of ``edge``; 0 where
+        the neighbor is outside the grid. A view: the entries of one offset are contiguous, which random_walk reads
+        without a copy.
 
     Raises:
         TypeError, ValueError: an argument is not as stated, or ``edge`` requires grad.
@@ -57,8 +58,9 @@ def feature_affinity(features: Tensor, radius: int) -> Tensor:
         radius: 1 to 63, of the disc dy*dy + dx*dx < radius*radius.
 
     Returns:
-        [B, N, window] as :func:`afa_ext.random_walk` takes it with ``window="disc"``, in the type of ``features``; 0 where
-        the neighbour leaves the grid. A view whose entries of one offset lie together, which random_walk reads as is.
+        [B, N, window] as :func:`afa_ext.random_walk` takes it with ``window="disc"``, in the type of ``features``; 0
+        where the neighbor is outside the grid. A view: the entries of one offset are contiguous, which random_walk
+        reads without a copy.
 
     Raises:
         TypeError, ValueError: an argument is not as stated.

@@ -190,15 +190,12 @@ def test_compile_fullgraph(dynamic, device):
 
 
 def test_edges_have_no_native_gradient():
-    edge = torch.rand(1, 4, 5, requires_grad=True)
+    edge, x = torch.rand(1, 4, 5, requires_grad=True), torch.rand(3, 4, 5)
     with pytest.raises(ValueError, match=r"edge requires grad, .* afa_ext\.reference"):
         afa_ext.edge_affinity(edge, 3)
     with pytest.raises(ValueError, match=r"edge requires grad"):
-        afa_ext.propagate_to_edge(S[0], edge)
+        afa_ext.propagate_to_edge(x, edge)
     with torch.no_grad():
-        afa_ext.propagate_to_edge(S[0], edge)
+        afa_ext.propagate_to_edge(x, edge)
     (grad,) = torch.autograd.grad(reference.edge_affinity(edge, 3).sum(), edge)
     assert grad.any()
-
-
-T = torch.rand(2, 9, 4, 5)
