@@ -1,6 +1,6 @@
-"""Native operators for weakly-supervised segmentation, on CPU and CUDA; torch and numpy are all they need.
+"""Native operators for weakly supervised segmentation on CPU and CUDA. The only dependencies are torch and numpy.
 
-Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain PyTorch.
+Every operator has a reference implementation of the same name in :mod:`afa_ext.reference`, in plain PyTorch.
 """
 
 from ._native import build_info
