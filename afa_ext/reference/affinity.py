@@ -10,7 +10,7 @@ from .walk import window_mask
 
 
 def windowed_pairs(dense: Tensor, grid: tuple[int, int], radius: int, outside: float) -> Tensor:
-    """[B, N, N] -> [B, N, (2*radius+1)**2]: entry [b, i, k] is the pair (i, i + offset k); `outside` if it is not in the grid."""
+    """[B, N, N] -> [B, N, (2*radius+1)**2]: entry [b, i, k] is the pair (i, i + offset k); `outside` off the grid."""
     height, width = grid
     batch, nodes, _ = dense.shape
     dy, dx = torch.tensor(window_offsets(radius), device=dense.device).unbind(1)

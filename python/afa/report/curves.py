@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 20, 24
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> list[View]:
-    """One panel per loss, and one of the validation scores if there is more than one evaluation; empty without a log."""
+    """One panel per loss, and one for the validation scores if there are several evaluations; empty without a log."""
     if not log:
         return []
     panels = []
