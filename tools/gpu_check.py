@@ -1,7 +1,7 @@
 """All that needs a GPU, in one command of at most eight minutes: build, tests, sanitizers, benchmarks.
 
     python -m tools.gpu_check                    # everything
-    python -m tools.gpu_check --tune             # after the tests, time all variants of the kernels too: two minutes more
+    python -m tools.gpu_check --tune             # then time all variants of the kernels too: two minutes more
     python -m tools.gpu_check --only tests       # some stages; --list names them
     python -m tools.gpu_check --skip build       # all but some
 

@@ -399,16 +399,16 @@ WORK = {
         ),
         Work("walk_step_kernel", "B*N*(K*s+8*C)", "2*B*N*K*(C+1)", "9*B*N*K*ceil(C/8)", "B*ceil(N/128)*ceil(C/8)"),
         Work(
-            "window_edge_kernel",
+            "edge_affinity_kernel",
             *("B*N*(1+K)*s", "B*N*K*L/2", "B*N*K*(L/2+1)", "B*ceil(N/128)*ceil((K+1)/16)"),
             issued="B*N*K*(45+7*L/2)",
         ),
         Work(
-            "window_feature_kernel",
+            "feature_affinity_kernel",
             *("B*N*(D+K)*s", "3*B*N*K*D/2", "B*N*K*(9*D/16+1)", "B*ceil(N/128)*ceil((K+1)/16)"),
         ),
         Work(
-            "window_feature_backward_kernel",
+            "feature_affinity_backward_kernel",
             *("2*B*N*(D+K)*s", "6*B*N*K*D", "B*N*K*(D+3*ceil(D/8))", "B*ceil(N/128)*ceil(D/8)"),
         ),
         Work("affinity_kernel", "(B*M*N*N+P)*s", "2*B*M*N*N", "(3*B*M*N*N+2*P)*s/32", "B*ceil(N/32)*(ceil(N/32)+1)/2"),
@@ -456,7 +456,7 @@ def _disc(radius: int) -> list[tuple[int, int]]:
 
 
 def path_points(radius: int) -> float:
-    """Points of a path (window.h), on average over the window: those nearer than 1 to the line, in its box."""
+    """Points of a path (pair_affinity.h), on average over the window: those nearer than 1 to the line, in its box."""
 
     def points(dy: int, dx: int) -> int:
         ys, xs = range(min(0, dy), max(0, dy) + 1), range(min(0, dx), max(0, dx) + 1)
@@ -482,7 +482,7 @@ TARGETS = [
         "IRN walk 94×125, 4 maps, 256 steps",
         {"B": 1, "C": 4, "N": 94 * 125, "K": len(_disc(5)), "L": path_points(5), "s": 4},
         [
-            Stage("window_edge_kernel", "window_edge_kernel<float>"),
+            Stage("edge_affinity_kernel", "edge_affinity_kernel<float>"),
             Stage("walk_transition_kernel", "walk_transition_kernel<float>"),
             Stage("group_kernel", "group_kernel<float>"),
             Stage("stencil_kernel", "stencil_kernel<float, false, 1>", 256, resident=True),

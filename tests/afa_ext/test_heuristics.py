@@ -79,7 +79,7 @@ def test_a_resident_ring_has_a_block_for_each_tile_and_group_and_no_group_is_emp
     ("gpu", "sizes", "expected"),
     [
         (H100, (1, 20, 125, 94, 256), "classes4_kept"),  # IRN's walk of one photograph
-        (H100, (8, 21, 48, 48, 4), "classes8"),
+        (H100, (8, 21, 48, 48, 4), "classes4"),  # too few blocks of eight classes for all SMs
         (H100, (8, 240, 72, 64, 4), "classes8"),
         (H100, (1, 8, 40, 40, 1), "classes4"),  # one step: nothing to keep
         (RTX4060, (1, 20, 125, 94, 256), "classes8"),
