@@ -1,4 +1,4 @@
-// The neighbourhoods that PAR and the random walks share, in a form that fits a kernel's arguments.
+// The neighborhoods that PAR and the random walks share, in a form that fits a kernel's arguments.
 // Plain C++ without a standard-library template: included by CUDA sources and by the files compiled once per
 // SIMD level (an inline function from such a header could otherwise be kept in its AVX-512 form for all).
 #pragma once
@@ -21,12 +21,12 @@ constexpr int kMaxRuns = 2 * kMaxRadius + 2;
 // A larger dilation reaches the border of any image from everywhere, so that capping it changes nothing.
 constexpr int64_t kMaxReach = int64_t{1} << 28;
 
-// `count` neighbours in one row: (dy, dx), (dy, dx + step), ...
+// `count` neighbors in one row: (dy, dx), (dy, dx + step), ...
 struct Run {
   int32_t dy, dx, step, count;
 };
 
-// Neighbours in order; the k-th of `size` belongs to the k-th plane of the weights.
+// Neighbors in order; the k-th of `size` belongs to the k-th plane of the weights.
 struct Stencil {
   int32_t runs = 0;
   int32_t size = 0;

@@ -62,7 +62,7 @@ Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
 Tensor contiguous_as(const Tensor& t, ScalarType type);
 
 // While it lives, this thread takes denormal numbers as 0 (x86). A multiply-add with one takes over a hundred
-// cycles, and softmax weights of far neighbours are denormal in half a percent of PAR's cases: that doubled
+// cycles, and softmax weights of far neighbors are denormal in half a percent of PAR's cases: that doubled
 // its time. What is lost is under 1.2e-38.
 class FlushDenormals {
  public:

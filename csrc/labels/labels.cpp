@@ -440,7 +440,7 @@ ChoiceParams check_refine_labels(const Tensor& images, const Tensor& scores,
   const int64_t batch = images.size(0), height = images.size(2), width = images.size(3);
   check_shape(scores, "scores", "[B, C+1, h, w]", {batch, -1, -1, -1});
   kind_of(scores, "scores");
-  AFA_CHECK(scores.size(1) >= 1, "scores must hold the background's map, got shape ", shape_string(scores));
+  AFA_CHECK(scores.size(1) >= 1, "scores must include the background map, got shape ", shape_string(scores));
   check_images(images, batch, height, width, scores, "scores");
   if (low_scores) {
     check_shape(*low_scores, "low_scores", "[B, C+1, h, w]",
@@ -452,7 +452,7 @@ ChoiceParams check_refine_labels(const Tensor& images, const Tensor& scores,
   const Region whole = region_of(nullptr, 0, height, width, downscale);
   check_weights(weights, dilations, batch, whole, scores, "scores");
   AFA_CHECK(!weights || !box,
-            "weights must not be given along with box, whose regions have weights of their own");
+            "weights and box must not be given together: each box has its own weights");
   AFA_CHECK(images.numel() == 0 || scores.numel() > 0, "scores must have at least one position, got shape ",
             shape_string(scores));
   ChoiceParams choice;

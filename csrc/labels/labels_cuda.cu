@@ -1,6 +1,6 @@
 // Pseudo labels on CUDA. Packing: a block an image, which lists its present classes on the device, so that
 // the host need not know them. Shrinking, scores and choices: a thread owns one pixel of the result
-// (shrinking: four in a row) and samples what it needs; a pixel's four samples lie in rows its neighbours
+// (shrinking: four in a row) and samples what it needs; a pixel's four samples lie in rows its neighbors
 // read too, which L1 serves. Where they lie in a plane is worked out once, in 32 bits if the plane allows.
 // The scores read each present CAM once from memory, the choices each small map once, and nothing of the size
 // of the enlarged maps is stored. A class that is absent costs none of these kernels anything.

@@ -1,8 +1,8 @@
-// Windowed affinities of neighbouring nodes: from a boundary map (IRN) and from features (PSA).
+// Windowed affinities of neighboring nodes: from a boundary map (IRN) and from features (PSA).
 //
 // Planes by offset: A[b, k, y, x] is the affinity of node (y, x) and the node that the window's offset k
 // leads to from there; 0 where that leaves the grid. A is symmetric, A[k] at a node is A[K - 1 - k] at its
-// k-th neighbour, so that only the half of the window after its centre is computed.
+// k-th neighbor, so that only the half of the window after its center is computed.
 #pragma once
 
 #include <cstdint>

@@ -30,7 +30,7 @@ inline void each_offset(const PairAffinityParams& p, const F& f) {
 }
 
 // The same for pairs whose upper (or, in one row, left) node lies in row y: offsets after the window's
-// centre.
+// center.
 template <typename F>
 inline void each_pair(const PairAffinityParams& p, int64_t y, const F& f) {
   each_offset(p, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t end) {
@@ -38,7 +38,7 @@ inline void each_pair(const PairAffinityParams& p, int64_t y, const F& f) {
   });
 }
 
-// The centre is 1, what leaves the grid 0.
+// The center is 1, what leaves the grid 0.
 template <typename T>
 inline void fill_border(const PairAffinityParams& p, T* out, int64_t y) {
   each_offset(p, [&](int64_t k, int64_t dy, int64_t, int64_t first, int64_t end) {
@@ -153,11 +153,11 @@ void feature_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
         add_distances(here, here + dy * p.width + dx, nodes, block, sum, first, last);
       });
       // The distance of a node to itself: 0, or NaN.
-      T* centre = out + (p.stencil.size / 2 * p.height + y) * p.width;
+      T* center = out + (p.stencil.size / 2 * p.height + y) * p.width;
       if (c == 0) {
-        for (int64_t x = 0; x < p.width; ++x) centre[x] = 0;
+        for (int64_t x = 0; x < p.width; ++x) center[x] = 0;
       }
-      add_distances(here, here, nodes, block, centre, 0, p.width);
+      add_distances(here, here, nodes, block, center, 0, p.width);
     }
     T* own = out + (p.stencil.size / 2 * p.height + y) * p.width;
     for (int64_t x = 0; x < p.width; ++x) own[x] += 1;
@@ -170,8 +170,8 @@ void feature_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
 }
 
 // dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is that of both its entries. `slope`
-// holds the factors of one row of nodes, [K, length], 0 where there is no neighbour: the loop over vectors
-// of nodes needs no border case but for the ends of memory. The centre's row, which no difference meets,
+// holds the factors of one row of nodes, [K, length], 0 where there is no neighbor: the loop over vectors
+// of nodes needs no border case but for the ends of memory. The center's row, which no difference meets,
 // holds what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as
 // in the definition).
 template <typename T>
@@ -205,7 +205,7 @@ void feature_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t e
       for (int64_t x = 0; x < p.width; x += kLanes<T>) {
         const int64_t count = p.width - x < kLanes<T> ? p.width - x : kLanes<T>;
         const bool whole = count == kLanes<T>;
-        const V centre = whole ? load<T>(features + plane + x) : load_first<T>(features + plane + x, count);
+        const V center = whole ? load<T>(features + plane + x) : load_first<T>(features + plane + x, count);
         V sum = load<T>(start + x);
         const T* weight = slope + x;
         for (int r = 0; r < p.stencil.runs; ++r) {
@@ -218,7 +218,7 @@ void feature_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t e
           const int64_t at = plane + x + dy * p.width - half;
           const bool safe = at >= 0 && at + run.count + kLanes<T> <= size;
           for (int64_t j = 0; j < run.count; ++j, weight += length) {
-            V other = centre;
+            V other = center;
             if (safe) {
               other = load<T>(features + at + j);
             } else {
@@ -228,7 +228,7 @@ void feature_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t e
               }
             }
             const V factor = load<T>(weight), nothing = {};
-            sum += (centre > other ? factor : nothing) - (centre < other ? factor : nothing);
+            sum += (center > other ? factor : nothing) - (center < other ? factor : nothing);
           }
         }
         T* out = static_cast<T*>(p.out) + plane + x;

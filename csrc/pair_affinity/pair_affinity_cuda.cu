@@ -1,4 +1,4 @@
-// Windowed affinities on CUDA. A thread owns a node and up to eight of the offsets after the window's centre:
+// Windowed affinities on CUDA. A thread owns a node and up to eight of the offsets after the window's center:
 // it writes each pair's two entries, and the zeros of the two planes at its own node. Edges: the points of
 // the eight paths are found once a block, and kept in shared memory as what is to be added to a node's place.
 // Features: a channel is read once for the node and once for each of the eight. Backward: a thread owns eight
@@ -17,7 +17,7 @@ constexpr int kMaxPoints = 3 * (kMaxRadius + 1);
 
 struct Offset {
   int dy, dx;
-  int64_t step;  // from a node to its neighbour
+  int64_t step;  // from a node to its neighbor
 };
 
 __device__ Offset offset_of(const PairAffinityParams& p, int64_t k) {
@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(8))
   __shared__ int64_t points[kOffsets][kMaxPoints];
   __shared__ int counts[kOffsets];
   __shared__ Offset offsets[kOffsets];
-  const int64_t nodes = p.height * p.width, centre = p.stencil.size / 2;
-  const int64_t groups = centre / kOffsets + 1;
+  const int64_t nodes = p.height * p.width, center = p.stencil.size / 2;
+  const int64_t groups = center / kOffsets + 1;
   for (int64_t index = blockIdx.y; index < p.batch * groups; index += gridDim.y) {
-    const int64_t b = index / groups, first = index % groups * kOffsets + centre;
+    const int64_t b = index / groups, first = index % groups * kOffsets + center;
     const int64_t left = p.stencil.size - first;
     const int count = static_cast<int>(left < kOffsets ? left : kOffsets);
     const int thread = static_cast<int>(threadIdx.x);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(8))
       T *forth = out + first * nodes + node, *back = out + (p.stencil.size - 1 - first) * nodes + node;
       const Sum own = to_sum<Sum>(*here);
       for (int i = 0; i < count; ++i, forth += nodes, back -= nodes) {
-        if (forth == back) {  // the centre
+        if (forth == back) {  // the center
           *forth = from_sum<T>(Sum{1});
           continue;
         }
@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
     feature_affinity_kernel(const __grid_constant__ PairAffinityParams p) {
   using Sum = typename SumOf<T>::type;
   __shared__ Offset offsets[kOffsets];
-  const int64_t nodes = p.height * p.width, centre = p.stencil.size / 2;
-  const int64_t groups = centre / kOffsets + 1;
+  const int64_t nodes = p.height * p.width, center = p.stencil.size / 2;
+  const int64_t groups = center / kOffsets + 1;
   for (int64_t index = blockIdx.y; index < p.batch * groups; index += gridDim.y) {
-    const int64_t b = index / groups, first = index % groups * kOffsets + centre;
+    const int64_t b = index / groups, first = index % groups * kOffsets + center;
     const int64_t left = p.stencil.size - first;
     const int count = static_cast<int>(left < kOffsets ? left : kOffsets);
     const int thread = static_cast<int>(threadIdx.x);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
     T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
     each_node(p, [&](int64_t node, const Room& room) {
       Sum sum[kOffsets] = {};
-      int64_t other[kOffsets];  // the node itself where there is none, and at the centre
+      int64_t other[kOffsets];  // the node itself where there is none, and at the center
 #pragma unroll
       for (int i = 0; i < kOffsets; ++i) {
         other[i] = 0;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
 #pragma unroll
       for (int i = 0; i < kOffsets; ++i, forth += nodes, back -= nodes) {
         if (i >= count) break;
-        if (i == 0 && first == centre) {
+        if (i == 0 && first == center) {
           *forth = from_sum<T>(1 + sum[0]);  // 1, or NaN
         } else {
           write_pair(room, offsets[i], forth, back, exp(-sum[i] / static_cast<Sum>(p.channels)));

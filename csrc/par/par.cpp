@@ -12,7 +12,7 @@
 namespace afa {
 namespace {
 
-// w2 * softmax over all neighbours of -(p / ((sigma_p + 1e-8) * w1))^2 with p = d (edge) or sqrt(2) * d
+// w2 * softmax over all neighbors of -(p / ((sigma_p + 1e-8) * w1))^2 with p = d (edge) or sqrt(2) * d
 // (corner).
 void position_weights(const std::vector<int64_t>& dilations, double w1, double w2, ParAffinityParams& p) {
   const double count = 8.0 * static_cast<double>(dilations.size());

@@ -1,12 +1,12 @@
 // PAR's and PAMR's affinity on CUDA: a thread owns one pixel.
 //
 // par_rings_kernel, for six dilations and values whose sums are float32: a channel's differences to the
-// centre are read once into registers and passed over three times there: their mean, the deviations from it
+// center are read once into registers and passed over three times there: their mean, the deviations from it
 // (a sum of squares alone would lose the small ones that matter), the logits, which are registers too. The
 // image is read K times a pixel and channel, from L1, at places clamped to it; the K weights are written
 // once, coalesced.
 //
-// par_affinity_kernel, for the rest: four passes over the neighbours: mean and variance for each channel, the
+// par_affinity_kernel, for the rest: four passes over the neighbors: mean and variance for each channel, the
 // largest logit with the sum of exponentials (rescaled as the largest grows), the weights, from logits formed
 // again: a half-precision store could not hold them.
 #include "common/cuda.cuh"
@@ -20,7 +20,7 @@ struct Pixel {
 };
 
 template <typename F>
-__device__ void each_neighbour(const ParAffinityParams& p, const Pixel& at, const F& f) {
+__device__ void each_neighbor(const ParAffinityParams& p, const Pixel& at, const F& f) {
   int k = 0;
   for (int r = 0; r < p.stencil.runs; ++r) {
     const Run run = p.stencil.run[r];
@@ -34,17 +34,17 @@ __device__ void each_neighbour(const ParAffinityParams& p, const Pixel& at, cons
 template <bool PAMR, typename Sum, typename T>
 __device__ Sum inverse_scale(const ParAffinityParams& p, const T* plane, const Pixel& at) {
   Sum mean = 0, squares = 0;
-  each_neighbour(p, at, [&](int, int64_t index) { mean += to_sum<Sum>(plane[index]); });
-  const Sum centre = PAMR ? to_sum<Sum>(plane[at.y * p.image_stride_y + at.x]) : Sum{0};
-  const Sum centres =
-      PAMR ? static_cast<Sum>(p.stencil.size / 8) : Sum{0};  // how often sigma counts the centre
-  const Sum count = static_cast<Sum>(p.stencil.size) + centres;
-  mean = (mean + centres * centre) / count;
-  each_neighbour(p, at, [&](int, int64_t index) {
+  each_neighbor(p, at, [&](int, int64_t index) { mean += to_sum<Sum>(plane[index]); });
+  const Sum center = PAMR ? to_sum<Sum>(plane[at.y * p.image_stride_y + at.x]) : Sum{0};
+  const Sum centers =
+      PAMR ? static_cast<Sum>(p.stencil.size / 8) : Sum{0};  // how often sigma counts the center
+  const Sum count = static_cast<Sum>(p.stencil.size) + centers;
+  mean = (mean + centers * center) / count;
+  each_neighbor(p, at, [&](int, int64_t index) {
     const Sum deviation = to_sum<Sum>(plane[index]) - mean;
     squares += deviation * deviation;
   });
-  squares += centres * (centre - mean) * (centre - mean);
+  squares += centers * (center - mean) * (center - mean);
   const Sum sigma = sqrt(squares / (count - 1));
   if (PAMR) return 1 / (static_cast<Sum>(1e-8) + static_cast<Sum>(0.1) * sigma);
   return 1 / ((sigma + static_cast<Sum>(1e-8)) * static_cast<Sum>(p.w1));
@@ -81,20 +81,20 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
       const int64_t y = pixel / p.width, x = pixel - y * p.width;
       if (y >= height || x >= width) continue;
       const Pixel here = {y, x, height, width};
-      Sum scale[kChannelsKept], centre[kChannelsKept];
+      Sum scale[kChannelsKept], center[kChannelsKept];
 #pragma unroll
       for (int c = 0; c < kChannelsKept; ++c) {
         if (c >= p.channels) break;
         const T* plane = image + c * p.image_stride_c;
         scale[c] = inverse_scale<PAMR, Sum>(p, plane, here);
-        centre[c] = to_sum<Sum>(plane[y * p.image_stride_y + x]);
+        center[c] = to_sum<Sum>(plane[y * p.image_stride_y + x]);
       }
       auto logit = [&](int64_t at) {
         Sum total = 0;
 #pragma unroll
         for (int c = 0; c < kChannelsKept; ++c) {
           if (c >= p.channels) break;
-          const Sum step = (to_sum<Sum>(image[c * p.image_stride_c + at]) - centre[c]) * scale[c];
+          const Sum step = (to_sum<Sum>(image[c * p.image_stride_c + at]) - center[c]) * scale[c];
           total += distance<Sum, PAMR>(step);
         }
         for (int64_t c = kChannelsKept; c < p.channels; ++c) {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
         return -total / static_cast<Sum>(p.channels);
       };
       Sum top = 0, sum = 0;
-      each_neighbour(p, here, [&](int k, int64_t at) {
+      each_neighbor(p, here, [&](int k, int64_t at) {
         const Sum value = logit(at);
         if (k == 0 || value > top) {
           sum = (k == 0 ? 0 : sum * exp(top - value)) + 1;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
           sum += exp(value - top);
         }
       });
-      each_neighbour(p, here, [&](int k, int64_t at) {
+      each_neighbor(p, here, [&](int k, int64_t at) {
         const bool corner = k % 8 == 0 || k % 8 == 2 || k % 8 == 5 || k % 8 == 7;
         const Sum position = position_weight<Sum>(p, corner, k / 8);
         weights[k * pixels + pixel] = from_sum<T>(exp(logit(at) - top) / sum + position);
@@ -172,7 +172,7 @@ __device__ inline float exp2_of(float power) {
 #endif
 }
 
-// Sum of f(k) over the neighbours, in four strands.
+// Sum of f(k) over the neighbors, in four strands.
 template <typename F>
 __device__ inline float sum_over(const F& f) {
   float strand[4] = {};
@@ -189,8 +189,8 @@ __device__ inline int again(int value) {
   return value;
 }
 
-// The neighbours' places in a plane of the image, borders replicated.
-__device__ inline void find_neighbours(const RingParams& p, int y, int x, int height, int width,
+// The neighbors' places in a plane of the image, borders replicated.
+__device__ inline void find_neighbors(const RingParams& p, int y, int x, int height, int width,
                                        uint32_t (&at)[kRings * kRing]) {
   const uint32_t stride = static_cast<uint32_t>(p.image_stride_y);
 #pragma unroll
@@ -223,20 +223,20 @@ __global__ void __launch_bounds__(kThreads, 4) par_rings_kernel(const __grid_con
       const T* plane = image;
 #pragma unroll 1
       for (int c = 0; c < p.channels; ++c, plane += p.image_stride_c) {
-        const float centre = to_sum<float>(plane[y * p.image_stride_y + x]);
+        const float center = to_sum<float>(plane[y * p.image_stride_y + x]);
         uint32_t at[kSize];  // found again for each channel: kept, they would take the registers of a block
-        find_neighbours(p, again(y), again(x), height, width, at);
+        find_neighbors(p, again(y), again(x), height, width, at);
         float difference[kSize];
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) difference[k] = to_sum<float>(plane[at[k]]) - centre;
-        constexpr float centres = PAMR ? kRings : 0;  // how often sigma counts the centre
-        constexpr float count = kSize + centres;
+        for (int k = 0; k < kSize; ++k) difference[k] = to_sum<float>(plane[at[k]]) - center;
+        constexpr float centers = PAMR ? kRings : 0;  // how often sigma counts the center
+        constexpr float count = kSize + centers;
         const float mean = sum_over([&](int k) { return difference[k]; }) * (1 / count);
         float squares = sum_over([&](int k) {
           const float deviation = difference[k] - mean;
           return deviation * deviation;
         });
-        if (PAMR) squares += centres * (mean * mean);
+        if (PAMR) squares += centers * (mean * mean);
         const float sigma = sqrtf(squares * (1 / (count - 1)));
         const float scale = p.gain / (PAMR ? 1e-8f + 0.1f * sigma : (sigma + 1e-8f) * p.w1);
 #pragma unroll

@@ -84,7 +84,7 @@ __device__ inline void add_value(const float* at, const float (&weight)[STACK][k
   const float value = at[offset];
   (
       [&] {
-        constexpr int k = Table::kValues.neighbour[VALUE][PIXEL];
+        constexpr int k = Table::kValues.neighbor[VALUE][PIXEL];
         if constexpr (k >= 0) sum[PIXEL] += weight[PIXEL][k] * value;
       }(),
       ...);

@@ -14,13 +14,13 @@ constexpr int kRingReach = 24;
 constexpr int kStackStep =
     4;  // rows between a thread's pixels: of all steps, the one that shares most values
 
-// The neighbour's number in the ring's order, or -1.
+// The neighbor's number in the ring's order, or -1.
 constexpr int ring_index(int dy, int dx) {
   if (dy == 0 && dx == 0) return -1;
   for (int i = 0; i < 6; ++i) {
     const int d = kRingDilations[i];
     if ((dy == 0 || dy == d || dy == -d) && (dx == 0 || dx == d || dx == -d)) {
-      const int at = (dy / d + 1) * 3 + dx / d + 1;  // 0 to 8, 4 the centre
+      const int at = (dy / d + 1) * 3 + dx / d + 1;  // 0 to 8, 4 the center
       return 8 * i + (at > 4 ? at - 1 : at);
     }
   }
@@ -28,7 +28,7 @@ constexpr int ring_index(int dy, int dx) {
 }
 
 // All values that STACK pixels, kStackStep rows apart, read: from the upper row down, in each from the left.
-// So a pixel's products are added in the order of its neighbours' rows and columns, whatever STACK is.
+// So a pixel's products are added in the order of its neighbors' rows and columns, whatever STACK is.
 template <int STACK>
 struct RingValues {
   static constexpr int kLastRow = kRingReach + kStackStep * (STACK - 1);
@@ -48,7 +48,7 @@ struct RingValues {
   struct Table {
     int16_t row[count()];
     int16_t column[count()];
-    int16_t neighbour[count()][STACK];  // by which neighbour pixel i reads it, or -1
+    int16_t neighbor[count()][STACK];  // by which neighbor pixel i reads it, or -1
   };
   static constexpr Table make() {
     Table table{};
@@ -59,7 +59,7 @@ struct RingValues {
         table.row[n] = static_cast<int16_t>(row);
         table.column[n] = static_cast<int16_t>(column);
         for (int i = 0; i < STACK; ++i) {
-          table.neighbour[n][i] = static_cast<int16_t>(ring_index(row - kStackStep * i, column));
+          table.neighbor[n][i] = static_cast<int16_t>(ring_index(row - kStackStep * i, column));
         }
         ++n;
       }

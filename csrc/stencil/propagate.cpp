@@ -233,7 +233,7 @@ ActivePlanes::ActivePlanes(int64_t batch, int64_t classes, const std::optional<T
 }
 
 PaddedPlanes::PaddedPlanes(const Tensor& like, const ActivePlanes& active, int64_t reach) {
-  // x = 0 starts a cache line. Rows are an odd number of lines apart, so that neighbouring classes never
+  // x = 0 starts a cache line. Rows are an odd number of lines apart, so that neighboring classes never
   // share a cache set.
   constexpr int64_t kLine = 16;
   const Sizes s = sizes_of(like);
@@ -255,7 +255,7 @@ void PaddedPlanes::fill(const Tensor& source, const ActivePlanes& active) {
 }
 
 Stencil ring_stencil(const std::vector<int64_t>& dilations) {
-  AFA_CHECK(!dilations.empty() && dilations.size() <= kMaxDilations, "dilations must hold 1 to ",
+  AFA_CHECK(!dilations.empty() && dilations.size() <= kMaxDilations, "dilations must have 1 to ",
             kMaxDilations, " integers, got ", dilations.size());
   Stencil stencil;
   for (int64_t dilation : dilations) {

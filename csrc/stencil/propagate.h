@@ -8,7 +8,7 @@
 
 namespace afa {
 
-// The 3x3 ring without its centre, at every dilation (at most kMaxDilations).
+// The 3x3 ring without its center, at every dilation (at most kMaxDilations).
 Stencil ring_stencil(const std::vector<int64_t>& dilations);
 // What reaches a node of the grid: the offsets of a random walk's window, reversed, in the window's order.
 // `window` is "square" (Chebyshev radius) or "disc" (x^2 + y^2 < radius^2).

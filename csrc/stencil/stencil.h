@@ -1,6 +1,6 @@
 // out[c, y, x] = sum_k weights[k, y, x] * in[c, clamp(y + dy_k), clamp(x + dx_k)], repeated: the one
-// computation under PAR (rings of neighbours, borders replicated) and under the windowed random walks (whose
-// weights are 0 where a neighbour would lie outside, so that the clamped value doesn't matter).
+// computation under PAR (rings of neighbors, borders replicated) and under the windowed random walks (whose
+// weights are 0 where a neighbor would lie outside, so that the clamped value doesn't matter).
 #pragma once
 
 #include <cstdint>

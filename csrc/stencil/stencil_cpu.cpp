@@ -54,7 +54,7 @@ template <typename T>
 struct Tile {
   const T* weights;
   int64_t weight_stride;
-  const int64_t* offsets;  // of the neighbours, from x in row 0
+  const int64_t* offsets;  // of the neighbors, from x in row 0
   int size;
   const T* source;
   int64_t class_stride;

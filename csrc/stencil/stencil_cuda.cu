@@ -2,11 +2,11 @@
 // needed and results are the same every time; sums are formed and, between steps, kept in float32 (float64
 // for float64).
 //
-// step, adjoint: any neighbours. A thread owns one pixel and 4, 8 or 12 classes; values lie in groups of four
-// classes a pixel, so that any neighbour is a 16-byte load, coalesced over the warp, and one weight and one
+// step, adjoint: any neighbors. A thread owns one pixel and 4, 8 or 12 classes; values lie in groups of four
+// classes a pixel, so that any neighbor is a 16-byte load, coalesced over the warp, and one weight and one
 // offset serve all classes of the thread.
 //
-// weight gradient: a thread owns one pixel and eight neighbours; it reads a class's gradient once for these.
+// weight gradient: a thread owns one pixel and eight neighbors; it reads a class's gradient once for these.
 #include "stencil/steps.cuh"
 
 namespace afa {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) group_kernel(const __grid_constant__
   }
 }
 
-// Calls f with where the neighbours of a run lie in their row, one after the other; those of a pixel near a
+// Calls f with where the neighbors of a run lie in their row, one after the other; those of a pixel near a
 // border are clamped.
 template <typename F>
 __device__ inline void each_of_run(const Run& run, int x, int width, bool inside, const F& f) {
@@ -216,25 +216,25 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(stencil_blocks_per_sm(
   }
 }
 
-constexpr int kNeighbours = 8;  // a thread, of weight_grad_kernel
+constexpr int kNeighbors = 8;  // a thread, of weight_grad_kernel
 
 template <typename Sum>
 __global__ void __launch_bounds__(kThreads) weight_grad_kernel(const __grid_constant__ StencilParams p) {
   const auto pixels = static_cast<uint32_t>(p.height * p.width);
   const auto stride = static_cast<uint32_t>(p.width);
-  const int64_t groups = groups_of(p), parts = (p.stencil.size + kNeighbours - 1) / kNeighbours;
+  const int64_t groups = groups_of(p), parts = (p.stencil.size + kNeighbors - 1) / kNeighbors;
   for (int64_t index = blockIdx.y; index < p.batch * parts; index += gridDim.y) {
-    const int64_t b = index / parts, begin = index % parts * kNeighbours;
+    const int64_t b = index / parts, begin = index % parts * kNeighbors;
     for (int64_t item = first_item(); item < pixels; item += item_stride()) {
       const auto pixel = static_cast<uint32_t>(item);
       const uint32_t y = pixel / stride, x = pixel - y * stride;
-      // Where the neighbours lie. Past the last, the last again.
-      uint32_t source[kNeighbours];
+      // Where the neighbors lie. Past the last, the last again.
+      uint32_t source[kNeighbors];
       int r = 0;
       int64_t j = begin;
       while (p.stencil.run[r].count <= j) j -= p.stencil.run[r++].count;
 #pragma unroll
-      for (int i = 0; i < kNeighbours; ++i) {
+      for (int i = 0; i < kNeighbors; ++i) {
         const Run run = p.stencil.run[r];
         source[i] = static_cast<uint32_t>(clamp_index(int64_t{y} + run.dy, p.height)) * stride +
                     static_cast<uint32_t>(clamp_index(int64_t{x} + run.dx + j * run.step, p.width));
@@ -243,14 +243,14 @@ __global__ void __launch_bounds__(kThreads) weight_grad_kernel(const __grid_cons
           j = 0;
         }
       }
-      Sum sum[kNeighbours] = {};
+      Sum sum[kNeighbors] = {};
       for (int64_t g = 0; g < groups; ++g) {
         if (!is_group_active(p, b, g)) continue;
         const int64_t plane = (b * groups + g) * pixels;
         const Four<Sum> grad = load(static_cast<const Four<Sum>*>(p.out.data) + plane + pixel);
         const Four<Sum>* in = static_cast<const Four<Sum>*>(p.in.data) + plane;
 #pragma unroll
-        for (int i = 0; i < kNeighbours; ++i) {
+        for (int i = 0; i < kNeighbors; ++i) {
           const Four<Sum> value = load(in + source[i]);
 #pragma unroll
           for (int c = 0; c < kGroup; ++c) sum[i] += grad.of[c] * value.of[c];
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) weight_grad_kernel(const __grid_cons
       }
       Sum* to = static_cast<Sum*>(p.grad_weights) + (b * p.stencil.size + begin) * pixels + pixel;
 #pragma unroll
-      for (int i = 0; i < kNeighbours; ++i) {
+      for (int i = 0; i < kNeighbors; ++i) {
         if (begin + i < p.stencil.size) to[i * int64_t{pixels}] += sum[i];
       }
     }
@@ -332,7 +332,7 @@ const char* launch_stencil_adjoint(const StencilParams& p, void* stream) {
 }
 
 const char* launch_stencil_weight_grad(const StencilParams& p, void* stream) {
-  const dim3 grid = grid_for(p.height * p.width, p.batch * ceil_div(p.stencil.size, kNeighbours));
+  const dim3 grid = grid_for(p.height * p.width, p.batch * ceil_div(p.stencil.size, kNeighbors));
   if (p.kind == Kind::f64) {
     AFA_LAUNCH((weight_grad_kernel<double>), grid, kThreads, stream, p);
   } else {

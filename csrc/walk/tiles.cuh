@@ -107,7 +107,7 @@ struct WalkTiles {
   AFA_HOST_DEVICE int threads() const { return groups * sets * rows; }
   AFA_HOST_DEVICE int sources() const { return groups + 2 * reach; }  // groups of them
   // Tiles of 4 x 4 entries from one group of sources, and that group's scores. Four more values a group: its
-  // neighbours' lie in other banks.
+  // neighbors' lie in other banks.
   AFA_HOST_DEVICE int tiles() const { return 2 * reach + 1; }
   AFA_HOST_DEVICE int entry_pitch() const { return 16 * tiles() + 4; }
   AFA_HOST_DEVICE int slots() const { return kStepClasses * sets; }

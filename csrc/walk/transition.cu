@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) walk_transpose_kernel(const __grid_c
     });
   }
 }
-// The transition, from entries that are not already side by side for neighbouring targets: a thread owns a
+// The transition, from entries that are not already side by side for neighboring targets: a thread owns a
 // target and some rows of its window.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 3)

@@ -55,7 +55,7 @@ inline T raised_derivative(const WalkParams& p, T value) {
 // f(k, source row, dx, first x, end x): the targets of row y whose k-th source lies in the grid (none: end =
 // first).
 template <typename F>
-inline void each_neighbour(const WalkParams& p, int64_t y, const F& f) {
+inline void each_neighbor(const WalkParams& p, int64_t y, const F& f) {
   int64_t k = 0;
   for (int r = 0; r < p.stencil.runs; ++r) {
     const Run& run = p.stencil.run[r];
@@ -81,7 +81,7 @@ void transition_rows(const WalkParams& p, int64_t begin, int64_t end, double* su
     T* out = static_cast<T*>(p.out) + (b * p.stencil.size * p.height + y) * p.width;
     const int64_t plane = p.height * p.width;
     for (int64_t x = 0; x < p.width; ++x) sum[x] = p.eps;
-    each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
+    each_neighbor(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
       T* weights = out + k * plane;
       for (int64_t x = 0; x < first; ++x) weights[x] = 0;
       for (int64_t x = last; x < p.width; ++x) weights[x] = 0;
@@ -121,7 +121,7 @@ void transition_backward_rows(const WalkParams& p, int64_t begin, int64_t end, T
       dot[x] = 0;
     }
     if (p.normalize) {
-      each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
+      each_neighbor(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
         for (int64_t x = first; x < last; ++x) {
           const T value =
               raised(p, affinity[affinity_index(p, b, row * p.width + x + dx, y * p.width + x, k)]);
@@ -131,7 +131,7 @@ void transition_backward_rows(const WalkParams& p, int64_t begin, int64_t end, T
       });
       for (int64_t x = 0; x < p.width; ++x) dot[x] /= sum[x];
     }
-    each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
+    each_neighbor(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
       for (int64_t x = first; x < last; ++x) {
         const int64_t at = affinity_index(p, b, row * p.width + x + dx, y * p.width + x, k);
         out[gradient_index(p, b, row * p.width + x + dx, y * p.width + x, k)] =
@@ -148,7 +148,7 @@ void transpose_rows(const WalkParams& p, int64_t begin, int64_t end) {
     const int64_t b = item / p.height, y = item % p.height;
     const T* in = static_cast<const T*>(p.in) + b * p.stencil.size * plane;
     T* out = static_cast<T*>(p.out) + b * p.stencil.size * plane + y * p.width;
-    each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
+    each_neighbor(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
       const T* from = in + (p.stencil.size - 1 - k) * plane + row * p.width + dx;
       T* to = out + k * plane;
       for (int64_t x = 0; x < first; ++x) to[x] = 0;
