@@ -90,11 +90,13 @@ PYBIND11_MODULE(_C, m) {
       },
       "The names of all registered operators.");
   using pybind11::arg;
-  m.def("kernel_variants", &kernel_variants,
-        "All CUDA kernels that have several compiled variants: name, variants, how often a variant was picked "
-        "in this process, and the last one picked (None if there is none).");
+  m.def(
+      "kernel_variants", &kernel_variants,
+      "All CUDA kernels that have several compiled variants: name, variants, how often a variant was picked "
+      "in this process, and the last one picked (None if there is none).");
   m.def("force_variant", &force_variant, arg("kernel"), arg("variant"),
-        "Launches this variant of a kernel at every call instead of the rule's choice; None: use the rule again.");
+        "Launches this variant of a kernel at every call instead of the rule's choice; None: use the rule "
+        "again.");
   m.def("pick_variant", &pick_variant, arg("kernel"), arg("by_rule"),
         "The variant that a launch uses if the rule chooses this one.");
 }

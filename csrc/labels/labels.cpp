@@ -451,8 +451,7 @@ ChoiceParams check_refine_labels(const Tensor& images, const Tensor& scores,
   check_settings(downscale, num_iter, max_classes, ignore_index);
   const Region whole = region_of(nullptr, 0, height, width, downscale);
   check_weights(weights, dilations, batch, whole, scores, "scores");
-  AFA_CHECK(!weights || !box,
-            "weights and box must not be given together: each box has its own weights");
+  AFA_CHECK(!weights || !box, "weights and box must not be given together: each box has its own weights");
   AFA_CHECK(images.numel() == 0 || scores.numel() > 0, "scores must have at least one position, got shape ",
             shape_string(scores));
   ChoiceParams choice;

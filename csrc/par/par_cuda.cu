@@ -191,7 +191,7 @@ __device__ inline int again(int value) {
 
 // The neighbors' places in a plane of the image, borders replicated.
 __device__ inline void find_neighbors(const RingParams& p, int y, int x, int height, int width,
-                                       uint32_t (&at)[kRings * kRing]) {
+                                      uint32_t (&at)[kRings * kRing]) {
   const uint32_t stride = static_cast<uint32_t>(p.image_stride_y);
 #pragma unroll
   for (int i = 0; i < kRings; ++i) {

@@ -366,7 +366,7 @@ SETTINGS = {
         ({"low_scores": SCORES[:1]}, "low_scores must have shape"),
         ({"low_scores": SCORES.half()}, "low_scores must have the type of scores"),
         ({"present": LABELS[:, :3].bool()}, "present must have shape"),
-        ({"weights": W, "box": BOX}, "weights must not be given along with box"),
+        ({"weights": W, "box": BOX}, "weights and box must not be given together"),
         ({"downscale": 0}, "downscale must be at least 1"),
         ({"num_iter": -1}, "num_iter must be at least 0"),
     ],
