@@ -1,4 +1,4 @@
-// The Python module afa_ext._C: how it was built, the operators' names, and the variants of the CUDA kernels.
+// The Python module afa_ext._C: build settings, the operators' names, and the variants of the CUDA kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,10 +1,10 @@
 // PAR's and PAMR's affinity on the CPU; compiled once per SIMD level.
 //
-// One vector of pixels at a time. For each color channel the neighbors are read once, as differences to the
-// center, into a local array (K * 64 bytes) that two more passes take from the first-level cache: the
-// variance (the mean first, as a sum of squares alone loses the small deviations that matter) and the logits,
-// themselves a local array that the softmax then works on. Sums run in four strands, so that they don't wait
-// for each other. Reads the image, writes K weights a pixel.
+// Processes one vector of pixels at a time. For each color channel the neighbors are read once, as
+// differences from the center, into a local array (K * 64 bytes), which two more passes read from the L1
+// cache: the variance (computed after the mean, as a plain sum of squares loses the small deviations that
+// matter) and the logits, which are a local array, too, and the softmax's input. Each sum uses four
+// independent accumulators. Reads the image, writes K weights per pixel.
 #include "common/vec.h"
 #include "par/par.h"
 
@@ -45,7 +45,7 @@ inline void pixels(const ParAffinityParams& p, int64_t b, int64_t y, int64_t x, 
                    int64_t count) {
   using V = typename Vec<T>::type;
   const int size = p.stencil.size;
-  const T centers = PAMR ? static_cast<T>(size / kRing) : T{0};  // how often sigma counts the center
+  const T centers = PAMR ? static_cast<T>(size / kRing) : T{0};  // count of the center in sigma
   const T count_of_sigma = static_cast<T>(size) + centers;
   const V one_over_count = V{} + T{1} / count_of_sigma;
   V logit[kMaxNeighbors], difference[kMaxNeighbors];

@@ -1,5 +1,5 @@
-// The stencil of PAR's default dilations, known to the compiler: which values a thread reads for the pixels
-// it owns, each once.
+// The stencil of PAR's default dilations as compile-time constants: the values that a thread reads for the
+// pixels it owns, each once.
 #pragma once
 
 #include <cstddef>
@@ -12,9 +12,9 @@ constexpr int kRingDilations[] = {1, 2, 4, 8, 12, 24};
 constexpr int kRingSize = 48;
 constexpr int kRingReach = 24;
 constexpr int kStackStep =
-    4;  // rows between a thread's pixels: of all steps, the one that shares most values
+    4;  // rows between a thread's pixels: the step for which the pixels have the most values in common
 
-// The neighbor's number in the ring's order, or -1.
+// The neighbor's index in the ring's order, or -1.
 constexpr int ring_index(int dy, int dx) {
   if (dy == 0 && dx == 0) return -1;
   for (int i = 0; i < 6; ++i) {
@@ -27,8 +27,8 @@ constexpr int ring_index(int dy, int dx) {
   return -1;
 }
 
-// All values that STACK pixels, kStackStep rows apart, read: from the upper row down, in each from the left.
-// So a pixel's products are added in the order of its neighbors' rows and columns, whatever STACK is.
+// All values that STACK pixels, kStackStep rows apart, read, in row-major order. So a pixel's products are
+// added in the order of its neighbors' rows and columns for any STACK.
 template <int STACK>
 struct RingValues {
   static constexpr int kLastRow = kRingReach + kStackStep * (STACK - 1);
