@@ -16,7 +16,7 @@ from PIL import Image
 from afa.config import Config
 from afa.data.visualize import PALETTE, class_color, heat, overlay, save_mask
 from afa.errors import UserError
-from afa.evaluation.evaluate import EvalResult
+from afa.evaluation.result import EvalResult, Scores
 from afa.report.curves import nice_ticks
 from afa.report.page import read_log, write_report
 from afa.report.results import duration, load_result, make_report, save_result
@@ -25,7 +25,7 @@ from afa.report.tables import confusion
 CLASSES = ["star", "<ring>"]
 
 
-def _row(value: float) -> dict[str, object]:
+def _row(value: float) -> Scores:
     iou = [value, value / 2, math.nan]
     confusion = [[800, 40, 0], [90, 60, 10], [0, 0, 0]]
     return {"miou": value, "iou": iou, "pixel_acc": value + 0.01, "mean_acc": value + 0.02, "confusion": confusion}
@@ -45,9 +45,9 @@ def result() -> EvalResult:
         cam = rng.random((20, 30)).astype(np.float32)
         sample = {"name": f"v{index}&", "image": image, "tags": ["star"], "cam": cam, "truth": truth, **labels}
         samples.append({**sample, "iou": 0.25 + 0.25 * index})
-    rows = (_row(0.4), _row(0.45), _row(0.5), _row(0.615))
     scores = {sample["name"]: sample["iou"] for sample in samples}
-    return EvalResult(*rows, f1=0.9, seconds=3.0, images=40, samples=samples, image_iou=scores)
+    cam, walk, par, seg = (_row(value) for value in (0.4, 0.45, 0.5, 0.615))
+    return EvalResult(cam, walk, par, seg, f1=0.9, seconds=3.0, images=40, samples=samples, image_iou=scores)
 
 
 def _log(run: Path) -> None:

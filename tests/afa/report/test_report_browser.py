@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from afa.config import Config
-from afa.evaluation.evaluate import EvalResult
+from afa.evaluation.result import EvalResult, Scores
 from afa.report.results import save_result
 from afa.run import SNAPSHOTS
 
@@ -49,7 +49,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     names = ["background", *CLASSES]
 
-    def row(value: float) -> dict[str, Any]:
+    def row(value: float) -> Scores:
         iou = np.clip(value + rng.normal(0, 0.15, len(names)), 0, 1).tolist()
         counts = rng.integers(0, 60, (len(names), len(names))) + np.diag(np.full(len(names), 900))
         return {"miou": value, "iou": iou, "pixel_acc": 0.9, "mean_acc": 0.7, "confusion": counts.tolist()}
@@ -66,8 +66,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         about = {"name": f"2007_{i:06d}", "tags": CLASSES[:3], "iou": float(rng.random())}
         return {**about, "image": picture, "cam": rng.random((60, 90)), **maps}
 
-    rows = [row(value) for value in (0.5, 0.55, 0.6, 0.63)]
-    result = EvalResult(*rows, f1=0.9, seconds=100.0, images=1449, samples=[sample(i) for i in range(3)])
+    cam, walk, par, seg = (row(value) for value in (0.5, 0.55, 0.6, 0.63))
+    result = EvalResult(cam, walk, par, seg, f1=0.9, seconds=100.0, images=1449, samples=[sample(i) for i in range(3)])
     result.crf, result.best, result.worst = row(0.66), [sample(8)], [sample(9)]
     lines = []
     for i in range(100, 20100, 100):
