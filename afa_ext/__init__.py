@@ -1,20 +1,15 @@
 """Native operators for weakly-supervised segmentation, on CPU and CUDA; torch and numpy are all they need.
 
-Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain PyTorch.
+Every operator has a reference implementation of the same name in :mod:`afa_ext.reference`, in plain PyTorch.
 """
 
 from ._native import build_info
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss
 from .labels import pseudo_labels, refine_labels
+from .pair_affinity import edge_affinity, feature_affinity
 from .par import PAMR, PAR, pamr_affinity, pamr_refine, par_affinity, par_propagate, par_refine
-from .walk import (
-    edge_affinity,
-    feature_affinity,
-    propagate_cams,
-    propagate_to_edge,
-    random_walk,
-    window_offsets,
-)
+from .walk import propagate_cams, propagate_to_edge, random_walk
+from .window import window_offsets
 
 __version__ = "0.1.0"
 __all__ = [

@@ -107,11 +107,13 @@ def register_derivatives(
 
     Derivatives.__name__ = Derivatives.__qualname__ = f"{name}_derivatives"
 
+    single_level_apply: Callable[..., Any] = getattr(Derivatives, "apply")  # noqa: B009  (mypy doesn't know it)
+
     def apply(*args: Any) -> Any:
         if not torch._C._are_functorch_transforms_active():
-            return Derivatives.apply(*args)
+            return single_level_apply(*args)
         with enable_single_level_autograd_function():
-            return Derivatives.apply(*args)
+            return single_level_apply(*args)
 
     def kernel(keyset: Any, *args: Any) -> Any:
         tangents = tangents_of(*args)

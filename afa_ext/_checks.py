@@ -6,6 +6,7 @@ opening this package.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,6 +165,19 @@ def check_grid(grid: tuple[int, int]) -> None:
         raise TypeError(f"grid must be the two sizes (h, w), got {_describe(grid)}")
 
 
+def check_window(radius: int, window: str) -> None:
+    check_choice("window", window, ("square", "disc"))
+    check_int("radius", radius, 1 if window == "disc" else 0, MAX_RADIUS)
+
+
+def _window_size(radius: int, window: str) -> int:
+    """The number of offsets in a random walk's window."""
+    check_window(radius, window)
+    if window == "square":
+        return (2 * radius + 1) ** 2
+    return sum(2 * math.isqrt(radius * radius - dy * dy - 1) + 1 for dy in range(1 - radius, radius))
+
+
 def check_random_walk(
     scores: Tensor,
     affinity: Tensor,
@@ -198,7 +212,7 @@ def check_random_walk(
     if radius is None:
         check_size("affinity", affinity, 2, nodes, "h*w of grid; a windowed affinity needs radius")
         return
-    window_size = len(window_offsets(radius, window))
+    window_size = _window_size(radius, window)
     if affinity.shape[2] != nodes and affinity.shape[2] != window_size:
         raise ValueError(
             f"affinity must have size {nodes} (dense, h*w) or {window_size} (the {window} window of radius "
@@ -253,22 +267,6 @@ def check_propagate_to_edge(x: Tensor, edge: Tensor, radius: int, beta: float, e
     check_int("radius", radius, 1, MAX_RADIUS)
     check_positive("beta", beta)
     check_int("exp_times", exp_times, 0, MAX_EXP_TIMES)
-
-
-def window_offsets(radius: int, window: str = "square") -> list[tuple[int, int]]:
-    """Offsets (dy, dx) of a random walk's window, row by row from the top left.
-
-    ``"square"`` holds the (2*radius+1)**2 offsets within Chebyshev distance ``radius`` (AFA);
-    ``"disc"`` those with dy**2 + dx**2 < radius**2 (PSA, IRN). A windowed affinity [B, N, window] holds at
-    [b, i, k] the affinity from node i to node i + offset k; entries that leave the grid are never read.
-
-    Raises:
-        TypeError, ValueError: ``radius`` is no integer from 0 (disc: 1) to 63, or ``window`` is unknown.
-    """
-    check_choice("window", window, ("square", "disc"))
-    check_int("radius", radius, 1 if window == "disc" else 0, MAX_RADIUS)
-    span = range(-radius, radius + 1)
-    return [(dy, dx) for dy in span for dx in span if window == "square" or dy * dy + dx * dx < radius * radius]
 
 
 def check_propagate_cams(cams: Tensor, class_labels: Tensor, background: float) -> None:

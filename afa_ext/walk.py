@@ -4,7 +4,7 @@ With a radius only the window of the affinity is read and every step costs O(N *
 matrix is neither formed nor squared.
 
 Which walk is which: AFA is :func:`random_walk` or :func:`propagate_cams` on a learned affinity, IRN
-:func:`propagate_to_edge`, PSA and SEAM :func:`feature_affinity` with ``window="disc", radius=5, power=8,
+:func:`propagate_to_edge`, PSA and SEAM :func:`afa_ext.feature_affinity` with ``window="disc", radius=5, power=8,
 steps=2**8`` (SEAM 2**6), the CLIP-based methods (CLIP-ES, WeCLIP, ExCEL) ``power=1, steps=2, normalize="sinkhorn",
 eps=0, direction="rows", boxes=...`` and MCTformer ``power=1, normalize=None, direction="rows"``.
 """
@@ -15,30 +15,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native  # noqa: F401  (registers the operators)
 from ._autocast import autocast_to_float32
 from ._autograd import check_no_tangent, register_derivatives
 from ._checks import (
-    check_edge_affinity,
-    check_feature_affinity,
     check_no_grad,
     check_propagate_cams,
     check_propagate_to_edge,
     check_random_walk,
-    window_offsets,
 )
-from .reference.walk import box_mask, class_scores
+from .pair_affinity import edge_affinity
+from .window import window_offsets
 
-__all__ = [
-    "edge_affinity",
-    "feature_affinity",
-    "propagate_cams",
-    "propagate_to_edge",
-    "random_walk",
-    "window_offsets",
-]
+__all__ = ["propagate_cams", "propagate_to_edge", "random_walk"]
 
 _ops = torch.ops.afa_ext
 
@@ -66,7 +58,7 @@ def random_walk(
         scores: [B, C, h, w].
         affinity: dense [B, N, N] with N = h*w, entry (i, j) from node i to node j; or, with a radius, windowed
             [B, N, window], entry (i, k) from node i to node i + offset k in the order of
-            :func:`window_offsets` (where both sizes are equal it is read as dense).
+            :func:`afa_ext.window_offsets` (where both sizes are equal it is read as dense).
             Same type and device as ``scores``.
         grid: (h, w), the two sizes of the token grid.
         radius: None for the whole matrix; else 0 to 63, and entries outside the window count as 0.
@@ -93,7 +85,7 @@ def random_walk(
     if boxes is None:
         return _walk(scores, affinity, radius, window, power, steps, normalize, eps, direction, None)
     # A column of P is a target of scores @ P, and a source of P @ scores.
-    inside = box_mask(boxes, grid)
+    inside = _inside_boxes(boxes, grid)
     if direction == "rows":
         scores = scores * inside
     out = _walk(scores, affinity, radius, window, power, steps, normalize, eps, direction, None)
@@ -136,66 +128,15 @@ def propagate_cams(
     check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, scores_name="cams")
     wide = cams if cams.dtype == torch.float64 else cams.float()
     with torch.autocast(cams.device.type, enabled=False):
-        scores, present = class_scores(wide, class_labels, background)
+        scores, present = _with_background(wide, class_labels, background)
     walked = _walk(scores, affinity, radius, "square", power, steps, "column", eps, "columns", present)
     return walked.to(cams.dtype)
-
-
-def edge_affinity(edge: Tensor, radius: int) -> Tensor:
-    """IRN's affinity: 1 - the largest boundary value on the straight path between two nodes.
-
-    "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", CVPR 2019, section 4.3. The path
-    is every grid point, ends included, in the box around the segment whose distance from its line is under 1.
-    Symmetric; 1 on the diagonal. There is no gradient with respect to ``edge``
-    (:func:`afa_ext.reference.edge_affinity` has one).
-
-    Args:
-        edge: [B, h, w] or [B, 1, h, w], boundary probabilities.
-        radius: 1 to 63, of the disc dy*dy + dx*dx < radius*radius.
-
-    Returns:
-        [B, N, window] as :func:`random_walk` takes it with ``window="disc"``, in the type of ``edge``; 0 where the
-        neighbour leaves the grid. A view whose entries of one offset lie together, which random_walk reads as is.
-
-    Raises:
-        TypeError, ValueError: an argument is not as stated, or ``edge`` requires grad.
-    """
-    (edge,) = autocast_to_float32(edge)
-    check_edge_affinity(edge, radius)
-    check_no_grad("edge", edge)
-    check_no_tangent("edge", edge)
-    planes: Tensor = _ops.edge_affinity(edge.flatten(0, -3), radius)
-    return planes.flatten(2).mT
-
-
-def feature_affinity(features: Tensor, radius: int) -> Tensor:
-    """PSA's affinity: exp(-mean over channels of the absolute difference of two nodes' features).
-
-    "Learning Pixel-level Semantic Affinity with Image-level Supervision", CVPR 2018, section 3.2; also SEAM's.
-    Symmetric; 1 on the diagonal. Every pair of the grid counts (the published code leaves out those whose upper node
-    lies within radius - 1 of the left, right or lower border). Differentiable in ``features``.
-
-    Args:
-        features: [B, C, h, w].
-        radius: 1 to 63, of the disc dy*dy + dx*dx < radius*radius.
-
-    Returns:
-        [B, N, window] as :func:`random_walk` takes it with ``window="disc"``, in the type of ``features``; 0 where
-        the neighbour leaves the grid. A view whose entries of one offset lie together, which random_walk reads as is.
-
-    Raises:
-        TypeError, ValueError: an argument is not as stated.
-    """
-    (features,) = autocast_to_float32(features)
-    check_feature_affinity(features, radius)
-    planes: Tensor = _ops.feature_affinity(features, radius)
-    return planes.flatten(2).mT
 
 
 def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10, exp_times: int = 8) -> Tensor:
     """IRN's walk, in place of the published function of this name: x * (1 - edge), 2**exp_times steps.
 
-    :func:`edge_affinity` to the power ``beta``, columns normalised. Differentiable in ``x``.
+    :func:`afa_ext.edge_affinity` to the power ``beta``, columns normalised. Differentiable in ``x``.
 
     Args:
         x: [C, h, w] or [C, 1, h, w]; [B, C, h, w] for a batch.
@@ -222,6 +163,24 @@ def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10
     affinity = edge_affinity(boundary, radius)
     walked = _walk(maps * (1 - boundary), affinity, radius, "disc", beta, 2**exp_times, "column", 0.0, "columns", None)
     return (walked if edge.dim() == 4 else walked.transpose(0, 1)).to(x.dtype)
+
+
+def _inside_boxes(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Boxes [B, C, 4] or [B, C, M, 4] -> bool [B, C, h, w], True for the tokens inside any of a class's boxes."""
+    left, top, right, bottom = (boxes if boxes.dim() == 4 else boxes.unsqueeze(2)).unbind(-1)  # [B, C, M]
+    rows, columns = (torch.arange(size, device=boxes.device) for size in grid)
+    in_rows = (top.unsqueeze(-1) <= rows) & (rows < bottom.unsqueeze(-1))  # [B, C, M, h]
+    in_columns = (left.unsqueeze(-1) <= columns) & (columns < right.unsqueeze(-1))  # [B, C, M, w]
+    return (in_rows.unsqueeze(-1) & in_columns.unsqueeze(-2)).any(2)
+
+
+def _with_background(cams: Tensor, class_labels: Tensor, background: float) -> tuple[Tensor, Tensor]:
+    """The softmax over a constant background map and the maps of the image's classes, [B, C+1, h, w], and which maps
+    these are, bool [B, C+1]."""
+    active = F.pad(class_labels.ne(0), (1, 0), value=True)
+    first = cams.new_full((cams.shape[0], 1, *cams.shape[2:]), background)
+    maps = torch.cat([first, cams], dim=1)
+    return torch.where(active[..., None, None], maps, float("-inf")).softmax(1), active
 
 
 def _walk(
@@ -367,23 +326,6 @@ def _(
     return transition.new_empty(transition.shape)
 
 
-@torch.library.register_fake("afa_ext::edge_affinity")
-def _(edge: Tensor, radius: int) -> Tensor:
-    batch, height, width = edge.shape
-    return edge.new_empty(batch, len(window_offsets(radius, "disc")), height, width)
-
-
-@torch.library.register_fake("afa_ext::feature_affinity")
-def _(features: Tensor, radius: int) -> Tensor:
-    batch, _, height, width = features.shape
-    return features.new_empty(batch, len(window_offsets(radius, "disc")), height, width)
-
-
-@torch.library.register_fake("afa_ext::feature_affinity_backward")
-def _(grad: Tensor, features: Tensor, affinity: Tensor, radius: int) -> Tensor:
-    return features.new_empty(features.shape)
-
-
 def _transition_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     affinity, *ctx.settings = inputs
     ctx.save_for_backward(affinity)
@@ -422,16 +364,6 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_scores, grad_affinity, *[None] * 6
 
 
-def _features_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, ctx.radius = inputs
-    ctx.save_for_backward(features, output)
-
-
-def _features_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    features, affinity = ctx.saved_tensors
-    return _ops.feature_affinity_backward(grad, features, affinity, ctx.radius), None
-
-
 def _propagate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     scores, transition, ctx.radius, ctx.window, ctx.steps, class_mask = inputs
     ctx.save_for_backward(scores, transition, class_mask)
@@ -459,6 +391,3 @@ register_derivatives(
 )
 register_derivatives("walk_propagate_backward_scores", linear=("grad",))
 register_derivatives("walk_propagate_backward_transition", linear=("grad", "scores"))
-register_derivatives("edge_affinity")
-register_derivatives("feature_affinity", backward=_features_backward, setup_context=_features_context)
-register_derivatives("feature_affinity_backward", linear=("grad",))

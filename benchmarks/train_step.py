@@ -189,7 +189,7 @@ def plain_affinity_loss(affinity: Tensor, pairs: Tensor, counts: Tensor | None =
     return reference.affinity_loss(affinity, pairs)
 
 
-PLAIN_LABELS = {
+PLAIN_LABELS: dict[str, Callable[..., Any]] = {
     "run_scales": plain_scales,
     "class_activation_maps": plain_cams,
     "par_weights": lambda *_: None,
@@ -239,8 +239,8 @@ class Candidate:
                 put(step_module, "afa_ext", reference)
                 put(AffinityHead, "forward", plain_affinity)
             for owner, name, part in parts:
-                way: Callable[..., Any] = getattr(owner, name)
-                put(owner, name, timed(part, PLAIN_LABELS.get(name, way) if self.plain else way))
+                way = PLAIN_LABELS.get(name) if self.plain else None
+                put(owner, name, timed(part, way or getattr(owner, name)))
             put(model, "forward", timed("forward", model.forward))
             put(torch.Tensor, "backward", timed("backward", torch.Tensor.backward))
             put(self.train_step, "_clip", timed("optimiser", self.train_step._clip))

@@ -1,32 +1,28 @@
-"""Chooses the CUDA kernels' launch plans for this machine's GPU; writes afa_ext/tuning/sm_<architecture>.json.
+"""Times every compiled variant of the CUDA kernels on this machine's GPU, beside the one that the rules choose.
 
-    python benchmarks/tune.py                                     # every kernel, type and size class
-    python benchmarks/tune.py --kernel stencil_step --dtype float16
-    python benchmarks/tune.py --dry-run                           # the table alone, nothing is written
+    python benchmarks/tune.py                                     # every kernel, type and size
+    python benchmarks/tune.py --kernel stencil --dtype float16
 
-For each kernel, type and size class every compiled variant (csrc/README.md, "Variants and launch plans") is run twice
-and compared with plain PyTorch in float64. One that differs, or differs from itself, is reported and never chosen. The
-others are timed in turn, each as a captured CUDA graph, and the fastest is chosen. Plans of kernels that are left out
-stay as they are if the same GPU was tuned before. Exit status 1 if a variant was wrong.
+The rules are in csrc/heuristics.h; where another variant is faster here, they can be improved. Each variant is run
+twice first and compared with plain PyTorch in float64; one that differs, or differs from itself, is reported and not
+timed. The others are timed in turn, each as a captured CUDA graph. Exit status 1 if a variant was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from timing import captured, machine, print_table, time_candidates
+from timing import RESULTS, captured, print_table, time_candidates, write_results
 from torch import Tensor
 
-from afa_ext import _native, build_info, reference, tuning
+from afa_ext import _native, build_info, reference
 
 DTYPES = ["float32", "float16", "bfloat16"]
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -41,7 +37,7 @@ Size = tuple[int, ...]
 class Case:
     """How a kernel is run. Inputs have one first dimension, over which the reference is taken item by item."""
 
-    sizes: Sequence[Size]  # one for each size class, in order
+    sizes: Sequence[Size]
     inputs: Callable[[Size, torch.device], list[Tensor]]
     run: Callable[..., Tensor]  # an operator that launches the kernel
     reference: Callable[..., Tensor]
@@ -55,9 +51,9 @@ def rings_and_planes(size: Size, device: torch.device) -> list[Tensor]:
 
 
 PLANES = [(1, 3, 64, 64), (1, 21, 64, 64), (8, 3, 160, 160), (1, 21, 320, 320), (8, 21, 320, 320)]
-"""Up to 2^14, 2^17, 2^20, 2^23 values, and more; PAR while training and at test time are the third and the last."""
+"""From a few blocks to many; PAR in training and at test time are the third and the last."""
 STEPS = [(1, 3, 48, 48), (1, 21, 48, 48), (8, 21, 48, 48), (4, 32, 96, 96), (8, 240, 72, 64)]
-"""The same for one step of a walk; the affinity is windowed, but for the third's, training's."""
+"""One step of a walk; the affinity is windowed, except in the third, the one of training."""
 
 
 def scores_and_affinity(size: Size, device: torch.device) -> list[Tensor]:
@@ -74,7 +70,7 @@ def step_scores(scores: Tensor) -> Tensor:
 
 
 MAPS = [(1, 3, 8, 8), (1, 16, 16, 16), (1, 16, 32, 32), (8, 16, 32, 32), (4, 12, 48, 48)]
-"""The same for the affinity of maps: of all pairs of nodes of a grid, M maps an image."""
+"""The affinity of M maps per image, of all pairs of nodes of a grid."""
 
 
 def attention_maps(size: Size, device: torch.device) -> list[Tensor]:
@@ -108,36 +104,33 @@ CASES = {
             scores, affinity, grid=(scores.shape[2], scores.shape[3]), radius=8
         ),
     ),
-    "stencil_step": Case(
+    "stencil": Case(
         PLANES,
         rings_and_planes,
         lambda weights, planes: torch.ops.afa_ext.par_propagate(weights, planes, OTHER_RINGS, 10, None),
         lambda weights, planes: reference.par_propagate(weights, planes, dilations=OTHER_RINGS, num_iter=10),
     ),
-    "stencil_ring": Case(
+    "par_ring": Case(
         PLANES,
         rings_and_planes,
         lambda weights, planes: torch.ops.afa_ext.par_propagate(weights, planes, RINGS, 10, None),
         lambda weights, planes: reference.par_propagate(weights, planes, dilations=RINGS, num_iter=10),
     ),
 }
-"""By kernel, as afa_ext.tuning.launch_plans() names them."""
+"""By kernel, as afa_ext._C.kernel_variants() names them."""
 
 
-class Plans(Protocol):
+class Library(Protocol):
     """The part of afa_ext._C that the sweep uses."""
 
-    def launch_plans(self, arch: int) -> list[dict[str, Any]]: ...
-    def launch_plan(self, kernel: str, dtype: str, items: int, arch: int) -> str: ...
-    def set_launch_plan(self, kernel: str, variant: str | None) -> None: ...
-    def size_classes(self) -> list[int | None]: ...
+    def kernel_variants(self) -> list[dict[str, Any]]: ...
+    def force_variant(self, kernel: str, variant: str | None) -> None: ...
 
 
 class Bench(Protocol):
     """A device and its clock."""
 
     device: torch.device
-    architecture: int
 
     def time(self, candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         """Milliseconds of each."""
@@ -149,8 +142,6 @@ class Gpu:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        major, minor = torch.cuda.get_device_capability(self.device)
-        self.architecture = 10 * major + minor
 
     def time(self, candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         timings = time_candidates({name: captured(run) for name, run in candidates.items()}, self.device, seconds)
@@ -159,29 +150,27 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one kernel, type and size class."""
+    """The variants of one kernel, for one type and size."""
 
     kernel: str
     dtype: str
     size: Size
-    max_items: int | None
-    present: str  # the plan in force before
-    milliseconds: Mapping[str, float]  # of the right variants
-    wrong: Mapping[str, str]  # and why
+    by_rule: str
+    milliseconds: Mapping[str, float]  # of the variants that compute the right values
+    wrong: Mapping[str, str]  # what is wrong with the others
 
     @property
-    def variant(self) -> str | None:
-        """The fastest right one."""
+    def fastest(self) -> str | None:
         return min(self.milliseconds, key=lambda name: self.milliseconds[name], default=None)
 
 
 @contextmanager
-def forced(plans: Plans, kernel: str, variant: str) -> Iterator[None]:
-    plans.set_launch_plan(kernel, variant)
+def forced(library: Library, kernel: str, variant: str) -> Iterator[None]:
+    library.force_variant(kernel, variant)
     try:
         yield
     finally:
-        plans.set_launch_plan(kernel, None)
+        library.force_variant(kernel, None)
 
 
 def expected(case: Case, inputs: Sequence[Tensor]) -> Tensor:
@@ -208,151 +197,92 @@ def fault(run: Callable[[], Tensor], right: Tensor, limit: float) -> str | None:
     return None
 
 
-def measure(kernel: str, dtype: str, number: int, case: Case, bench: Bench, plans: Plans, seconds: float) -> Row:
-    """Validates, then times, every variant of the kernel at the case's size for this size class."""
-    size = case.sizes[number]
+def measure(kernel: str, dtype: str, size: Size, case: Case, bench: Bench, library: Library, seconds: float) -> Row:
+    """Validates, then times, every variant of the kernel at this size."""
     inputs = [t.to(getattr(torch, dtype)) if t.is_floating_point() else t for t in case.inputs(size, bench.device)]
 
     def about() -> dict[str, Any]:
-        return next(entry for entry in plans.launch_plans(bench.architecture) if entry["kernel"] == kernel)
+        return next(entry for entry in library.kernel_variants() if entry["kernel"] == kernel)
 
     def runs(variant: str) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with forced(plans, kernel, variant):
+            with forced(library, kernel, variant):
                 return case.run(*inputs)
 
         return run
 
     before = about()
-    right = expected(case, inputs)
-    wrong = {}
-    for variant in before["variants"]:
-        reason = fault(runs(variant), right, LIMITS[dtype])
-        if reason:
-            wrong[variant] = reason
-    after, limits = about(), plans.size_classes()
-    if after["times_chosen"] == before["times_chosen"]:
+    case.run(*inputs)
+    after = about()
+    if after["times_picked"] == before["times_picked"]:
         sys.exit(f"the case of {kernel} in benchmarks/tune.py never launches it")
-    items = after["last_items"]
-    smallest = 0 if number == 0 else (limits[number - 1] or 0) + 1
-    if items < smallest or items > (limits[number] or items):
-        sys.exit(f"{kernel} at {size}: {items} work items are not in the size class up to {limits[number]}")
-    valid = {variant: runs(variant) for variant in before["variants"] if variant not in wrong}
+    right = expected(case, inputs)
+    faults = {variant: fault(runs(variant), right, LIMITS[dtype]) for variant in before["variants"]}
+    valid = {variant: runs(variant) for variant, reason in faults.items() if reason is None}
     times = bench.time(valid, seconds) if valid else {}
-    present = plans.launch_plan(kernel, dtype, items, bench.architecture)
-    return Row(kernel, dtype, size, limits[number], present, times, wrong)
+    wrong = {variant: reason for variant, reason in faults.items() if reason is not None}
+    return Row(kernel, dtype, size, after["last_picked"], times, wrong)
 
 
 def sweep(
     cases: Mapping[str, Case],
     dtypes: Sequence[str],
     bench: Bench,
-    plans: Plans,
+    library: Library,
     seconds: float,
     report: Callable[[Row], None],
 ) -> list[Row]:
-    """Measures every kernel, type and size class."""
+    """Measures every kernel, type and size."""
     rows = []
     for kernel, case in cases.items():
         for dtype in dtypes:
-            for number in range(len(case.sizes)):
-                rows.append(measure(kernel, dtype, number, case, bench, plans, seconds))
+            for size in case.sizes:
+                rows.append(measure(kernel, dtype, size, case, bench, library, seconds))
                 report(rows[-1])
     return rows
 
 
 def print_row(row: Row) -> None:
-    """A table of one size: variants, times, what was chosen and what was wrong."""
+    """A table of one size: each variant's time, the fastest first, and what is wrong with the others."""
     table = []
     for variant in [*sorted(row.milliseconds, key=lambda name: row.milliseconds[name]), *row.wrong]:
         time = row.milliseconds.get(variant)
-        note = ", ".join(
-            text
-            for text, holds in (("chosen", variant == row.variant), ("present plan", variant == row.present))
-            if holds
-        )
-        if time is None:
-            note = f"WRONG: {row.wrong[variant]}"
+        note = f"WRONG: {row.wrong[variant]}" if time is None else "by the rule" if variant == row.by_rule else ""
         table.append({"": variant, "median ms": "" if time is None else f"{time:.4f}", "note": note})
     print_table(f"{row.kernel}, {'x'.join(map(str, row.size))} {row.dtype}", table)
 
 
-def table_of(
-    rows: Sequence[Row], about: Mapping[str, Any], architecture: int, before: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The file's content: the plans found, and those of `before` (the present file) for what was not measured, if they
-    are of the same GPU."""
-    plans = [
-        {
-            "kernel": row.kernel,
-            "dtype": row.dtype,
-            "max_items": row.max_items,
-            "variant": row.variant,
-            "ms": {name: round(time, 6) for name, time in row.milliseconds.items()},
-        }
-        for row in rows
-        if row.variant is not None
-    ]
-    measured = {(row.kernel, row.dtype, row.max_items) for row in rows}
-    if before and before["measured"] and before["gpu"] == about["device"]:
-        kept = (plan for plan in before["plans"] if (plan["kernel"], plan["dtype"], plan["max_items"]) not in measured)
-        plans = [*kept, *plans]
-    return {
-        "format": tuning.FORMAT,
-        "architecture": architecture,
-        "measured": True,
-        "gpu": about["device"],
-        "torch": about["torch"],
-        "cuda": about["cuda"],
-        "commit": about["commit"],
-        "date": datetime.date.today().isoformat(),
-        "plans": sorted(plans, key=lambda plan: (plan["kernel"], plan["dtype"], plan["max_items"] or sys.maxsize)),
-    }
-
-
-def write_table(table: Mapping[str, Any], folder: Path) -> Path:
-    """<folder>/sm_<architecture>.json, whole or not at all."""
-    path = folder / f"sm_{table['architecture']}.json"
-    tuning.check_table(table, path.name)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+def summary(rows: Sequence[Row]) -> str:
+    """How often the rule chose the fastest variant, and what the others cost."""
+    timed = [row for row in rows if row.by_rule in row.milliseconds]
+    ratios = [row.milliseconds[row.by_rule] / min(row.milliseconds.values()) for row in timed]
+    best = sum(row.fastest == row.by_rule for row in timed)
+    worst = f"; slowest choice: {max(ratios):.2f} times the fastest" if ratios else ""
+    return f"{len(rows)} sizes; the rule's variant is the fastest in {best}{worst}"
 
 
 def need_gpu() -> None:
-    """Exits in one sentence where nothing can be tuned."""
+    """Exits in one sentence where nothing can be timed."""
     if not torch.cuda.is_available():
-        sys.exit(f"torch {torch.__version__} finds no GPU on this machine, so nothing was tuned.")
+        sys.exit(f"torch {torch.__version__} finds no GPU on this machine, so nothing was timed.")
     if build_info()["cuda"] is None:
-        sys.exit("afa_ext was built without CUDA, so nothing was tuned; build it again with nvcc on PATH.")
+        sys.exit("afa_ext was built without CUDA, so nothing was timed; build it again with nvcc on PATH.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kernel", action="append", choices=sorted(CASES), help="tune this kernel (may be repeated)")
+    parser.add_argument("--kernel", action="append", choices=sorted(CASES), help="time this kernel (may be repeated)")
     parser.add_argument("--dtype", action="append", choices=sorted(LIMITS), help="and this type (may be repeated)")
     parser.add_argument("--seconds", type=float, default=0.2, help="time for each variant and size")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--out", type=Path, default=tuning.FOLDER, help="folder of the tables")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     need_gpu()
     bench = Gpu()
     cases = {kernel: case for kernel, case in CASES.items() if kernel in (options.kernel or CASES)}
     with torch.no_grad():
         rows = sweep(cases, options.dtype or DTYPES, bench, _native._C, options.seconds, print_row)
-    present = options.out / f"sm_{bench.architecture}.json"
-    before = None
-    if present.exists():
-        try:
-            before = tuning.read_table(present)
-        except ValueError as error:
-            print(f"{error}; none of its plans is kept")
-    table = table_of(rows, machine(bench.device), bench.architecture, before)
-    changed = sum(row.variant not in (None, row.present) for row in rows)
-    print(f"\n{len(rows)} sizes, {changed} with another variant than the plan in force")
-    if not options.dry_run:
-        print(f"written to {write_table(table, options.out)}")
+    print(f"\n{summary(rows)}")
+    print(f"written to {write_results('tune', bench.device, [asdict(row) for row in rows], options.out)}")
     return int(any(row.wrong for row in rows))
 
 

@@ -77,10 +77,11 @@ constexpr int64_t ring_class_groups(const Gpu& gpu, const RingCall& call, int st
   return most < 2 ? 1 : div_up(call.classes, div_up(call.classes, most));
 }
 
-// The more pixels a thread has in its column, the fewer values come through shared memory per product: 48
-// with one pixel, 27.5 on average with four. So the largest stack that gives work to three quarters of the
-// SMs. Weights stay in registers over all steps (resident) wherever every tile has a block of its own,
-// however many classes there are.
+// The more pixels a thread has in its column, the fewer values come through shared memory per product: one with
+// one pixel, 143 for 192 products with four. So the largest stack that gives work to three quarters of the SMs.
+// All steps in one launch (resident): where every tile has a block, weights stay in registers over all steps,
+// however many classes there are; with up to four tiles per block, a meeting of the blocks still costs less than
+// a launch (1.5 against 3 us, as docs/kernels.md predicts). Beyond that a step is too long for this to matter.
 constexpr RingVariant ring_variant(const Gpu& gpu, const RingCall& call) {
   const RingVariant per_step[] = {RingVariant::stack4, RingVariant::stack2, RingVariant::stack1};
   const RingVariant resident[] = {RingVariant::stack4_resident, RingVariant::stack2_resident,
@@ -89,7 +90,7 @@ constexpr RingVariant ring_variant(const Gpu& gpu, const RingCall& call) {
     const int stack = ring_stack(per_step[i]);
     const int64_t capacity = gpu.processors * ring_blocks_per_sm(stack), tiles = ring_tiles(call, stack);
     const bool fills = 4 * tiles * ring_class_groups(gpu, call, stack) >= 3 * capacity;
-    if (fills || i == 2) return call.steps > 1 && tiles <= capacity ? resident[i] : per_step[i];
+    if (fills || i == 2) return call.steps > 1 && tiles <= 4 * capacity ? resident[i] : per_step[i];
   }
   return RingVariant::stack1;
 }

@@ -47,17 +47,28 @@ pybind11::list kernel_variants() {
   return kernels;
 }
 
+const afa::KernelVariants& variants_of(const std::string& name) {
+  if (const afa::KernelVariants* kernel = afa::KernelVariants::of(name.c_str())) return *kernel;
+  throw pybind11::value_error("unknown kernel '" + name + "'");
+}
+
+int number_of(const afa::KernelVariants& kernel, const std::string& variant) {
+  const int number = kernel.find(variant.c_str());
+  if (number >= 0) return number;
+  std::string known;
+  for (int i = 0; i < kernel.count; ++i) known += (i > 0 ? ", " : "") + std::string(kernel.names[i]);
+  throw pybind11::value_error("variant must be one of " + known + " for " + kernel.kernel + ", got '" +
+                              variant + "'");
+}
+
 void force_variant(const std::string& name, const std::optional<std::string>& variant) {
-  const afa::KernelVariants* kernel = afa::KernelVariants::of(name.c_str());
-  if (kernel == nullptr) throw pybind11::value_error("unknown kernel '" + name + "'");
-  const int number = variant ? kernel->find(variant->c_str()) : -1;
-  if (variant && number < 0) {
-    std::string known;
-    for (int i = 0; i < kernel->count; ++i) known += (i > 0 ? ", " : "") + std::string(kernel->names[i]);
-    throw pybind11::value_error("variant must be one of " + known + " for " + name + ", got '" + *variant +
-                                "'");
-  }
-  kernel->force(number);
+  const afa::KernelVariants& kernel = variants_of(name);
+  kernel.force(variant ? number_of(kernel, *variant) : -1);
+}
+
+std::string pick_variant(const std::string& name, const std::string& by_rule) {
+  const afa::KernelVariants& kernel = variants_of(name);
+  return kernel.names[kernel.pick(number_of(kernel, by_rule))];
 }
 
 }  // namespace
@@ -85,4 +96,6 @@ PYBIND11_MODULE(_C, m) {
         "in this process, and the last one (None before).");
   m.def("force_variant", &force_variant, arg("kernel"), arg("variant"),
         "Launches this variant of a kernel at every call, whatever the rule; None: by the rule again.");
+  m.def("pick_variant", &pick_variant, arg("kernel"), arg("by_rule"),
+        "The variant that a launch picks where this is the rule's.");
 }

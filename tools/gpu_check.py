@@ -1,7 +1,7 @@
 """All that needs a GPU, in one command of at most eight minutes: build, tests, sanitizers, benchmarks.
 
     python -m tools.gpu_check                    # everything
-    python -m tools.gpu_check --tune             # after the tests, tune the launch plans too: two minutes more
+    python -m tools.gpu_check --tune             # then time all variants of the kernels too: two minutes more
     python -m tools.gpu_check --only tests       # some stages; --list names them
     python -m tools.gpu_check --skip build       # all but some
 
@@ -70,7 +70,7 @@ STAGES = [
 ]
 """In order; their limits add up to under eight minutes."""
 TUNE = Stage("tune", _python("benchmarks/tune.py", "--seconds", "0.1"), 120)
-"""With --tune, once the tests have run, so that the benchmarks run with its plans."""
+"""With --tune, after the tests."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=names, help="run this stage (may be repeated)")
     parser.add_argument("--skip", action="append", choices=names, default=[], help="leave this stage out")
-    parser.add_argument("--tune", action="store_true", help="tune the launch plans, and write their table")
+    parser.add_argument("--tune", action="store_true", help="time all variants of the kernels too")
     parser.add_argument("--list", action="store_true", help="name the stages and their limits, and run nothing")
     options = parser.parse_args(arguments)
     chosen = [s for s in STAGES if s.name in (options.only or names) and s.name not in options.skip]

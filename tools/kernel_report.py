@@ -251,6 +251,8 @@ CLAIMS = [
     Claim(r"ring_kernel<\w+, \d>", copies_128=4),
     Claim(r"stencil_kernel<(float|__half|__nv_bfloat16), (true|false), \d>", loads_128=10, stores_128=1),
     Claim(r"stencil_kernel<double, (true|false), \d>", loads_128=20, stores_128=2),
+    Claim(r"stencil_kept_kernel<(float|__half|__nv_bfloat16)>", loads_128=5, stores_128=1),
+    Claim(r"stencil_kept_kernel<double>", loads_128=10, stores_128=2),
     Claim(r"weight_grad_kernel<\w+>", loads_128=9),
     Claim(r"group_kernel<\w+>", stores_128=1),
 ]
@@ -349,6 +351,7 @@ class Work:
     """Instructions that all threads together issue, read off the machine code for sm_90, where they don't follow from
     the accesses: most of the time goes into loops that touch no global memory."""
     before: str = "0"  # bytes that a block reads before it can begin
+    once: str = "0"  # bytes read once by a launch that takes several steps
     alone: bool = False  # whether an SM holds one block at a time
 
 
@@ -383,6 +386,11 @@ WORK = {
             "stencil_kernel",
             *("B*N*(K*s+8*C)", "2*B*N*K*C", "B*N*K*(ceil(C/4)+ceil(C/8))", "B*ceil(N/128)*ceil(C/8)"),
         ),
+        Work(
+            "stencil_kept_kernel",
+            *("8*B*N*C", "2*B*N*K*C", "B*N*K*ceil(C/4)", "B*ceil(N/128)*ceil(C/4)"),
+            once="B*N*K*s",
+        ),
         Work("weight_grad_kernel", "8*B*N*(C+K)", "2*B*N*K*C", "B*N*K*(9*ceil(C/4)/8+2)", "B*ceil(K/8)*ceil(N/128)"),
         Work("walk_transition_kernel", "B*N*K*(s+4)", "5*B*N*K", "4*B*N*K", "B*ceil(N/128)"),
         Work(
@@ -399,16 +407,16 @@ WORK = {
         ),
         Work("walk_step_kernel", "B*N*(K*s+8*C)", "2*B*N*K*(C+1)", "9*B*N*K*ceil(C/8)", "B*ceil(N/128)*ceil(C/8)"),
         Work(
-            "window_edge_kernel",
+            "edge_affinity_kernel",
             *("B*N*(1+K)*s", "B*N*K*L/2", "B*N*K*(L/2+1)", "B*ceil(N/128)*ceil((K+1)/16)"),
             issued="B*N*K*(45+7*L/2)",
         ),
         Work(
-            "window_feature_kernel",
+            "feature_affinity_kernel",
             *("B*N*(D+K)*s", "3*B*N*K*D/2", "B*N*K*(9*D/16+1)", "B*ceil(N/128)*ceil((K+1)/16)"),
         ),
         Work(
-            "window_feature_backward_kernel",
+            "feature_affinity_backward_kernel",
             *("2*B*N*(D+K)*s", "6*B*N*K*D", "B*N*K*(D+3*ceil(D/8))", "B*ceil(N/128)*ceil(D/8)"),
         ),
         Work("affinity_kernel", "(B*M*N*N+P)*s", "2*B*M*N*N", "(3*B*M*N*N+2*P)*s/32", "B*ceil(N/32)*(ceil(N/32)+1)/2"),
@@ -456,7 +464,7 @@ def _disc(radius: int) -> list[tuple[int, int]]:
 
 
 def path_points(radius: int) -> float:
-    """Points of a path (window.h), on average over the window: those nearer than 1 to the line, in its box."""
+    """Points of a path (pair_affinity.h), on average over the window: those nearer than 1 to the line, in its box."""
 
     def points(dy: int, dx: int) -> int:
         ys, xs = range(min(0, dy), max(0, dy) + 1), range(min(0, dx), max(0, dx) + 1)
@@ -482,10 +490,10 @@ TARGETS = [
         "IRN walk 94×125, 4 maps, 256 steps",
         {"B": 1, "C": 4, "N": 94 * 125, "K": len(_disc(5)), "L": path_points(5), "s": 4},
         [
-            Stage("window_edge_kernel", "window_edge_kernel<float>"),
+            Stage("edge_affinity_kernel", "edge_affinity_kernel<float>"),
             Stage("walk_transition_kernel", "walk_transition_kernel<float>"),
             Stage("group_kernel", "group_kernel<float>"),
-            Stage("stencil_kernel", "stencil_kernel<float, false, 1>", 256, resident=True),
+            Stage("stencil_kept_kernel", "stencil_kept_kernel<float>", 256, resident=True),
         ],
     ),
     Target(
@@ -576,12 +584,18 @@ class Estimate:
     why: str  # what bounds most of the prediction
 
 
+def bytes_of(stage: Stage, sizes: Mapping[str, float]) -> float:
+    """What all its launches or steps must move."""
+    work = WORK[stage.work]
+    return stage.launches * value(work.bytes, sizes) + value(work.once, sizes)
+
+
 def estimate(target: Target, gpu: Gpu, for_an_access: Mapping[str, float]) -> Estimate:
     by_bytes = by_operations = 0.0
     parts = {"launches": 0.0, "bytes": 0.0, "operations": 0.0, "instructions": 0.0}
     for stage in target.stages:
         work, sizes = WORK[stage.work], {**target.sizes, **(stage.sizes or {})}
-        moved = stage.launches * value(work.bytes, sizes) / gpu.bandwidth
+        moved = bytes_of(stage, sizes) / gpu.bandwidth
         computed = stage.launches * value(work.operations, sizes) / gpu.operations
         by_bytes += moved
         by_operations += computed
@@ -660,7 +674,15 @@ def readable(formula: str) -> str:
 
 
 def work_table() -> str:
-    rows = [[f"`{w.kernel}`", readable(w.bytes), readable(w.operations), readable(w.accesses)] for w in WORK.values()]
+    rows = [
+        [
+            f"`{w.kernel}`",
+            readable(w.bytes) + ("" if w.once == "0" else f", and {readable(w.once)} once"),
+            readable(w.operations),
+            readable(w.accesses),
+        ]
+        for w in WORK.values()
+    ]
     symbols = ", ".join(f"{symbol} {meaning}" for symbol, meaning in SYMBOLS.items())
     return f"{symbols}.\n\n{table(['kernel', 'bytes', 'operations', 'accesses'], rows, 4)}"
 
@@ -679,7 +701,7 @@ def limits_table(for_an_access: Mapping[str, float]) -> str:
         total = {"bytes": 0.0, "operations": 0.0}
         for stage in target.stages:
             sizes = {**target.sizes, **(stage.sizes or {})}
-            total["bytes"] += stage.launches * value(WORK[stage.work].bytes, sizes)
+            total["bytes"] += bytes_of(stage, sizes)
             total["operations"] += stage.launches * value(WORK[stage.work].operations, sizes)
         launches = sum(1 if stage.resident else stage.launches for stage in target.stages)
         for gpu in GPUS:

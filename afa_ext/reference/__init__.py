@@ -6,8 +6,10 @@ floating-point input, at the price of time and memory.
 
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss
 from .labels import pseudo_labels, refine_labels
+from .pair_affinity import edge_affinity, feature_affinity
 from .par import PAMR, PAR, pamr_affinity, pamr_refine, par_affinity, par_propagate, par_refine
-from .walk import edge_affinity, feature_affinity, propagate_cams, propagate_to_edge, random_walk
+from .walk import propagate_cams, propagate_to_edge, random_walk
+from .window import window_offsets
 
 __all__ = [
     "PAMR",
@@ -27,4 +29,5 @@ __all__ = [
     "pseudo_labels",
     "random_walk",
     "refine_labels",
+    "window_offsets",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_affinity_from_attention, check_affinity_labels, check_affinity_loss, window_offsets
-from .walk import window_mask
+from .._checks import check_affinity_from_attention, check_affinity_labels, check_affinity_loss
+from .window import window_mask, window_offsets
 
 
 def windowed_pairs(dense: Tensor, grid: tuple[int, int], radius: int, outside: float) -> Tensor:

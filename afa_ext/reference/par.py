@@ -91,6 +91,8 @@ def par_propagate(
     if wide.numel():
         for _ in range(num_iter):
             wide = (neighbours(wide, dilations) * weights.unsqueeze(1)).sum(dim=2)
+    if class_mask is not None:  # again: 0 times a NaN weight is NaN
+        wide = wide.masked_fill(~class_mask[:, :, None, None], 0)
     return wide.to(masks.dtype)
 
 

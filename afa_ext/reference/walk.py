@@ -6,24 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import (
-    check_edge_affinity,
-    check_feature_affinity,
-    check_propagate_cams,
-    check_propagate_to_edge,
-    check_random_walk,
-    window_offsets,
-)
-
-
-def window_mask(grid: tuple[int, int], radius: int, window: str, device: torch.device) -> Tensor:
-    """bool [N, N]: True where node j lies in the window around node i."""
-    y = torch.arange(grid[0], device=device).repeat_interleave(grid[1])
-    x = torch.arange(grid[1], device=device).repeat(grid[0])
-    dy, dx = (y[:, None] - y).abs(), (x[:, None] - x).abs()
-    if window == "square":
-        return (dy <= radius) & (dx <= radius)
-    return dy**2 + dx**2 < radius**2
+from .._checks import check_propagate_cams, check_propagate_to_edge, check_random_walk
+from .pair_affinity import edge_affinity
+from .window import window_mask, window_offsets
 
 
 def dense_affinity(affinity: Tensor, grid: tuple[int, int], radius: int, window: str) -> Tensor:
@@ -106,59 +91,6 @@ def box_mask(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
     return ((y >= y0) & (y < y1) & (x >= x0) & (x < x1)).any(dim=2)
 
 
-def path_points(dy: int, dx: int) -> list[tuple[int, int]]:
-    """The grid points from (0, 0) to (dy, dx) in the box around the segment, nearer than 1 to its line."""
-    length = dy * dy + dx * dx
-    return [
-        (y, x)
-        for y in range(min(dy, 0), max(dy, 0) + 1)
-        for x in range(min(dx, 0), max(dx, 0) + 1)
-        if (dy * x - dx * y) ** 2 < length
-    ]
-
-
-def _shifted(planes: Tensor, dy: int, dx: int, reach: int) -> Tensor:
-    """At each node what lies at the node plus (dy, dx), of planes padded by ``reach`` on every side."""
-    height, width = planes.shape[-2] - 2 * reach, planes.shape[-1] - 2 * reach
-    return planes[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width]
-
-
-def _within_grid(grid: tuple[int, int], radius: int, device: torch.device) -> Tensor:
-    """bool [window, h, w]: True where the node's neighbour at that offset lies in the grid."""
-    inside = F.pad(torch.ones(grid, dtype=torch.bool, device=device), [radius] * 4)
-    return torch.stack([_shifted(inside, dy, dx, radius) for dy, dx in window_offsets(radius, "disc")])
-
-
-def edge_affinity(edge: Tensor, radius: int) -> Tensor:
-    """Twin of :func:`afa_ext.edge_affinity`."""
-    check_edge_affinity(edge, radius)
-    edge = edge.flatten(0, -3)
-    wide = edge if edge.dtype == torch.float64 else edge.float()
-    padded = F.pad(wide, [radius] * 4, value=1.0)
-    planes = []
-    for dy, dx in window_offsets(radius, "disc"):
-        if (dy, dx) == (0, 0):
-            planes.append(torch.ones_like(wide))
-            continue
-        path = torch.stack([_shifted(padded, y, x, radius) for y, x in path_points(dy, dx)])
-        planes.append(1 - path.amax(dim=0))
-    inside = _within_grid((edge.shape[1], edge.shape[2]), radius, edge.device)
-    affinity = torch.stack(planes, dim=1).masked_fill(~inside, 0)
-    return affinity.flatten(2).mT.to(edge.dtype)
-
-
-def feature_affinity(features: Tensor, radius: int) -> Tensor:
-    """Twin of :func:`afa_ext.feature_affinity`."""
-    check_feature_affinity(features, radius)
-    wide = features if features.dtype == torch.float64 else features.float()
-    padded = F.pad(wide, [radius] * 4)
-    offsets = window_offsets(radius, "disc")
-    distances = [(_shifted(padded, dy, dx, radius) - wide).abs().mean(dim=1) for dy, dx in offsets]
-    inside = _within_grid((features.shape[2], features.shape[3]), radius, features.device)
-    affinity = torch.exp(-torch.stack(distances, dim=1)).masked_fill(~inside, 0)
-    return affinity.flatten(2).mT.to(features.dtype)
-
-
 def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10, exp_times: int = 8) -> Tensor:
     """Twin of :func:`afa_ext.propagate_to_edge`; squares the transition matrix, as published."""
     check_propagate_to_edge(x, edge, radius, beta, exp_times)
@@ -196,6 +128,6 @@ def propagate_cams(
     grid = (cams.shape[2], cams.shape[3])
     check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, scores_name="cams")
     wide = torch.float64 if cams.dtype == torch.float64 else torch.float32
-    scores, _ = class_scores(cams.to(wide), class_labels, background)
+    scores, present = class_scores(cams.to(wide), class_labels, background)
     walked = random_walk(scores, affinity.to(wide), grid=grid, radius=radius, power=power, steps=steps, eps=eps)
-    return walked.to(cams.dtype)
+    return walked.masked_fill(~present[:, :, None, None], 0).to(cams.dtype)

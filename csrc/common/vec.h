@@ -65,7 +65,8 @@ inline void store_first(T* p, typename Vec<T>::type v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
 
-// The larger of each lane; b where either is NaN. The compiler makes two instructions of the comparison, not one.
+// The larger of each lane; b where either is NaN. The compiler makes two instructions of the comparison, not
+// one.
 template <typename V>
 inline V larger(V a, V b) {
   return a > b ? a : b;
@@ -81,8 +82,9 @@ inline Vec<float>::type larger(Vec<float>::type a, Vec<float>::type b) {
 }
 #endif
 
-// exp(x) for x <= 0, below -87 taken as exp(-87); NaN stays NaN. Relative error under 2e-7 (range reduction by ln 2 in two
-// parts, then a degree-6 Taylor polynomial on |r| <= ln(2)/2, whose remainder is under 1.2e-7).
+// exp(x) for x <= 0, below -87 taken as exp(-87); NaN stays NaN. Relative error under 2e-7 (range reduction
+// by ln 2 in two parts, then a degree-6 Taylor polynomial on |r| <= ln(2)/2, whose remainder is
+// under 1.2e-7).
 inline typename Vec<float>::type exp_nonpositive(typename Vec<float>::type x) {
   using V = typename Vec<float>::type;
   // Adding 1.5 * 2^23 rounds to an integer n, which then lies in the low bits; with 127, as a float's

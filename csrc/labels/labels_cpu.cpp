@@ -198,7 +198,7 @@ void choice_rows(const ChoiceParams& p, int64_t begin, int64_t end, T* scratch) 
       } else {
         for (int64_t x = 0; x < width; ++x) background[x] = static_cast<T>(p.total);
       }
-      const T share = p.background_map ? T{0} : T{1};  // of each class, taken from the background
+      const bool given = p.background_map;  // else it is what the classes leave
       for (int64_t j = 0; j < count; ++j) {
         enlarged((j + extra) * p.thresholds + t);
         const Int number = p.classes.number[b * p.classes.most + j];
@@ -206,7 +206,7 @@ void choice_rows(const ChoiceParams& p, int64_t begin, int64_t end, T* scratch) 
           for (int64_t x = 0; x < width; ++x) {
             best[x] = map[x];
             chosen[x] = number;
-            background[x] -= share * map[x];
+            background[x] -= given ? T{0} : map[x];
           }
         } else {
 #pragma GCC ivdep
@@ -214,7 +214,7 @@ void choice_rows(const ChoiceParams& p, int64_t begin, int64_t end, T* scratch) 
             const bool better = map[x] > best[x] || (map[x] != map[x] && best[x] == best[x]);
             best[x] = better ? map[x] : best[x];
             chosen[x] = better ? number : chosen[x];
-            background[x] -= share * map[x];
+            background[x] -= given ? T{0} : map[x];
           }
         }
       }

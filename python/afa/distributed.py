@@ -131,8 +131,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace the gradients by their mean over all processes.
 
     This runs once after the last backward pass of a step. DistributedDataParallel is not used, because the set of
-    parameters with gradients changes from phase to phase. Here, parameters without a gradient are skipped, and a resumed
-    run has the same buckets and therefore the same order of summation. All processes must be in the same phase.
+    parameters with gradients changes from phase to phase. Here, parameters without a gradient are skipped, and a
+    resumed run has the same buckets and therefore the same order of summation. All processes must be in the same phase.
     """
     if not _together():
         return

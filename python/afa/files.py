@@ -23,9 +23,9 @@ OUTPUT_MARK = ".afa-output"
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path for the caller to write; it is renamed to `path` if the block succeeds.
 
-    Readers see either the old file or the complete new one, and a failure leaves nothing behind. The temporary name keeps
-    the suffix, because Pillow and NumPy choose the format by it, and is short, so that any valid name for `path` works.
-    Raises UserError if the file can't be written.
+    Readers see either the old file or the complete new one, and a failure leaves nothing behind. The temporary name
+    keeps the suffix, because Pillow and NumPy choose the format by it, and is short, so that any valid name for `path`
+    works. Raises UserError if the file can't be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{secrets.token_hex(4)}.tmp{path.suffix[:100]}")

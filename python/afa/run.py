@@ -41,10 +41,11 @@ _MOVING = ".moving"
 
 @contextmanager
 def lock_run(run: str | Path) -> Iterator[None]:
-    """Lock the run's folder, creating it if necessary; UserError if it can't be written or another process has locked it.
+    """Lock the run's folder, creating it if necessary; UserError if it can't be written or another process has locked
+    it.
 
-    The operating system releases the lock when the process ends. Folders created here are removed if they are still empty
-    at the end.
+    The operating system releases the lock when the process ends. Folders created here are removed if they are still
+    empty at the end.
     """
     made = [folder for folder in (Path(run), *Path(run).parents) if not folder.exists()]
     run = check_writable(run, "the run's folder")

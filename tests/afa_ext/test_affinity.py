@@ -324,9 +324,9 @@ def test_compile_fullgraph(radius, dynamic, device):
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
     for height in (6, 8):
-        leaves = inputs(2, 3, 7 * height, torch.float32, device)
+        leaves: list[torch.Tensor] = inputs(2, 3, 7 * height, torch.float32, device)
         label_map = torch.randint(0, 3, (2, height, 7), device=device)
-        eager, fused = (torch.autograd.grad(f(*leaves, label_map=label_map), leaves) for f in (loss, compiled))
+        eager, fused = (torch.autograd.grad(f(*leaves, label_map), leaves) for f in (loss, compiled))
         torch.testing.assert_close(fused, eager)
 
 

@@ -370,21 +370,21 @@ def test_random_sizes_match_float64(seed, machine, assert_relative):
 
 
 class Untimed:
-    """In place of a GPU's clock: what the tuner does before it times."""
+    """In place of a GPU's clock: what the sweep does before it times."""
 
-    device, architecture = Machine.device, 0
+    device = Machine.device
 
     def time(self, candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         return dict.fromkeys(candidates, 0.0)
 
 
-@pytest.mark.real_gpu("the tuner's sizes; test_tune.py and tests/cuda/kernels run the variants at small ones")
+@pytest.mark.real_gpu("the sweep's sizes; test_tune.py and tests/cuda/kernels run the variants at small ones")
 @pytest.mark.parametrize("dtype", sorted(tune.LIMITS))
 @pytest.mark.parametrize("kernel", sorted(tune.CASES))
 def test_every_variant_of_every_kernel_is_right(kernel, dtype):
     with torch.no_grad():
-        for number in range(3):
-            row = tune.measure(kernel, dtype, number, tune.CASES[kernel], Untimed(), _native._C, 0)
+        for size in tune.CASES[kernel].sizes[:3]:
+            row = tune.measure(kernel, dtype, size, tune.CASES[kernel], Untimed(), _native._C, 0)
             assert not row.wrong
             assert row.milliseconds
 

@@ -94,7 +94,7 @@ def test_matches_reference(shape, downscale, dtype, device):
     batch, classes, size, grid = shape
     images, high, low, class_labels = case(batch, classes, size, grid, device=device)
     high, low = high.to(dtype), low.to(dtype)
-    every = boxes(*size, device=device)
+    every = boxes(size[0], size[1], device)
     for first in range(0, len(every), batch):
         box = torch.cat([every, every])[first : first + batch]
         for options, more in (

@@ -240,7 +240,7 @@ def test_blocks(tmp_path):
     assert page.read_text() == expected
     assert blocks.block_of(page, "t.py", "one") == "a\\1\nb"
     assert blocks.stale_blocks(page, "t.py", {"one": "a\\1\nb"}) == []
-    with pytest.raises(SystemExit, match=r"page\.md has no block from '<!-- two: written by tools/t\.py -->'"):
+    with pytest.raises(SystemExit, match=r"page\.md has no block between '<!-- two: written by tools/t\.py -->'"):
         blocks.write_blocks(page, "t.py", {"two": ""})
     assert page.read_text() == expected
 

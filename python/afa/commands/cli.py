@@ -1,6 +1,7 @@
 """The `afa` command: options, help and errors.
 
-Each subcommand is a module of this package. It is imported only when it runs, so --help is fast and works without torch.
+Each subcommand is a module of this package. It is imported only when it runs, so --help is fast and works without
+torch.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ example:
 """
 
 CONFIGURATION = """\
-Print every setting of a configuration as YAML, or the JSON schema of the YAML files, which gives editors the description
-and range of every setting.
+Print every setting of a configuration as YAML, or the JSON schema of the YAML files, which gives editors the
+description and range of every setting.
 
 examples:
   afa config show voc train.batch_size=8

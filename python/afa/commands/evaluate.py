@@ -72,8 +72,8 @@ def score_and_report(
 ) -> None:
     """Evaluate the model, write all results to the run's folder, and print the scores.
 
-    facts: additional entries of metrics.json. started: a `time.perf_counter` value; if given, the seconds since then are
-    added.
+    facts: additional entries of metrics.json. started: a `time.perf_counter` value; if given, the seconds since then
+    are added.
     """
     result = evaluate(
         model,
@@ -101,8 +101,8 @@ def score_and_report(
 def no_masks(config: Config, val_set: TaggedDataset) -> str:
     """The note for a validation split without masks."""
     return (
-        f"the split '{config.data.val_split}' has no masks in {val_set.mask_folder}, so the segmentation and the labels "
-        "can't be evaluated"
+        f"the split '{config.data.val_split}' has no masks in {val_set.mask_folder}, so the segmentation and the "
+        "labels can't be evaluated"
     )
 
 

@@ -138,14 +138,16 @@ def predict(
     progress: bool = True,
     bad: Callable[[str], None],
 ) -> Iterator[Prediction]:
-    """Write out/masks/<name>.png (VOC palette), out/overlays/<name>.png and out/cams/<name>.png; yields each prediction.
+    """Write out/masks/<name>.png (VOC palette), out/overlays/<name>.png and out/cams/<name>.png; yields each
+    prediction.
 
-    The configuration's eval section (scales, flip, fusion, crf) defines the segmentation. The heat map shows the maximum
-    CAM over the classes that the classifier or the mask contains. Images whose longer side exceeds `largest_side` pixels
-    are resized for inference; the scores are resized back. An image that can't be read is skipped, and `bad` is called
-    with the reason.
+    The configuration's eval section (scales, flip, fusion, crf) defines the segmentation. The heat map shows the
+    maximum CAM over the classes that the classifier or the mask contains. Images whose longer side exceeds
+    `largest_side` pixels are resized for inference; the scores are resized back. An image that can't be read is
+    skipped, and `bad` is called with the reason.
 
-    Raises UserError if `out` can't be written, or if one of its three folders has files that this function did not write.
+    Raises UserError if `out` can't be written, or if one of its three folders has files that this function did not
+    write.
     """
     out = _claim(Path(out))
     device = next(model.parameters()).device

@@ -112,7 +112,9 @@ class Export:
     """Number of images with existing files."""
     seconds: float
     scores: dict[str, Any] | None
-    """Scores of the labels against the masks of `measured` images (`SegmentationMetrics.compute`); None without masks."""
+    """Scores of the labels against the masks of `measured` images (`SegmentationMetrics.compute`); None without
+    masks.
+    """
     measured: int
 
 
@@ -284,7 +286,8 @@ def _score(
 ) -> tuple[SegmentationMetrics, int, tuple[int, int]]:
     """Compare labels with the existing masks, over the labeled pixels.
 
-    Returns the metrics, the number of images with masks, and (labeled pixels, all pixels) among those with a true class.
+    Returns the metrics, the number of images with masks, and (labeled pixels, all pixels) among those with a true
+    class.
     """
     metrics = SegmentationMetrics(len(dataset.classes) + 1)
     metrics.confusion = torch.zeros(metrics.num_classes, metrics.num_classes + 1, dtype=torch.int64)

@@ -73,8 +73,8 @@ class DataConfig(Section):
     """Location of the images, and the random training crop."""
 
     root: Text = "data/VOCdevkit/VOC2012"
-    """Folder in VOC layout (JPEGImages, ImageSets/Segmentation, Annotations or tags.csv, SegmentationClass), prepared by
-    `afa prepare`, or a folder of your own images (docs/own_data.md)."""
+    """Folder in VOC layout (JPEGImages, ImageSets/Segmentation, Annotations or tags.csv, SegmentationClass), prepared
+    by `afa prepare`, or a folder of your own images (docs/own_data.md)."""
     embedded: StrictBool = False
     """Generate the demo data set at `root` if it does not exist yet."""
     train_split: Text = "train"
@@ -158,7 +158,9 @@ class LabelConfig(Section):
     par_downscale: Positive = 2
     """PAR works at 1/par_downscale of the image size."""
     affinity_from_walk: StrictBool = False
-    """Use the walk label as the affinity target once the segmentation target switches to it (published for COCO only)."""
+    """Use the walk label as the affinity target once the segmentation target switches to it (published for COCO
+    only).
+    """
 
 
 class TrainConfig(Section):

@@ -61,7 +61,9 @@ def is_background(name: str) -> bool:
 
 
 def check_class_list(names: Iterable[str], where: str) -> list[str]:
-    """Validate a list of class names and return it in order; UserError for invalid names, duplicates, or a bad length."""
+    """Validate a list of class names and return it in order; UserError for invalid names, duplicates, or a bad
+    length.
+    """
     classes = [class_name(name, where) for name in names]
     if not 1 <= len(classes) <= MAX_CLASSES:
         raise UserError(f"{where} must list 1 to {MAX_CLASSES} classes, got {len(classes)}")

@@ -42,13 +42,14 @@ class TaggedDataset(Dataset[Sample]):
     """Images of one split with their tags, and with masks if `with_mask`.
 
     A training item is {"image": uint8 [3,S,S], "tags": float32 [C], "box": int64 [4] (y0,y1,x0,x1), "name": str}. An
-    evaluation item is {"image": uint8 [3,H,W], "tags", "name"}, with "mask": int64 [H,W] if requested. A training item is
-    indexed by (index, entropy): its crop depends only on the entropy, not on the number of workers or the items loaded
-    before. A plain index means entropy (index,).
+    evaluation item is {"image": uint8 [3,H,W], "tags", "name"}, with "mask": int64 [H,W] if requested. A training item
+    is indexed by (index, entropy): its crop depends only on the entropy, not on the number of workers or the items
+    loaded before. A plain index means entropy (index,).
 
     If a split has no masks (see `has_masks`), every mask pixel is 255 (ignored). If it has some, it must have all.
 
-    The constructor reads and checks lists and tags and raises UserError for a bad file. `check_dataset` checks the images.
+    The constructor reads and checks lists and tags and raises UserError for a bad file. `check_dataset` checks the
+    images.
     """
 
     def __init__(

@@ -46,8 +46,8 @@ def train_loader(
     """Endless batches, reshuffled every epoch: image [B,3,S,S], tags [B,C], box [B,4], name list[str].
 
     Batch n depends only on (dataset, batch_size, seed, n, rank, world_size), so a run resumed at `start_iteration` sees
-    the same batches as an uninterrupted one, with any number of workers. The n-th batches of all `world_size` processes,
-    concatenated in rank order, equal the n-th batch of a single process with batch_size * world_size.
+    the same batches as an uninterrupted one, with any number of workers. The n-th batches of all `world_size`
+    processes, concatenated in rank order, equal the n-th batch of a single process with batch_size * world_size.
     """
     if not dataset.train:
         raise ValueError("train_loader needs a dataset made with train=True")

@@ -66,8 +66,8 @@ def read_image(path: str | Path, largest_side: int | None = None) -> Image.Image
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    # Use a file object: given a path, Pillow memory-maps an uncompressed file with the upright size, which scrambles the
-    # rows of a rotated TIFF.
+    # Use a file object: given a path, Pillow memory-maps an uncompressed file with the upright size, which scrambles
+    # the rows of a rotated TIFF.
     with open(path, "rb") as file, Image.open(file) as image:
         yield image
 
@@ -203,9 +203,9 @@ def random_crop(
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
     """A random `size` x `size` crop of the randomly scaled and flipped image, uint8 [size, size, 3].
 
-    Also returns the box (y0, y1, x0, x1) of the crop that contains image and not padding. A scaled image smaller than the
-    crop is placed at a random position on black, as in the published code (AFA, CVPR 2022). Only the cropped part is
-    resampled.
+    Also returns the box (y0, y1, x0, x1) of the crop that contains image and not padding. A scaled image smaller than
+    the crop is placed at a random position on black, as in the published code (AFA, CVPR 2022). Only the cropped part
+    is resampled.
     """
     # Always draw the same number of random values, independent of the image.
     draws = rng.random(4)

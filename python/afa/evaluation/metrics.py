@@ -78,8 +78,8 @@ def _count(pred: Tensor, target: Tensor, n: int) -> Tensor:
     """Confusion matrices int64 [B,n,n+1] of pixels [B,P]; the last column counts predictions outside the classes."""
     target = target.long()
     pred = pred.to(target)
-    # An extra row and column collect values outside the classes. Selecting pixels with a mask would synchronize with the
-    # GPU.
+    # An extra row and column collect values outside the classes. Selecting pixels with a mask would synchronize with
+    # the GPU.
     row = torch.where((target >= 0) & (target < n), target, n)
     column = torch.where((pred >= 0) & (pred < n), pred, n)
     counts = torch.zeros(len(target), (n + 1) ** 2, dtype=torch.int64, device=target.device)

@@ -22,8 +22,8 @@ _IRRELEVANT = ("batch_size", "report_images", "crf_workers")
 class EvalStore:
     """Folder of one evaluation. Files of other models or settings are deleted.
 
-    Each PNG contains the label maps of all rows, stacked vertically, and a text chunk with the names of the rows and the
-    predicted classes.
+    Each PNG contains the label maps of all rows, stacked vertically, and a text chunk with the names of the rows and
+    the predicted classes.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:

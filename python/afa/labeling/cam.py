@@ -39,8 +39,8 @@ class ClassSet:
 def pack_classes(tags: Tensor, max_classes: int | None = None) -> ClassSet:
     """Tags [B, C] -> the classes present, K = max_classes per image.
 
-    max_classes must be at least the maximum number of tags per image. By default, this maximum is read from CPU tags; for
-    tags on a GPU, reading would synchronize, so K is C.
+    max_classes must be at least the maximum number of tags per image. By default, this maximum is read from CPU tags;
+    for tags on a GPU, reading would synchronize, so K is C.
     """
     if max_classes is None:
         max_classes = tags.shape[1] if tags.device.type != "cpu" else int((tags > 0).sum(1).max()) if len(tags) else 1
@@ -60,8 +60,8 @@ def pack_host_tags(tags: Tensor, device: torch.device) -> ClassSet:
 def combine_cams(scales: Sequence[tuple[Tensor, Tensor]], classes: ClassSet, size: tuple[int, int]) -> Tensor:
     """Combine raw CAMs (per scale: of the images and of the flipped images, [B, C, h, w]) to [B, K, H, W] in [0, 1].
 
-    Takes the maximum over flips, upsamples bilinearly to `size`, applies ReLU, sums over scales, and normalizes each map
-    to [0, 1]. Zero for absent classes.
+    Takes the maximum over flips, upsamples bilinearly to `size`, applies ReLU, sums over scales, and normalizes each
+    map to [0, 1]. Zero for absent classes.
     """
     total: Tensor | None = None
     for original, flipped in scales:

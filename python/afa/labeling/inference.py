@@ -142,8 +142,8 @@ def infer(
     *,
     affinity_scale: float | None = None,
 ) -> Inference:
-    """Run uint8 images [B, 3, H, W] and return the outputs in `want` (class, cam, seg), and the affinity if its scale is
-    given.
+    """Run uint8 images [B, 3, H, W] and return the outputs in `want` (class, cam, seg), and the affinity if its scale
+    is given.
 
     CAMs use labels.cam_scales; the segmentation uses eval.longer_side, eval.scales, eval.flip and eval.fusion.
     """

@@ -51,8 +51,8 @@ class LabelMaker:
 
     @classmethod
     def for_training(cls, config: Config, *, ignore: bool = True) -> LabelMaker:
-        """Labels for training. ignore=False replaces both background scores with the single one of evaluation, so that no
-        pixel is ignored."""
+        """Labels for training. ignore=False replaces both background scores with the single one of evaluation, so that
+        no pixel is ignored."""
         labels = config.labels
         both = (labels.low, labels.high)
         return cls(
@@ -89,8 +89,8 @@ class LabelMaker:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Labels by source (cam, par, walk) and the CAMs [B, K, H, W].
 
-        images: uint8 [B, 3, H, W]. box: [B, 4], the valid part of padded crops, or None for full images. The source walk
-        needs `outputs.affinity`.
+        images: uint8 [B, 3, H, W]. box: [B, 4], the valid part of padded crops, or None for full images. The source
+        walk needs `outputs.affinity`.
         """
         settings = self.config.labels
         cams = outputs.class_activation_maps(classes)

@@ -1,8 +1,8 @@
 """Pseudo labels from CAMs: thresholds, PAR, and the random walk (AFA, CVPR 2022).
 
-All functions work on batches and never synchronize with the GPU. Images with different tags share one set of packed maps
-(`ClassSet`). All labels use the same rule with two background scores (low, high): background if it wins with the low
-score, a class if it wins against the high score, otherwise ignored (255). With equal scores, no pixel is ignored.
+All functions work on batches and never synchronize with the GPU. Images with different tags share one set of packed
+maps (`ClassSet`). All labels use the same rule with two background scores (low, high): background if it wins with the
+low score, a class if it wins against the high score, otherwise ignored (255). With equal scores, no pixel is ignored.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ _PIXELS = 1 << 20
 
 
 def upsampled_labels(scores: Tensor, height: int, width: int) -> NDArray[np.uint8]:
-    """Upsample scores [C, h, w] bilinearly, as F.interpolate(align_corners=False), and return the class with the largest
-    score, uint8 [height, width]. Interpolating scores instead of classes gives smooth borders."""
+    """Upsample scores [C, h, w] bilinearly, as F.interpolate(align_corners=False), and return the class with the
+    largest score, uint8 [height, width]. Interpolating scores instead of classes gives smooth borders."""
     scores = scores.float()
     if scores.shape[1:] == (height, width):
         return scores.argmax(0).to(torch.uint8).cpu().numpy()

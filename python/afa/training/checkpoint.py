@@ -117,8 +117,8 @@ def find_checkpoint(run: Path, config: Config, classes: Sequence[str]) -> Path |
     """The newest valid checkpoint of a run, or None if the run is finished and not extended.
 
     Damaged checkpoints are reported on stderr and skipped. A larger train.iterations extends a finished run. Rank 0
-    searches, and all processes get the result. Raises UserError if there is no checkpoint, or if the classes or a setting
-    that affects the weights differ from those of the run.
+    searches, and all processes get the result. Raises UserError if there is no checkpoint, or if the classes or a
+    setting that affects the weights differ from those of the run.
     """
     found: Path | None = None
     problem: UserError | None = None
@@ -173,8 +173,8 @@ def _find(run: Path, config: Config, classes: Sequence[str]) -> Path | None:
         problems.append(f"the checkpoint {folder} is damaged: {problem}")
     if finished:
         raise UserError(
-            f"the run in {run} is finished, but there is no valid checkpoint to extend it from; its model is unchanged: "
-            "start a new run in another folder (--run)"
+            f"the run in {run} is finished, but there is no valid checkpoint to extend it from; its model is "
+            "unchanged: start a new run in another folder (--run)"
         )
     raise UserError("; ".join(problems) + "; there is no valid checkpoint: start a new run in another folder (--run)")
 
@@ -204,7 +204,7 @@ def _damage(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
         if sha256(folder / name) != sums[name]:
-            return f"the checksum of {name} does not match"
+            return f"{name} has a wrong checksum"
     return None
 
 

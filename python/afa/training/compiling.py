@@ -16,8 +16,8 @@ def compile_network(model: AFANet) -> list[str]:
     """Compile parts of the network in place and return their names. Parameters and their names don't change.
 
     Compiled modules would not call the per-forward hooks that capture queries and keys. A module that contains such an
-    attention is therefore not compiled itself; its other children are. For a pyramid, these are all stages except the last,
-    and the MLPs of the last stage; for a plain ViT, all blocks except the last ones.
+    attention is therefore not compiled itself; its other children are. For a pyramid, these are all stages except the
+    last, and the MLPs of the last stage; for a plain ViT, all blocks except the last ones.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     paths = [f"backbone.net.{path}" for path in model.backbone.attention_paths]

@@ -80,8 +80,8 @@ def train(
     on_log: called with every record of log.jsonl.
     splits, model: those of the configuration, if already opened or built.
 
-    With torchrun, every process must call this function with the same arguments. Each processes its share of every batch,
-    and only rank 0 writes. `run` and the data must be on storage that all processes can access.
+    With torchrun, every process must call this function with the same arguments. Each processes its share of every
+    batch, and only rank 0 writes. `run` and the data must be on storage that all processes can access.
 
     Returns the saved model, or None if the run was already finished. Raises UserError for an invalid configuration or
     data, for a folder that another process is using, and for a non-finite loss. Raises Stopped after SIGTERM or Ctrl-C,

@@ -37,9 +37,9 @@ def snapshot(
 ) -> Path:
     """Write run/snapshots/<iteration>.npz and return its path.
 
-    The file contains image, CAM, PAR label, walk label and segmentation of `count` evenly spaced images of `dataset`. No
-    masks are read. Uses no random numbers and restores the mode of the model, so training is not affected. Images that
-    can't be read are skipped.
+    The file contains image, CAM, PAR label, walk label and segmentation of `count` evenly spaced images of `dataset`.
+    No masks are read. Uses no random numbers and restores the mode of the model, so training is not affected. Images
+    that can't be read are skipped.
     """
     device = next(model.parameters()).device
     maker = LabelMaker.for_training(config)
@@ -82,8 +82,8 @@ def snapshot(
 def load_snapshots(run: str | Path) -> dict[int, list[Snapshot]]:
     """Load the snapshots of a run: iteration -> images in order.
 
-    Each has name, tags, phase (the one that ended), image uint8 [H,W,3], cam float [H,W], par, walk and prediction uint8
-    [H,W]. Empty if the run has none; damaged files are skipped.
+    Each has name, tags, phase (the one that ended), image uint8 [H,W,3], cam float [H,W], par, walk and prediction
+    uint8 [H,W]. Empty if the run has none; damaged files are skipped.
     """
     found: dict[int, list[Snapshot]] = {}
     for path in sorted((Path(run) / SNAPSHOTS).glob("[0-9]*.npz")):

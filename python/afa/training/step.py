@@ -56,9 +56,10 @@ class TrainStep:
     """Model, optimizer and the update from one batch.
 
     The batch can be split over processes (each gets its images) and into `train.accumulate` micro-batches. Losses are
-    normalized over the whole batch, and dropout in the decoder is independent of the split, so the result is the same up to
-    rounding, with two exceptions. The decoder's batch norm uses the images of all processes (with train.sync_batch_norm),
-    but only of one micro-batch. Dropout and drop path in the backbone draw different random numbers.
+    normalized over the whole batch, and dropout in the decoder is independent of the split, so the result is the same
+    up to rounding, with two exceptions. The decoder's batch norm uses the images of all processes (with
+    train.sync_batch_norm), but only of one micro-batch. Dropout and drop path in the backbone draw different random
+    numbers.
     """
 
     def __init__(self, model: AFANet, config: Config, device: torch.device | str = "cpu") -> None:

@@ -1,4 +1,6 @@
-"""Graceful stop on SIGTERM, which clusters send before preemption, and Ctrl-C: a checkpoint is saved between two steps."""
+"""Graceful stop on SIGTERM, which clusters send before preemption, and Ctrl-C: a checkpoint is saved between two
+steps.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def hold_loader(self) -> None:
-        """Disable torch's SIGCHLD handler, which raises at an arbitrary point when a loader worker exits, possibly during
-        an update or while writing a checkpoint. Call it after the workers have started. Fetching the next batch then
-        fails instead."""
+        """Disable torch's SIGCHLD handler, which raises at an arbitrary point when a loader worker exits, possibly
+        during an update or while writing a checkpoint. Call it after the workers have started. Fetching the next batch
+        then fails instead."""
         self._handle(signal.SIGCHLD, signal.SIG_DFL)
 
     def _handle(self, number: int, handler: Any) -> None:

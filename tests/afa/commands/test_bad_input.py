@@ -56,7 +56,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], Callable[[Path], None], list
     "image not there": (
         lambda root: (root / "JPEGImages/t3.jpg").unlink(),
         _train,
-        ["'t3'", "Segmentation/train.txt", "JPEGImages", "take it out"],
+        ["'t3'", "Segmentation/train.txt", "JPEGImages", "remove it"],
     ),
     "image is text": (
         lambda root: (root / "JPEGImages/t3.jpg").write_text("hello"),
@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], Callable[[Path], None], list
     "no classes": (
         lambda root: (root / "classes.txt").write_text(""),
         _train,
-        ["classes.txt", "1 to 254 classes", "names 0"],
+        ["classes.txt", "1 to 254 classes", "got 0"],
     ),
     "classes in no text": (
         lambda root: (root / "classes.txt").write_bytes(b"\xff\xfe\x80"),
@@ -177,7 +177,7 @@ def test_tags_in_broken_xml(make_voc_tree: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"Annotations/t2\.xml can't be read as XML"):
         _train(root)
     (root / "Annotations/t2.xml").write_text("<annotation><object><name>sqare</name></object></annotation>")
-    with pytest.raises(UserError, match=r"'sqare' in .*Annotations/t2\.xml names no class; did you mean 'square'"):
+    with pytest.raises(UserError, match=r"unknown class 'sqare' in .*Annotations/t2\.xml; did you mean 'square'"):
         _train(root)
 
 

@@ -169,7 +169,7 @@ def test_stop_and_resume(
     capsys.readouterr()
     model = (tmp_path / "runs/small/model.safetensors").read_bytes()
     assert main(["train", "runs/small", "--resume", *options]) == 0
-    assert "finished runs/small was trained before" in capsys.readouterr().out
+    assert "finished runs/small is already trained" in capsys.readouterr().out
     assert (tmp_path / "runs/small/model.safetensors").read_bytes() == model
 
 
@@ -226,9 +226,9 @@ def test_bad_input_of_the_other_commands(small: Path, tmp_path: Path, capsys: py
     (tmp_path / "half/model.safetensors").write_bytes(b"short")
     assert "half/model.safetensors" in _error(capsys, "predict", "half", str(tmp_path / "voc/JPEGImages/v0.jpg"))
     assert "'x*.jpg'" in _error(capsys, "predict", "half", "x*.jpg")
-    assert "holds no picture" in _error(capsys, "predict", "half", "half")
+    assert "no images" in _error(capsys, "predict", "half", "half")
     twins = [str(tmp_path / "voc/JPEGImages/v0.jpg"), str(tmp_path / "voc/SegmentationClass/v0.png")]
-    assert "both be written as 'v0'" in _error(capsys, "predict", "half", *twins)
+    assert "the same output name 'v0'" in _error(capsys, "predict", "half", *twins)
     assert "metrics.json does not exist" in _error(capsys, "report", "half")
 
 

@@ -85,7 +85,7 @@ def test_a_full_disk_while_training(config: Config, tmp_path: Path) -> None:
 
 def test_space_is_checked_before(tmp_path: Path) -> None:
     check_space(tmp_path, 1000, "the checkpoints")
-    with pytest.raises(UserError, match=r"the checkpoints in .* need about 1000000000000\.00 GB, but its disk has"):
+    with pytest.raises(UserError, match=r"the checkpoints in .* need about 1000000000000\.00 GB, but the disk has"):
         check_space(tmp_path, 10**21, "the checkpoints")
 
 
@@ -172,7 +172,7 @@ def test_predict_goes_on_after_a_bad_picture(
         shown = capsys.readouterr()
         assert "written  2 images" in shown.out
         assert "skipped  the image photos/b.png can't be decoded (not an image file)" in shown.out
-        assert "1 of 3 pictures can't be read" in shown.err and shown.err.count("\n") == 1
+        assert "1 of 3 images can't be read" in shown.err and shown.err.count("\n") == 1
         written = sorted(
             path.relative_to(pictures / "found").as_posix() for path in pictures.rglob("found/masks/**/*.png")
         )
@@ -183,7 +183,7 @@ def test_predict_goes_on_after_a_bad_picture(
     (tmp_path / "album/masks").mkdir(parents=True)
     (tmp_path / "album/masks/truth.png").write_bytes(b"someone's work")
     assert main(["predict", "run", "photos/a.png", "--out", "album", "--quiet"]) == 2
-    assert "album/masks holds files that `afa predict` did not write" in capsys.readouterr().err
+    assert "album/masks contains files that `afa predict` did not write" in capsys.readouterr().err
     assert (tmp_path / "album/masks/truth.png").read_bytes() == b"someone's work"
 
 
@@ -198,7 +198,7 @@ def test_masks_that_count_nothing_are_said_everywhere(
     assert main(["train", "c.yaml", "--run", "run", "--quiet", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "classes  square 3, disc 3, stripes 3" in shown
-    note = "no mask holds any class, so the scores are those of the background only"
+    note = "no mask contains any class, so the scores are for the background only"
     assert f"note     {note}" in shown and f"\nnote: {note}" in shown
     assert note in json.loads((tmp_path / "run/metrics.json").read_text())["notes"][0]
     assert note in (tmp_path / "run/report.html").read_text(encoding="utf-8")
@@ -249,7 +249,7 @@ def test_any_locale(tmp_path: Path, locale: dict[str, str]) -> None:
     if done.returncode:  # an ASCII file system can't name the class
         assert b"not UTF-8" in done.stderr
     else:
-        assert b"3 pictures, tagged by one folder per class, 1 classes" in done.stdout
+        assert b"3 images, tagged by one folder per class, 1 classes" in done.stdout
 
 
 def test_printable() -> None:
@@ -339,6 +339,6 @@ def test_notes_of_an_evaluation(config: Config, voc_root: Path, tmp_path: Path) 
     val = open_dataset(config.data, "val", train=False, with_mask=True, progress=False)
     check_dataset(val, progress=False)
     result = evaluate(build_model(config.model, 3), val, config, progress=False)
-    assert result.notes == ["no mask holds stripes: the scores don't count it"]
+    assert result.notes == ["no mask contains stripes: the scores leave it out"]
     save_result(tmp_path, result, val.classes, config, {})
-    assert "no mask holds stripes" in make_report(tmp_path).read_text(encoding="utf-8")
+    assert "no mask contains stripes" in make_report(tmp_path).read_text(encoding="utf-8")

@@ -179,7 +179,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     out = tmp_path / "out"
     _export(run, out, "--source=cam", "--shard=1/6")
     assert "different source" in error("--out", str(out), "--source=par")
-    assert "another labels" in error("--out", str(out), "--source=cam", "labels.low=0.2")
+    assert "different labels" in error("--out", str(out), "--source=cam", "labels.low=0.2")
     assert json.loads((out / "labels.json").read_text())["source"] == "cam"
     (out / "labels.json").unlink()
     assert "did not write" in error("--out", str(out), "--source=cam")

@@ -68,10 +68,10 @@ def test_lists() -> None:
     for names, words in (
         (["cat", "_background_"], "background is always class 0"),
         (["cat", "cat"], "'cat' twice"),
-        (["cat", "Cat"], "differ only in capitals"),
-        (["cat", "\uff43\uff41\uff54"], "differ only in capitals or form"),
-        ([], "names 0"),
-        ([f"c{i}" for i in range(255)], "names 255"),
+        (["cat", "Cat"], "differ only in case"),
+        (["cat", "\uff43\uff41\uff54"], "differ only in case or Unicode form"),
+        ([], "got 0"),
+        ([f"c{i}" for i in range(255)], "got 255"),
     ):
         with pytest.raises(UserError, match=words):
             check_class_list(names, "x")
@@ -80,7 +80,7 @@ def test_lists() -> None:
 def test_difference() -> None:
     assert difference(["a", "b"], ["a", "b"]) is None
     assert difference(["a", "b"], ["b", "a"]) == "the order was a, b and is now b, a"
-    assert difference(["box", "round"], ["apple", "box"]) == "the data now comes without round and with the new apple"
+    assert difference(["box", "round"], ["apple", "box"]) == "the data now lacks round and adds apple"
 
 
 def _picture(path: Path) -> None:
@@ -141,7 +141,7 @@ def test_every_source_is_checked(tmp_path: Path, voc_root: Path, bad: str) -> No
     [
         ("<annotation><object><name/></object></annotation>", "empty"),
         ("<annotation><object/></annotation>", "empty"),
-        ("<html/>", "holds <html>"),
+        ("<html/>", "got <html>"),
         ('<?xml version="1.0" encoding="no-such-code"?><annotation/>', "can't be read as XML"),
         ("", "can't be read as XML"),
     ],
@@ -160,7 +160,7 @@ def test_annotation_without_objects_or_with_background(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("places", "train", "val", "how"),
     [
-        (("train", "valid", "test"), "train", "valid", r"train and valid \(test is left out\)"),
+        (("train", "valid", "test"), "train", "valid", r"train and valid \(test is ignored\)"),
         (("Train", "Validation"), "Train", "Validation", "Train and Validation"),
         (("training", "testing"), "training", "testing", "testing and training"),
     ],
@@ -183,7 +183,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
         _picture(tmp_path / place)
     assert read_own_folder(tmp_path).classes == ["bus", "train"]
     _picture(tmp_path / "val/bus/2.jpg")
-    with pytest.raises(UserError, match="split folders train, val beside other pictures"):
+    with pytest.raises(UserError, match="split folders train, val and other images"):
         read_own_folder(tmp_path)
 
 

@@ -69,8 +69,8 @@ def test_any_bytes_in_a_file_name(tmp_path: Path, name: bytes, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("masks/cat/0.bmp", "are not .png and are not read as masks: 1 .bmp"),
-        ("masks/cat/0_mask.png", "1 mask files in {root}/masks belong to no picture (cat/0_mask)"),
+        ("masks/cat/0.bmp", "are not .png and are not used as masks: 1 .bmp"),
+        ("masks/cat/0_mask.png", "1 mask files in {root}/masks match no image (cat/0_mask)"),
         ("Masks/cat/0.png", "1 mask files in {root}/Masks"),
     ],
 )
@@ -98,8 +98,8 @@ def test_mask_notes() -> None:
     assert mask_notes([90, 10, 10], 0, ["a", "b"]) == []
     assert mask_notes([0, 0, 0], 0, ["a", "b"]) == []
     (note,) = mask_notes([90, 0, 0], 10, ["a", "b"])
-    assert "background only" in note and "10% of the pixels are 255" in note and "write the class number (1)" in note
+    assert "background only" in note and "10% of the pixels are 255" in note and "use the class index (1)" in note
     (note,) = mask_notes([90, 0, 0], 0, ["a", "b"])
     assert "255" not in note
-    assert mask_notes([90, 5, 0], 5, ["a", "b"]) == ["no mask holds b: the scores don't count it"]
-    assert mask_notes([9, 5, 5], 81, ["a", "b"])[0].startswith("81% of the pixels")
+    assert mask_notes([90, 5, 0], 5, ["a", "b"]) == ["no mask contains b: the scores leave it out"]
+    assert mask_notes([9, 5, 5], 81, ["a", "b"])[0].startswith("81% of the mask pixels")

@@ -112,7 +112,7 @@ def test_voc_with_sbd(devkit: Path, sbd: Path, said: Lines, say: Any) -> None:
         "v1,sofa",
         "v2,dog",
     ]
-    assert any("5 names, of 10,582 when complete" in text for _, text in said)
+    assert any("5 names (the complete list has 10,582)" in text for _, text in said)
     assert not (root / "SegmentationClassAug").exists()
     config = load_config("voc", [f"data.root={root}", "data.crop_size=32"])
     train = open_dataset(config.data, config.data.train_split, train=True, with_mask=False)
@@ -157,7 +157,7 @@ def test_voc_with_sbd_elsewhere(devkit: Path, sbd: Path, tmp_path: Path, say: An
         prepare_voc(devkit, progress=False, say=say)
     prepare_voc(devkit, sbd=tmp_path / "far", progress=False, say=say)
     assert len(_trainaug(devkit)) == 5
-    with pytest.raises(UserError, match=r"--sbd .* does not hold SBD .*benchmark\.tgz"):
+    with pytest.raises(UserError, match=r"--sbd .* does not contain SBD .*benchmark\.tgz"):
         prepare_voc(devkit, sbd=devkit, progress=False, say=say)
 
 
@@ -219,8 +219,8 @@ def test_voc_without_sbd_is_ready_for_its_own_training_list(devkit: Path, say: A
             ["VOC2012/Annotations", "VOC2012/ImageSets/Segmentation/val.txt"],
             ["Annotations/*.xml", "ImageSets/Segmentation/val.txt"],
         ),
-        (["VOC2012"], ["does not hold VOC 2012"]),
-        (["VOC2012/JPEGImages/s2.jpg"], ["1 listed pictures", "(s2)"]),
+        (["VOC2012"], ["does not contain VOC 2012"]),
+        (["VOC2012/JPEGImages/s2.jpg"], ["1 listed images", "(s2)"]),
     ],
 )
 def test_voc_missing_parts_are_named(devkit: Path, sbd: Path, gone: list[str], words: list[str], say: Any) -> None:
@@ -412,7 +412,7 @@ def test_coco_damaged_annotations(coco: Path, content: bytes, say: Any) -> None:
 def test_coco_other_categories_are_refused(coco: Path, say: Any) -> None:
     path = coco / "annotations/instances_train2014.json"
     path.write_text(path.read_text().replace('"toothbrush"', '"toothpick"'))
-    with pytest.raises(UserError, match=r"category 80 of .* is 'toothpick'.*not 'toothbrush'"):
+    with pytest.raises(UserError, match=r"category 80 of .* must be 'toothbrush'.*got 'toothpick'"):
         prepare_coco(coco, progress=False, say=say)
 
 
@@ -434,11 +434,11 @@ def test_command(devkit: Path, sbd: Path, coco: Path, capsys: pytest.CaptureFixt
     assert main(["prepare", "coco", str(coco), "--quiet"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"next     afa train coco data.root={coco}"
     for arguments, words in (
-        (["voc", "nowhere"], ["no folder nowhere", "VOCtrainval"]),
+        (["voc", "nowhere"], ["no such folder: nowhere", "VOCtrainval"]),
         (["vco", "nowhere"], ["voc, coco, own", "did you mean 'voc'"]),
         (["coco", "nowhere"], ["lacks train2014, val2014", "train2014.zip"]),
-        (["own", "nowhere"], ["no folder nowhere"]),
-        (["coco", str(coco), "--sbd", "x"], ["--sbd belongs to"]),
+        (["own", "nowhere"], ["no such folder: nowhere"]),
+        (["coco", str(coco), "--sbd", "x"], ["--sbd is only valid for"]),
         (["own", str(devkit / "VOC2012")], ["PASCAL VOC layout", "afa train voc"]),
     ):
         assert main(["prepare", *arguments, "--quiet"]) == 2
@@ -462,10 +462,10 @@ def test_command_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["prepare", "own", str(root), "--quiet"]) == 0
     shown = capsys.readouterr().out
     for words in (
-        "30 pictures, tagged by tags.csv, 2 classes",
-        "left out because tags.csv has no line for them: 1 of 31 pictures",
-        f"no masks in {root / 'masks'}: the classifier's F1 will be measured",
-        "left out because they are not pictures that can be read: 1 .mov",
+        "30 images, tagged by tags.csv, 2 classes",
+        "skipped because tags.csv has no line for them: 1 of 31 images",
+        f"no masks in {root / 'masks'}: only the classifier's F1 will be computed",
+        "skipped because they are not supported image files: 1 .mov",
         "1  zebar",
         "is this 'zebra'?",
         f"next     afa train own data.root={root}",
@@ -476,7 +476,7 @@ def test_command_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (root / "17.jpg").write_bytes(b"hello")
     assert main(["prepare", "own", str(root), "--quiet"]) == 2
     captured = capsys.readouterr()
-    assert "2 of the 30 pictures" in captured.err
+    assert "2 of the 30 images" in captured.err
     assert "data.bad_images=skip" in captured.err
     assert [name in captured.out for name in ("3.jpg can't", "17.jpg can't")] == [True, True]
 
@@ -494,13 +494,13 @@ def _val(coco: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]), "must hold polygons"),
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, "5", 6]]), "must hold polygons"),
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, float("nan"), 6]]), "must hold polygons"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]), "must have polygons"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, "5", 6]]), "must have polygons"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, float("nan"), 6]]), "must have polygons"),
         (lambda c: c["annotations"][0].update(segmentation="mask"), "must be polygons or run lengths"),
         (lambda c: c["annotations"][0].update(segmentation=None), "must be polygons or run lengths"),
         (lambda c: c["annotations"][2]["segmentation"].update(size=[20, 16]), "has the size"),
-        (lambda c: c["annotations"][2]["segmentation"].update(counts=3), "must hold run lengths"),
+        (lambda c: c["annotations"][2]["segmentation"].update(counts=3), "must have run lengths"),
         (lambda c: c["annotations"][0].pop("segmentation"), "segmentation"),
         (lambda c: c["annotations"][0].update(area=float("nan")), "area of annotation"),
         (lambda c: c["annotations"][0].update(area=None), "can't be read"),

@@ -61,7 +61,7 @@ def test_nothing_counted_is_nan() -> None:
 
 def test_wrong_input_is_named() -> None:
     metrics = SegmentationMetrics(2)
-    with pytest.raises(ValueError, match=r"one shape.*\(1, 2\).*\(1, 3\)"):
+    with pytest.raises(ValueError, match=r"the same shape.*\(1, 2\).*\(1, 3\)"):
         metrics.update(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(TypeError, match="pred must hold integers"):
         metrics.update(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.long))

@@ -46,8 +46,8 @@ def result() -> EvalResult:
         sample = {"name": f"v{index}&", "image": image, "tags": ["star"], "cam": cam, "truth": truth, **labels}
         samples.append({**sample, "iou": 0.25 + 0.25 * index})
     scores = {sample["name"]: sample["iou"] for sample in samples}
-    cam, walk, par, seg = (_row(value) for value in (0.4, 0.45, 0.5, 0.615))
-    return EvalResult(cam, walk, par, seg, f1=0.9, seconds=3.0, images=40, samples=samples, image_iou=scores)
+    first, walk, par, seg = (_row(value) for value in (0.4, 0.45, 0.5, 0.615))
+    return EvalResult(first, walk, par, seg, f1=0.9, seconds=3.0, images=40, samples=samples, image_iou=scores)
 
 
 def _log(run: Path) -> None:
@@ -214,7 +214,7 @@ def test_tables(tmp_path: Path, result: EvalResult) -> None:
     # A split without masks has no tables, and those of an earlier measurement go.
     nothing = {**_row(math.nan), "iou": [math.nan] * 3}
     save_result(
-        tmp_path, EvalResult(*[nothing] * 4, f1=0.5, seconds=1.0, images=40, has_masks=False), CLASSES, Config(), {}
+        tmp_path, EvalResult(nothing, nothing, nothing, nothing, f1=0.5, seconds=1.0, images=40, has_masks=False), CLASSES, Config(), {}
     )
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "samples.npz", "report.html"}
     again = load_result(tmp_path)[0]
@@ -336,7 +336,7 @@ def test_page_without_masks(tmp_path: Path, result: EvalResult) -> None:
     for sample in result.samples:
         sample["truth"][:] = 255
         sample["iou"] = math.nan
-    empty = EvalResult(*[nothing] * 4, f1=0.5, seconds=1.0, images=40, has_masks=False, samples=result.samples)
+    empty = EvalResult(nothing, nothing, nothing, nothing, f1=0.5, seconds=1.0, images=40, has_masks=False, samples=result.samples)
     text = write_report(tmp_path, empty, CLASSES).read_text(encoding="utf-8")
     page = _Page(text)
     assert page.open == [] and "nan" not in text

@@ -112,7 +112,7 @@ def test_damaged_is_named_and_the_one_before_used(
 def test_none_whole_is_left(config: Config, cut: Path) -> None:
     for folder in (cut / "checkpoints").iterdir():
         (folder / "state.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"00000006 is damaged.*00000004 is damaged.*no whole one is left"):
+    with pytest.raises(UserError, match=r"00000006 is damaged.*00000004 is damaged.*there is no valid checkpoint"):
         run_train(config, cut, resume=True)
 
 
@@ -254,7 +254,7 @@ def test_command_line_on_sigterm(config: Config, tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, err
     saved = sorted((tmp_path / "runs/long/checkpoints").iterdir())[-1]
-    assert f"by SIGTERM; the checkpoint of iteration {int(saved.name):,} is written" in out
+    assert f"by SIGTERM; saved the checkpoint of iteration {int(saved.name):,}" in out
     assert "afa train runs/long --resume" in out and "Traceback" not in err
 
 
@@ -350,7 +350,7 @@ def test_a_half_deleted_checkpoint_is_no_reason_to_lose_a_finished_run(config: C
     (run / "checkpoints/00000009/state.pt").unlink()
     assert_equal(whole, run_train(config, run, resume=True))
     config.train.iterations = 12
-    with pytest.raises(UserError, match=r"finished, and no whole checkpoint .* its model stays as it is"):
+    with pytest.raises(UserError, match=r"finished, but there is no valid checkpoint .* its model is unchanged"):
         run_train(config, run, resume=True)
     assert_equal(whole, load_file(run / "model.safetensors"))
 
@@ -415,7 +415,7 @@ def test_a_running_run_owns_its_folder(config: Config, tmp_path: Path, monkeypat
     def second(self: TrainStep, batch: Any, iteration: int) -> Any:
         if iteration == 1:
             for resume in (False, True):
-                with pytest.raises(UserError, match="another process is working in the run's folder") as caught:
+                with pytest.raises(UserError, match="another process is using the run's folder") as caught:
                     train(config, tmp_path / "run", resume=resume, device="cpu", progress=False)
                 refused.append(str(caught.value))
         return real(self, batch, iteration)
@@ -440,4 +440,4 @@ def test_evaluating_a_running_run_is_refused(
     run_train(config, tmp_path / "run")
     with lock_run(tmp_path / "run"):
         assert main(["evaluate", str(tmp_path / "run"), "--quiet", "--device", "cpu"]) == 2
-    assert "another process is working in the run's folder" in capsys.readouterr().err
+    assert "another process is using the run's folder" in capsys.readouterr().err

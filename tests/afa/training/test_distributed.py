@@ -118,7 +118,7 @@ def test_batch_norm_alone_is_batch_norm() -> None:
 def test_devices_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="cuda:0 is one GPU for 2 processes; say cuda"):
+    with pytest.raises(UserError, match="cuda:0 is one GPU for 2 processes; use --device cuda"):
         distributed.setup("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

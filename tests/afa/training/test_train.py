@@ -231,7 +231,8 @@ def test_heads_are_counted_by_adam_from_the_start(tiny_config: Any) -> None:
 
 
 def test_tf32_is_on_during_a_step_only(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    cudnn: Any = torch.backends.cudnn  # its `conv` has no type
+    backends = (torch.backends.cuda.matmul, cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
     with tf32(False):
         assert [backend.fp32_precision for backend in backends] == before

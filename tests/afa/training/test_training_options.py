@@ -19,6 +19,7 @@ import afa.training.loop
 import afa_ext
 from afa.config import Config, load_config, to_yaml
 from afa.errors import UserError
+from afa.evaluation.result import Example
 from afa.model import build_model
 from afa.training import compiling
 from afa.training.board import panels
@@ -129,7 +130,9 @@ def test_a_batch_that_can_not_be_divided(config: Config, tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"train.accumulate .* must be a divisor of train.batch_size \(3\), got 2"):
         load_config(tmp_path / "c.yaml", ["train.accumulate=2"])
     monkeypatch.setattr("afa.distributed.world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"train.batch_size is 3 .* among 2 processes; set it to a multiple of 2"):
+    with pytest.raises(
+        UserError, match=r"train\.batch_size \(3 images .* among 2 processes; set it to a multiple of 2"
+    ):
         train(config, tmp_path / "run", progress=False)
     config.train.accumulate = 3
     with pytest.raises(UserError, match=r"2 processes x 3 micro-batches; set it to a multiple of 6"):
@@ -232,7 +235,9 @@ def log_of(config: Config, norms: list[float], path: Path, first: int = 0) -> Ru
 
 def test_gradients_that_are_not_finite_are_named(config: Config, tmp_path: Path) -> None:
     log = log_of(config, [1.0, float("inf")], tmp_path / "log")
-    with pytest.raises(UserError, match="the gradients became inf at iteration 2, though its losses are finite; lower"):
+    with pytest.raises(
+        UserError, match="the gradients became inf at iteration 2, although the losses are finite; lower"
+    ):
         log.write()
     config.train.precision = "fp16"
     log = log_of(config, [1.0, float("inf"), 2.0, float("nan")], tmp_path / "log")
@@ -243,7 +248,7 @@ def test_gradients_that_are_not_finite_are_named(config: Config, tmp_path: Path)
         assert log.write()["grad_norm"] is None
     log.add(50, StepResult(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), 0.1, 0.0)
     log.add(51, StepResult(torch.zeros(3), grad_norm=torch.tensor(float("inf"))), 0.1, 0.0)
-    with pytest.raises(UserError, match=f"not finite in {SKIPS} iterations in a row up to"):
+    with pytest.raises(UserError, match=f"not finite in {SKIPS} consecutive iterations up to"):
         log.write()
     log = RunLog(tmp_path / "log", config, torch.device("cpu"))
     log.add(0, StepResult(torch.tensor([0.1, float("inf"), 0.2]), grad_norm=torch.tensor(float("nan"))), 0.1, 0.0)

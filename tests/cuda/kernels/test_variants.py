@@ -1,4 +1,4 @@
-"""Every variant of every CUDA kernel that has several, run on the CPU at sizes that no tile divides, against the CPU kernels."""
+"""Every variant of each CUDA kernel, run on the CPU at sizes that no tile divides, against the CPU kernels."""
 
 from __future__ import annotations
 

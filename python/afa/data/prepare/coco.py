@@ -1,8 +1,8 @@
 """COCO 2014: split lists, tags and masks of the 80 classes from its instance annotations.
 
-COCO's category ids, 1 to 90 with gaps, are mapped to 1 to 80 in order. If objects overlap, the smaller one is on top, so
-that objects in front of larger ones are kept: instances are drawn from largest to smallest area (ties by id), after all
-crowd regions, whose outlines are coarse.
+COCO's category ids, 1 to 90 with gaps, are mapped to 1 to 80 in order. If objects overlap, the smaller one is on top,
+so that objects in front of larger ones are kept: instances are drawn from largest to smallest area (ties by id), after
+all crowd regions, whose outlines are coarse.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def prepare_coco(root: Path, *, train_masks: bool = False, progress: bool = True
     """Write classes.txt, tags.csv, ImageSets/Segmentation/{train,val}.txt and SegmentationClass/<name>.png of the
     validation images to `root`, the folder of COCO 2014's train2014, val2014 and annotations; returns `root`.
 
-    Images without annotated objects are in no list. train_masks: also write masks of the training images, which training
-    never reads.
+    Images without annotated objects are in no list. train_masks: also write masks of the training images, which
+    training never reads.
 
     Raises UserError with the missing files and their download locations.
     """

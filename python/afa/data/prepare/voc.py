@@ -32,8 +32,8 @@ def prepare_voc(
 ) -> Path:
     """Write ImageSets/Segmentation/train_aug.txt and tags.csv to the VOC2012 folder at or below `devkit`; returns it.
 
-    SBD is searched in `sbd`, or in and next to the devkit. An existing folder SegmentationClassAug of masks or an existing
-    train_aug.txt or trainaug.txt also works. train_masks: also write SBD's masks of training images as
+    SBD is searched in `sbd`, or in and next to the devkit. An existing folder SegmentationClassAug of masks or an
+    existing train_aug.txt or trainaug.txt also works. train_masks: also write SBD's masks of training images as
     SegmentationClassAug/<name>.png, which training never reads.
 
     Raises UserError with the missing files and their download locations.

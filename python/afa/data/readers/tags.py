@@ -125,7 +125,8 @@ def xml_labels(path: Path) -> list[str]:
         raise UserError(f"the tag file {path} can't be read as XML ({error}); replace it") from error
     if tree.getroot().tag != "annotation":
         raise UserError(
-            f"the root element of the tag file {path} must be VOC's <annotation>, got <{tree.getroot().tag}>; replace it"
+            f"the root element of the tag file {path} must be VOC's <annotation>, got <{tree.getroot().tag}>; "
+            "replace the file"
         )
     labels = []
     for item in tree.getroot().findall("object"):

@@ -63,8 +63,8 @@ def read_split(root: Path, split: str, pictures: Mapping[str, Path] | None = Non
 
 
 def listed_name(line: str, finder: PictureFinder) -> str:
-    """The image for a line of a split list: a name (possibly with spaces or folders), a file name, or a path, which can be
-    followed by the path of the mask."""
+    """The image for a line of a split list: a name (possibly with spaces or folders), a file name, or a path, which can
+    be followed by the path of the mask."""
     first = line.split()[0]
     for text in (line, first, _below_folder(line), _below_folder(first)):
         found = finder.find(text)

@@ -5,7 +5,7 @@
 // channels of a node and gathers over the window, so that no atomics are needed; what the gradients of a pair
 // come to is found once for the eight.
 #include "common/cuda.cuh"
-#include "window/window.h"
+#include "pair_affinity/pair_affinity.h"
 
 namespace afa {
 namespace {
@@ -20,7 +20,7 @@ struct Offset {
   int64_t step;  // from a node to its neighbour
 };
 
-__device__ Offset offset_of(const WindowParams& p, int64_t k) {
+__device__ Offset offset_of(const PairAffinityParams& p, int64_t k) {
   int64_t first = 0;
   int r = 0;
   while (first + p.stencil.run[r].count <= k) first += p.stencil.run[r++].count;
@@ -32,7 +32,7 @@ __device__ Offset offset_of(const WindowParams& p, int64_t k) {
 // How far the grid goes on from a node to each side, as far as a window can reach.
 class Room {
  public:
-  __device__ Room(const WindowParams& p, int64_t y, int64_t x)
+  __device__ Room(const PairAffinityParams& p, int64_t y, int64_t x)
       : up_(within_reach(y)),
         down_(within_reach(p.height - 1 - y)),
         left_(within_reach(x)),
@@ -50,7 +50,7 @@ class Room {
 
 // f(node, its room)
 template <typename F>
-__device__ void each_node(const WindowParams& p, const F& f) {
+__device__ void each_node(const PairAffinityParams& p, const F& f) {
   const int64_t nodes = p.height * p.width;
   for (int64_t node = first_item(); node < nodes; node += item_stride()) {
     const int64_t y = node / p.width;
@@ -71,7 +71,7 @@ __device__ void write_pair(const Room& room, const Offset& offset, T* forth, T* 
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, min_blocks<T>(8))
-    window_edge_kernel(const __grid_constant__ WindowParams p) {
+    edge_affinity_kernel(const __grid_constant__ PairAffinityParams p) {
   using Sum = typename SumOf<T>::type;
   __shared__ int64_t points[kOffsets][kMaxPoints];
   __shared__ int counts[kOffsets];
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(8))
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
-    window_feature_kernel(const __grid_constant__ WindowParams p) {
+    feature_affinity_kernel(const __grid_constant__ PairAffinityParams p) {
   using Sum = typename SumOf<T>::type;
   __shared__ Offset offsets[kOffsets];
   const int64_t nodes = p.height * p.width, centre = p.stencil.size / 2;
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, min_blocks<T>(3))
-    window_feature_backward_kernel(const __grid_constant__ WindowParams p) {
+    feature_affinity_backward_kernel(const __grid_constant__ PairAffinityParams p) {
   using Sum = typename SumOf<T>::type;
   const int64_t nodes = p.height * p.width, groups = (p.channels + kChannels - 1) / kChannels;
   for (int64_t index = blockIdx.y; index < p.batch * groups; index += gridDim.y) {
@@ -220,29 +220,29 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(3))
   }
 }
 
-dim3 pair_grid(const WindowParams& p) {
+dim3 pair_grid(const PairAffinityParams& p) {
   return grid_for(p.height * p.width, p.batch * (p.stencil.size / 2 / kOffsets + 1));
 }
 
 }  // namespace
 
-const char* launch_window_edge(const WindowParams& p, void* stream) {
+const char* launch_edge_affinity(const PairAffinityParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
-    AFA_LAUNCH((window_edge_kernel<decltype(type)>), pair_grid(p), kThreads, stream, p);
+    AFA_LAUNCH((edge_affinity_kernel<decltype(type)>), pair_grid(p), kThreads, stream, p);
   });
   return launch_error();
 }
 
-const char* launch_window_feature(const WindowParams& p, void* stream) {
+const char* launch_feature_affinity(const PairAffinityParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
-    AFA_LAUNCH((window_feature_kernel<decltype(type)>), pair_grid(p), kThreads, stream, p);
+    AFA_LAUNCH((feature_affinity_kernel<decltype(type)>), pair_grid(p), kThreads, stream, p);
   });
   return launch_error();
 }
 
-const char* launch_window_feature_backward(const WindowParams& p, void* stream) {
+const char* launch_feature_affinity_backward(const PairAffinityParams& p, void* stream) {
   with_type(p.kind, [&](auto type) {
-    AFA_LAUNCH((window_feature_backward_kernel<decltype(type)>),
+    AFA_LAUNCH((feature_affinity_backward_kernel<decltype(type)>),
                grid_for(p.height * p.width, p.batch * ceil_div(p.channels, kChannels)), kThreads, stream, p);
   });
   return launch_error();

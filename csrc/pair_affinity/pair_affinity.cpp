@@ -1,4 +1,4 @@
-#include "window/window.h"
+#include "pair_affinity/pair_affinity.h"
 
 #include <vector>
 
@@ -9,8 +9,8 @@ namespace afa {
 namespace {
 
 // Of planes [B, C, h, w] or, without channels, [B, h, w].
-WindowParams make_params(const Tensor& planes, int64_t radius) {
-  WindowParams p;
+PairAffinityParams make_params(const Tensor& planes, int64_t radius) {
+  PairAffinityParams p;
   p.stencil = window_stencil(radius, "disc");
   const int64_t d = planes.dim();
   p.batch = planes.size(0);
@@ -21,17 +21,17 @@ WindowParams make_params(const Tensor& planes, int64_t radius) {
 }
 
 // The multiply-adds of one row of nodes, for sharing rows out to threads; `entry` is one pair's.
-int64_t row_work(const WindowParams& p, int64_t entry) {
+int64_t row_work(const PairAffinityParams& p, int64_t entry) {
   return p.stencil.size * p.width * entry;
 }
 
-WindowParams check_edge(const Tensor& edge, int64_t radius) {
+PairAffinityParams check_edge(const Tensor& edge, int64_t radius) {
   check_shape(edge, "edge", "[B, h, w]", {-1, -1, -1});
   kind_of(edge, "edge");
   return make_params(edge, radius);
 }
 
-WindowParams check_features(const Tensor& features, int64_t radius) {
+PairAffinityParams check_features(const Tensor& features, int64_t radius) {
   check_shape(features, "features", "[B, C, h, w]", {-1, -1, -1, -1});
   AFA_CHECK(features.size(1) > 0, "features must have at least one channel, got shape ",
             shape_string(features));
@@ -39,11 +39,11 @@ WindowParams check_features(const Tensor& features, int64_t radius) {
   return make_params(features, radius);
 }
 
-WindowParams check_features_backward(const Tensor& grad, const Tensor& features, const Tensor& affinity,
-                                     int64_t radius) {
+PairAffinityParams check_features_backward(const Tensor& grad, const Tensor& features, const Tensor& affinity,
+                                           int64_t radius) {
   check_shape(features, "features", "[B, C, h, w]", {-1, -1, -1, -1});
   kind_of(features, "features");
-  const WindowParams p = make_params(features, radius);
+  const PairAffinityParams p = make_params(features, radius);
   for (const auto& [tensor, name] : {std::pair{&grad, "grad"}, std::pair{&affinity, "affinity"}}) {
     check_shape(*tensor, name, "[B, window, h, w]", {p.batch, p.stencil.size, p.height, p.width});
     check_like(*tensor, name, features, "features");
@@ -56,7 +56,7 @@ WindowParams check_features_backward(const Tensor& grad, const Tensor& features,
 // ---- CPU ----
 
 Tensor edge_affinity_cpu(const Tensor& edge, int64_t radius) {
-  WindowParams p = check_edge(edge, radius);
+  PairAffinityParams p = check_edge(edge, radius);
   const ScalarType type = sum_type(edge);
   const Tensor out = empty(edge, {p.batch, p.stencil.size, p.height, p.width}, type);
   if (out.numel() > 0) {
@@ -65,13 +65,13 @@ Tensor edge_affinity_cpu(const Tensor& edge, int64_t radius) {
     p.in = source.const_data_ptr();
     p.out = out.mutable_data_ptr();
     parallel_rows(p.batch * p.height, row_work(p, radius),
-                  [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(window_edge_rows, p, begin, end); });
+                  [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(edge_affinity_rows, p, begin, end); });
   }
   return contiguous_as(out, edge.scalar_type());
 }
 
 Tensor feature_affinity_cpu(const Tensor& features, int64_t radius) {
-  WindowParams p = check_features(features, radius);
+  PairAffinityParams p = check_features(features, radius);
   const ScalarType type = sum_type(features);
   const Tensor out = empty(features, {p.batch, p.stencil.size, p.height, p.width}, type);
   if (out.numel() > 0) {
@@ -80,14 +80,14 @@ Tensor feature_affinity_cpu(const Tensor& features, int64_t radius) {
     p.in = source.const_data_ptr();
     p.out = out.mutable_data_ptr();
     parallel_rows(p.batch * p.height, row_work(p, p.channels),
-                  [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(window_feature_rows, p, begin, end); });
+                  [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(feature_affinity_rows, p, begin, end); });
   }
   return contiguous_as(out, features.scalar_type());
 }
 
 Tensor feature_affinity_backward_cpu(const Tensor& grad, const Tensor& features, const Tensor& affinity,
                                      int64_t radius) {
-  WindowParams p = check_features_backward(grad, features, affinity, radius);
+  PairAffinityParams p = check_features_backward(grad, features, affinity, radius);
   const ScalarType type = sum_type(features);
   const Tensor out = empty(features, {p.batch, p.channels, p.height, p.width}, type);
   if (out.numel() > 0) {
@@ -100,8 +100,8 @@ Tensor feature_affinity_backward_cpu(const Tensor& grad, const Tensor& features,
     p.grad = outgoing.const_data_ptr();
     p.out = out.mutable_data_ptr();
     parallel_rows(p.batch * p.height, row_work(p, 2 * p.channels), [&](int64_t begin, int64_t end) {
-      std::vector<double> scratch(p.stencil.size * (p.width + kWindowSlack));
-      AFA_SIMD_CALL(window_feature_backward_rows, p, begin, end, scratch.data());
+      std::vector<double> scratch(p.stencil.size * (p.width + kFactorSlack));
+      AFA_SIMD_CALL(feature_affinity_backward_rows, p, begin, end, scratch.data());
     });
   }
   return contiguous_as(out, features.scalar_type());
@@ -110,7 +110,7 @@ Tensor feature_affinity_backward_cpu(const Tensor& grad, const Tensor& features,
 // ---- CUDA ----
 
 Tensor edge_affinity_cuda(const Tensor& edge, int64_t radius) {
-  WindowParams p = check_edge(edge, radius);
+  PairAffinityParams p = check_edge(edge, radius);
   const CudaScope scope(edge);
   const Tensor out = empty(edge, {p.batch, p.stencil.size, p.height, p.width}, edge.scalar_type());
   if (out.numel() == 0) return out;
@@ -118,12 +118,12 @@ Tensor edge_affinity_cuda(const Tensor& edge, int64_t radius) {
   p.kind = kind_of(source, "edge");
   p.in = source.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  AFA_CUDA_LAUNCH("edge_affinity", launch_window_edge(p, scope.stream()));
+  AFA_CUDA_LAUNCH("edge_affinity", launch_edge_affinity(p, scope.stream()));
   return out;
 }
 
 Tensor feature_affinity_cuda(const Tensor& features, int64_t radius) {
-  WindowParams p = check_features(features, radius);
+  PairAffinityParams p = check_features(features, radius);
   const CudaScope scope(features);
   const Tensor out = empty(features, {p.batch, p.stencil.size, p.height, p.width}, features.scalar_type());
   if (out.numel() == 0) return out;
@@ -131,13 +131,13 @@ Tensor feature_affinity_cuda(const Tensor& features, int64_t radius) {
   p.kind = kind_of(source, "features");
   p.in = source.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  AFA_CUDA_LAUNCH("feature_affinity", launch_window_feature(p, scope.stream()));
+  AFA_CUDA_LAUNCH("feature_affinity", launch_feature_affinity(p, scope.stream()));
   return out;
 }
 
 Tensor feature_affinity_backward_cuda(const Tensor& grad, const Tensor& features, const Tensor& affinity,
                                       int64_t radius) {
-  WindowParams p = check_features_backward(grad, features, affinity, radius);
+  PairAffinityParams p = check_features_backward(grad, features, affinity, radius);
   const CudaScope scope(features);
   const Tensor out = empty(features, {p.batch, p.channels, p.height, p.width}, features.scalar_type());
   if (out.numel() == 0) return out;
@@ -149,7 +149,7 @@ Tensor feature_affinity_backward_cuda(const Tensor& grad, const Tensor& features
   p.affinity = values.const_data_ptr();
   p.grad = outgoing.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  AFA_CUDA_LAUNCH("feature_affinity_backward", launch_window_feature_backward(p, scope.stream()));
+  AFA_CUDA_LAUNCH("feature_affinity_backward", launch_feature_affinity_backward(p, scope.stream()));
   return out;
 }
 

@@ -4,7 +4,7 @@
 // Features: four channels at a time are added to a row of sums, and channels pass in blocks whose rows stay
 // in the first-level cache while the offsets pass. Which thread computes a row changes no sum.
 #include "common/vec.h"
-#include "window/window.h"
+#include "pair_affinity/pair_affinity.h"
 
 namespace afa {
 namespace AFA_SIMD {
@@ -14,7 +14,7 @@ constexpr int64_t kChannelBlock = 32;
 
 // f(k, dy, dx, first x, end x): the nodes of a row for which x + dx lies in the grid (none: end = first).
 template <typename F>
-inline void each_offset(const WindowParams& p, const F& f) {
+inline void each_offset(const PairAffinityParams& p, const F& f) {
   int64_t k = 0;
   for (int r = 0; r < p.stencil.runs; ++r) {
     const Run& run = p.stencil.run[r];
@@ -32,7 +32,7 @@ inline void each_offset(const WindowParams& p, const F& f) {
 // The same for pairs whose upper (or, in one row, left) node lies in row y: offsets after the window's
 // centre.
 template <typename F>
-inline void each_pair(const WindowParams& p, int64_t y, const F& f) {
+inline void each_pair(const PairAffinityParams& p, int64_t y, const F& f) {
   each_offset(p, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t end) {
     if (k > p.stencil.size / 2 && y + dy < p.height) f(k, dy, dx, first, end);
   });
@@ -40,7 +40,7 @@ inline void each_pair(const WindowParams& p, int64_t y, const F& f) {
 
 // The centre is 1, what leaves the grid 0.
 template <typename T>
-inline void fill_border(const WindowParams& p, T* out, int64_t y) {
+inline void fill_border(const PairAffinityParams& p, T* out, int64_t y) {
   each_offset(p, [&](int64_t k, int64_t dy, int64_t, int64_t first, int64_t end) {
     T* row = out + (k * p.height + y) * p.width;
     const bool inside = y + dy >= 0 && y + dy < p.height;
@@ -56,31 +56,41 @@ inline void fill_border(const WindowParams& p, T* out, int64_t y) {
 
 // Copies affinities [first, end) of row y to its pairs' other ends.
 template <typename T>
-inline void mirror(const WindowParams& p, T* out, int64_t k, int64_t y, int64_t dy, int64_t dx, int64_t first,
-                   int64_t end) {
+inline void mirror(const PairAffinityParams& p, T* out, int64_t k, int64_t y, int64_t dy, int64_t dx,
+                   int64_t first, int64_t end) {
   const T* from = out + (k * p.height + y) * p.width;
   T* to = out + ((p.stencil.size - 1 - k) * p.height + y + dy) * p.width + dx;
   for (int64_t x = first; x < end; ++x) to[x] = from[x];
 }
 
 template <typename T>
-void edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
+void edge_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
   const int64_t nodes = p.height * p.width;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / p.height, y = item % p.height;
     const T* edge = static_cast<const T*>(p.in) + b * nodes + y * p.width;
     T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
     fill_border(p, out, y);
+    // The rows that paths from row y meet. Two comparisons a point, which a NaN needs, take 1.6 times as
+    // long.
+    const int64_t reach = p.stencil.run[0].dy < 0 ? -p.stencil.run[0].dy : p.stencil.run[0].dy;
+    const int64_t seen = (y + reach < p.height ? reach + 1 : p.height - y) * p.width;
+    int has_nan = 0;
+    for (int64_t i = 0; i < seen; ++i) has_nan |= edge[i] != edge[i];
     each_pair(p, y, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t last) {
       T* top = out + (k * p.height + y) * p.width;
       for (int64_t x = first; x < last; ++x) top[x] = edge[x];
       each_path_point(dy, dx, [&](int64_t py, int64_t px) {
         const T* on_path = edge + py * p.width + px;
-#pragma GCC ivdep
-        for (int64_t x = first; x < last; ++x) {
-          const bool take = (on_path[x] > top[x]) | (on_path[x] != on_path[x]);  // a NaN stays
-          top[x] = take ? on_path[x] : top[x];
+        if (has_nan) {
+          for (int64_t x = first; x < last; ++x) {
+            const bool take = (on_path[x] > top[x]) | (on_path[x] != on_path[x]);  // a NaN stays
+            top[x] = take ? on_path[x] : top[x];
+          }
+          return;
         }
+#pragma GCC ivdep
+        for (int64_t x = first; x < last; ++x) top[x] = on_path[x] > top[x] ? on_path[x] : top[x];
       });
       for (int64_t x = first; x < last; ++x) top[x] = 1 - top[x];
       mirror(p, out, k, y, dy, dx, first, last);
@@ -118,16 +128,14 @@ void add_distances(const T* a, const T* b, int64_t stride, int64_t channels, T* 
 template <typename T>
 void exponentials(T* values, int64_t count, T scale) {
   using V = typename Vec<T>::type;
-  auto exponential = [&](V v) {
-    return exp_nonpositive(v * -scale);
-  };
+  auto exponential = [&](V v) { return exp_nonpositive(v * -scale); };
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(values + i, exponential(load<T>(values + i)));
   if (i < count) store_first<T>(values + i, exponential(load_first<T>(values + i, count - i)), count - i);
 }
 
 template <typename T>
-void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
+void feature_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
   const int64_t nodes = p.height * p.width;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / p.height, y = item % p.height;
@@ -163,11 +171,11 @@ void feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
 
 // dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is that of both its entries. `slope`
 // holds the factors of one row of nodes, [K, length], 0 where there is no neighbour: the loop over vectors
-// of nodes needs no border case but for the ends of memory. The centre's row, which no difference meets, holds
-// what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as in the
-// definition).
+// of nodes needs no border case but for the ends of memory. The centre's row, which no difference meets,
+// holds what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as
+// in the definition).
 template <typename T>
-void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T* slope) {
+void feature_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t end, T* slope) {
   using V = typename Vec<T>::type;
   const int64_t nodes = p.height * p.width, size = p.batch * p.channels * nodes;
   const int64_t length = (p.width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -236,7 +244,7 @@ void feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, T*
 
 }  // namespace
 
-void window_edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
+void edge_affinity_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
   if (p.kind == Kind::f64) {
     edge_rows<double>(p, begin, end);
   } else {
@@ -244,7 +252,7 @@ void window_edge_rows(const WindowParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void window_feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
+void feature_affinity_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
   if (p.kind == Kind::f64) {
     feature_rows<double>(p, begin, end);
   } else {
@@ -252,7 +260,7 @@ void window_feature_rows(const WindowParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void window_feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end, void* scratch) {
+void feature_affinity_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t end, void* scratch) {
   if (p.kind == Kind::f64) {
     feature_backward_rows<double>(p, begin, end, static_cast<double*>(scratch));
   } else {

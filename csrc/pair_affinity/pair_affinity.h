@@ -12,7 +12,7 @@
 
 namespace afa {
 
-struct WindowParams {
+struct PairAffinityParams {
   Stencil stencil;        // the window's offsets, each with its sign turned, in the order of the window
   Kind kind = Kind::f32;  // of all tensors
   int64_t batch = 0, channels = 0, height = 0, width = 0;
@@ -45,15 +45,15 @@ AFA_HOST_DEVICE inline void each_path_point(int64_t dy, int64_t dx, const F& f) 
 }  // namespace
 
 // Rows `begin` to `end` of the batch's B * h rows; float32 and float64. A row also writes what it mirrors
-// into later rows. `scratch` holds K * (w + kWindowSlack) values.
-constexpr int64_t kWindowSlack = 16;
-AFA_SIMD_DECLARE(void window_edge_rows(const WindowParams& p, int64_t begin, int64_t end))
-AFA_SIMD_DECLARE(void window_feature_rows(const WindowParams& p, int64_t begin, int64_t end))
-AFA_SIMD_DECLARE(void window_feature_backward_rows(const WindowParams& p, int64_t begin, int64_t end,
-                                                   void* scratch))
+// into later rows. `scratch` holds K * (w + kFactorSlack) values.
+constexpr int64_t kFactorSlack = 16;
+AFA_SIMD_DECLARE(void edge_affinity_rows(const PairAffinityParams& p, int64_t begin, int64_t end))
+AFA_SIMD_DECLARE(void feature_affinity_rows(const PairAffinityParams& p, int64_t begin, int64_t end))
+AFA_SIMD_DECLARE(void feature_affinity_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t end,
+                                                     void* scratch))
 
-const char* launch_window_edge(const WindowParams& p, void* stream);
-const char* launch_window_feature(const WindowParams& p, void* stream);
-const char* launch_window_feature_backward(const WindowParams& p, void* stream);
+const char* launch_edge_affinity(const PairAffinityParams& p, void* stream);
+const char* launch_feature_affinity(const PairAffinityParams& p, void* stream);
+const char* launch_feature_affinity_backward(const PairAffinityParams& p, void* stream);
 
 }  // namespace afa

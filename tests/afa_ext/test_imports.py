@@ -1,0 +1,47 @@
+"""The reference implementations and the operators share nothing but the checks of their arguments: an oracle that
+shared code with what it judges could not find its faults."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import afa_ext
+
+FOLDER = Path(afa_ext.__file__).parent
+REFERENCE = FOLDER / "reference"
+
+
+def imported(file: Path) -> set[str]:
+    """The modules that a file of afa_ext imports from: absolute names, without what is imported from them."""
+    package = ["afa_ext", *file.parent.relative_to(FOLDER).parts]
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            names |= {module} if node.module else {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def of_afa_ext(file: Path) -> set[str]:
+    return {name for name in imported(file) if name.split(".")[0] == "afa_ext"}
+
+
+@pytest.mark.parametrize("file", sorted(REFERENCE.glob("*.py")), ids=lambda file: file.name)
+def test_a_reference_imports_only_checks_and_other_references(file):
+    assert {name for name in of_afa_ext(file) if not name.startswith("afa_ext.reference")} <= {"afa_ext._checks"}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.name)
+def test_an_operator_imports_no_reference(file):
+    assert not {name for name in of_afa_ext(file) if name.startswith("afa_ext.reference")}
+
+
+def test_checks_compute_nothing_of_what_they_check():
+    assert of_afa_ext(FOLDER / "_checks.py") <= {"afa_ext._autograd"}
+    assert of_afa_ext(FOLDER / "walk.py") >= {"afa_ext._checks", "afa_ext.window", "afa_ext.pair_affinity"}
