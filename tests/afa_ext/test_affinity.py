@@ -322,11 +322,11 @@ def test_compile_fullgraph(radius, dynamic, device):
         labels = afa_ext.affinity_labels(label_map, stride=1, radius=2, windowed=radius is not None)
         return afa_ext.affinity_loss(affinity, labels)
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    functions: tuple[Any, ...] = (loss, torch.compile(loss, fullgraph=True, dynamic=dynamic))
     for height in (6, 8):
-        leaves: list[torch.Tensor] = inputs(2, 3, 7 * height, torch.float32, device)
+        leaves = inputs(2, 3, 7 * height, torch.float32, device)
         label_map = torch.randint(0, 3, (2, height, 7), device=device)
-        eager, fused = (torch.autograd.grad(f(*leaves, label_map), leaves) for f in (loss, compiled))
+        eager, fused = (torch.autograd.grad(f(*leaves, label_map), leaves) for f in functions)
         torch.testing.assert_close(fused, eager)
 
 

@@ -215,13 +215,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["p01.jpg", "p01.png", "rename"],
     ),
     "a bare name of two pictures": (
-<<<<<<< HEAD
         _two_of_a_name,
-        ["'extra'", "deep/extra or more/extra", "path within"],
-=======
-        lambda root: (_picture(root / "more/extra.jpg"), (root / "tags.csv").write_text("extra,cat\n")),
         ["'extra'", "deep/extra or more/extra", "path relative to"],
->>>>>>> main
     ),
     "neither table nor folders": (
         lambda root: (root / "tags.csv").unlink(),
@@ -232,13 +227,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["a.csv, b.csv", "tags.csv"],
     ),
     "no picture": (
-<<<<<<< HEAD
         _no_pictures,
-        ["holds no picture", "data.root"],
-=======
-        lambda root: [path.unlink() for path in [*root.glob("*.jpg"), root / "deep/extra.png"]],
         ["no images", "data.root"],
->>>>>>> main
     ),
     "an unknown split list": (
         lambda root: (root / "val.txt").write_text("p99.jpg\n"),

@@ -426,11 +426,18 @@ def test_panels_without_truth() -> None:
     import numpy as np
 
     label = np.zeros((6, 8), np.int64)
-    sample: Any = {
-        "image": np.zeros((6, 8, 3), np.uint8),
-        "cam": np.zeros((6, 8)),
-        "par_label": label,
-        "prediction": label,
-    }
-    assert panels({**sample, "truth": label + 255}).shape == (6, 4 * 8 + 3 * 4, 3)
-    assert panels({**sample, "truth": label}).shape == (6, 5 * 8 + 4 * 4, 3)
+    sample = Example(
+        name="one",
+        image=np.zeros((6, 8, 3), np.uint8),
+        tags=[],
+        cam=np.zeros((6, 8)),
+        cam_label=label,
+        walk_label=label,
+        par_label=label,
+        prediction=label,
+        truth=label + 255,
+        iou=0.0,
+    )
+    assert panels(sample).shape == (6, 4 * 8 + 3 * 4, 3)
+    sample["truth"] = label
+    assert panels(sample).shape == (6, 5 * 8 + 4 * 4, 3)
