@@ -12,7 +12,7 @@ import afa_ext
 from afa_ext import reference
 from afa_ext.reference.labels import refined_scores, shrink
 
-D6 = (1, 2, 4, 8, 12, 24)
+D6 = afa_ext.par.DILATIONS
 
 
 def smooth(batch, channels, height, width, generator=None, coarse=4):
