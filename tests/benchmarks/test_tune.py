@@ -58,7 +58,8 @@ class FakeBench:
     device = CPU
 
     def __init__(self, times: Mapping[str, float]) -> None:
-        self.times, self.timed = times, []
+        self.times = times
+        self.timed: list[list[str]] = []
 
     def time(self, candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         for run in candidates.values():
