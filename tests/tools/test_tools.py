@@ -277,7 +277,7 @@ def test_gpu_check_without_a_gpu(monkeypatch):
     [
         ("pass", 60, "passed", False),
         ("import sys; sys.exit(3)", 60, "failed with status 3", True),
-        ("import time; time.sleep(60)", 0.5, "ended at its limit of 0 s", True),
+        ("import time; time.sleep(60)", 0.5, "stopped at its limit of 0 s", True),
     ],
 )
 def test_gpu_check_runs_a_stage(code, limit, result, failed):
@@ -290,7 +290,7 @@ def test_gpu_check_runs_a_stage(code, limit, result, failed):
 def test_gpu_check_leaves_out_what_needs_a_missing_program(tmp_path):
     stage = gpu_check.Stage("one", ["nothing"], 60, "compute-sanitizer")
     outcome = gpu_check.run_stage(stage, {"PATH": str(tmp_path)})
-    assert outcome.result == "left out: compute-sanitizer is not on PATH"
+    assert outcome.result == "skipped: compute-sanitizer is not on PATH"
     assert not outcome.failed
     assert gpu_check.run_stage(gpu_check.Stage("one", [str(tmp_path / "absent")], 60), {}).failed
 

@@ -169,7 +169,7 @@ class TestFile:
         with pytest.raises(UserError, match="can't be read as a safetensors file"):
             load_model(path)
         save_file({"a": torch.zeros(1)}, path)
-        with pytest.raises(UserError, match="not a model of this program"):
+        with pytest.raises(UserError, match="was not saved by this program"):
             load_model(path)
         model, config = make()
         save_model(path, model, config, ["a", "b", "c"])
