@@ -5,10 +5,10 @@
     python benchmarks/loading.py --config voc data.root=/data/VOC2012    # your data, with that configuration's settings
 
 Generated images are JPEGs of VOC's size, cropped as in the VOC recipe, and photographs of 12 megapixels, downscaled as
-in own.yaml. "waiting" is the share of time that a consumer waits for batches if it needs `--step` milliseconds per batch
-without using the CPU, like a GPU; training logs it as wait_share. The decoding rate is that of the check of all files
-before training. Rates of a single process are based on its CPU time, which other processes affect little; rates of the
-loader are based on wall-clock time.
+in own.yaml. "waiting" is the share of time that a consumer waits for batches if it needs `--step` milliseconds per
+batch without using the CPU, like a GPU; training logs it as wait_share. The decoding rate is that of the check of all
+files before training. Rates of a single process are based on its CPU time, which other processes affect little; rates
+of the loader are based on wall-clock time.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ A size is batch x classes x height x width. The plain-PyTorch reference is the p
 of a padded copy with one-hot kernels gathers the neighbors, for every dilation and iteration.
 
 The limit is measured in the same run. On the CPU it is the rate of loads from the L1 cache, one per multiply-add: the
-rate of the iterations on one row of 64 pixels and 14 classes, which stays in that cache, on one thread, times the number
-of threads. On CUDA it is the longer of two times: reading weights and masks and writing masks once per iteration at the
-rate of a large copy, or the float32 multiply-adds at the rate of a large matrix product. On CUDA the affinity has a
-limit, too: images are read and weights written once. AFA_EXT_SIMD=avx2 measures another instruction set.
+rate of the iterations on one row of 64 pixels and 14 classes, which stays in that cache, on one thread, times the
+number of threads. On CUDA it is the longer of two times: reading weights and masks and writing masks once per iteration
+at the rate of a large copy, or the float32 multiply-adds at the rate of a large matrix product. On CUDA the affinity
+has a limit, too: images are read and weights written once. AFA_EXT_SIMD=avx2 measures another instruction set.
 """
 
 from __future__ import annotations

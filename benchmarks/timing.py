@@ -83,7 +83,7 @@ def time_candidates(
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Returns a function that replays run() as a CUDA graph, without host overhead. run() must have been called before."""
+    """A function that replays run() as a CUDA graph, without host overhead. run() must have been called before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()

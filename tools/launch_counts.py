@@ -4,7 +4,7 @@
     python -m tools.launch_counts --check   # count; fail if the table in docs/kernels.md is out of date
 
 The shipped library runs on the stand-in GPU (tests/cuda/README.md), which has the number of multiprocessors and the
-shared memory of an H100 but runs no kernels. A change that adds a launch, a copy or a synchronization changes the table.
+shared memory of an H100 but runs no kernels. Additional launches, copies or synchronizations change the table.
 """
 
 from __future__ import annotations

@@ -329,7 +329,7 @@ def test_checkpoints_of_training_scripts(config: Config, tmp_path: Path, wrap: C
 def test_unknown_checkpoints_name_their_keys(config: Config, tmp_path: Path) -> None:
     torch.save({"weights": {}, "step": 3}, tmp_path / "w.pth")
     config.model.weights = str(tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"no state dict of tensors \(its keys are weights, step; looked under"):
+    with pytest.raises(UserError, match=r"no state dict of tensors \(its keys are weights, step; searched under"):
         build_model(config.model, 2)
 
 
