@@ -167,8 +167,14 @@ def check_grid(grid: tuple[int, int]) -> None:
         raise TypeError(f"grid must be the two sizes (h, w), got {_describe(grid)}")
 
 
+def check_window(radius: int, window: str) -> None:
+    check_choice("window", window, ("square", "disc"))
+    check_int("radius", radius, 1 if window == "disc" else 0, MAX_RADIUS)
+
+
 def _window_size(radius: int, window: str) -> int:
     """The number of offsets in a random walk's window."""
+    check_window(radius, window)
     if window == "square":
         return (2 * radius + 1) ** 2
     return sum(2 * math.isqrt(radius * radius - dy * dy - 1) + 1 for dy in range(1 - radius, radius))

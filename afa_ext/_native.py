@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # the library takes its torch symbols from the torch already in the process
 
@@ -33,12 +34,12 @@ def _load() -> ModuleType:
 _C = _load()
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """Build settings of the native library.
 
     Keys: ``compiler``, ``build_type``, ``torch_headers`` (version), ``cuda`` (version, or None for a CPU build),
     ``cuda_architectures``, ``simd_levels`` (compiled) and ``simd`` (in use; AFA_EXT_SIMD=baseline|avx2|avx512
     forces one, read when the library is first used).
     """
-    info: dict[str, object] = _C.build_info()
+    info: dict[str, Any] = _C.build_info()
     return info

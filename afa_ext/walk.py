@@ -173,7 +173,7 @@ def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10
 
 def _inside_boxes(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
     """Boxes [B, C, 4] or [B, C, M, 4] -> bool [B, C, h, w], True for the tokens inside any of a class's boxes."""
-    left, top, right, bottom = (side.flatten(2) for side in boxes.unbind(-1))  # [B, C, M]
+    left, top, right, bottom = (boxes if boxes.dim() == 4 else boxes.unsqueeze(2)).unbind(-1)  # [B, C, M]
     rows, columns = (torch.arange(size, device=boxes.device) for size in grid)
     in_rows = (top.unsqueeze(-1) <= rows) & (rows < bottom.unsqueeze(-1))  # [B, C, M, h]
     in_columns = (left.unsqueeze(-1) <= columns) & (columns < right.unsqueeze(-1))  # [B, C, M, w]
@@ -184,7 +184,8 @@ def _with_background(cams: Tensor, class_labels: Tensor, background: float) -> t
     """The softmax over a constant background map and the maps of the image's classes, [B, C+1, h, w], and a mask of
     these maps, bool [B, C+1]."""
     active = F.pad(class_labels.ne(0), (1, 0), value=True)
-    maps = torch.cat([torch.full_like(cams[:, :1], background), cams], dim=1)
+    first = cams.new_full((cams.shape[0], 1, *cams.shape[2:]), background)
+    maps = torch.cat([first, cams], dim=1)
     return torch.where(active[..., None, None], maps, float("-inf")).softmax(1), active
 
 

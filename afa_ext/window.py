@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._checks import MAX_RADIUS, check_choice, check_int
+from ._checks import check_window
 
 __all__ = ["window_offsets"]
 
@@ -17,7 +17,6 @@ def window_offsets(radius: int, window: str = "square") -> list[tuple[int, int]]
     Raises:
         TypeError, ValueError: ``radius`` is not an integer in [0, 63] (disc: [1, 63]), or ``window`` is unknown.
     """
-    check_choice("window", window, ("square", "disc"))
-    check_int("radius", radius, 1 if window == "disc" else 0, MAX_RADIUS)
+    check_window(radius, window)
     span = range(-radius, radius + 1)
     return [(dy, dx) for dy in span for dx in span if window == "square" or dy * dy + dx * dx < radius * radius]

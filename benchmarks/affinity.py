@@ -19,6 +19,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         attention = torch.randn(batch, maps, height * width, height * width, generator=generator)
         self.attention = attention.to(device, dtype).requires_grad_()
-        self.project = nn.Conv2d(maps, 1, 1).to(device, dtype)
+        project = nn.Conv2d(maps, 1, 1).to(device, dtype)
+        assert project.bias is not None
+        self.weight, self.bias = project.weight, project.bias
         coarse = torch.randint(0, 3, (batch, 1, 4, 4), generator=generator).float()
         coarse[:, :, 0, 0] = 255  # some tokens are ignored
         tokens = nn.functional.interpolate(coarse, size=self.grid, mode="nearest")[:, 0].byte().to(device)
@@ -62,20 +65,20 @@ class Problem:
 
     def window(self) -> Tensor:
         affinity = afa_ext.affinity_from_attention(
-            self.attention, self.project.weight, self.project.bias, grid=self.grid, radius=self.radius
+            self.attention, self.weight, self.bias, grid=self.grid, radius=self.radius
         )
         return afa_ext.affinity_loss(affinity, self.window_labels)
 
     def all_pairs(self) -> Tensor:
-        affinity = afa_ext.affinity_from_attention(self.attention, self.project.weight, self.project.bias)
+        affinity = afa_ext.affinity_from_attention(self.attention, self.weight, self.bias)
         return afa_ext.affinity_loss(affinity, self.labels)
 
     def published(self) -> Tensor:
-        return self.masked_loss(self.project(self.attention + self.attention.mT)[:, 0])
+        return self.masked_loss(nn.functional.conv2d(self.attention + self.attention.mT, self.weight, self.bias)[:, 0])
 
     def einsum(self) -> Tensor:
-        mixed = torch.einsum("bkij,k->bij", self.attention, self.project.weight.flatten())
-        return self.masked_loss(mixed + mixed.mT + self.project.bias)
+        mixed = torch.einsum("bkij,k->bij", self.attention, self.weight.flatten())
+        return self.masked_loss(mixed + mixed.mT + self.bias)
 
     def masked_loss(self, logits: Tensor) -> Tensor:
         affinity = torch.sigmoid(logits).float()
@@ -85,14 +88,16 @@ class Problem:
 
     def step(self, name: str) -> Tensor:
         """The loss, with its gradients left in the inputs."""
-        self.attention.grad = self.project.weight.grad = self.project.bias.grad = None
+        self.attention.grad = self.weight.grad = self.bias.grad = None
         loss = self.losses[name]()
         loss.backward()
         return loss.detach()
 
     def gradients(self) -> list[Tensor]:
         """Gradients of the attention, and of weight and bias together, as the bias's sums nearly cancel."""
-        return [self.attention.grad, torch.cat([self.project.weight.grad.flatten(), self.project.bias.grad])]
+        attention, weight, bias = self.attention.grad, self.weight.grad, self.bias.grad
+        assert attention is not None and weight is not None and bias is not None
+        return [attention, torch.cat([weight.flatten(), bias])]
 
 
 def resident(key: str) -> int:
@@ -135,7 +140,7 @@ def copy_rate(source: Tensor) -> tuple[int, float]:
 def forward_rows(problem: Problem, size_text: str, dtype_text: str, seconds: float) -> list[dict[str, Any]]:
     """affinity_from_attention without the loss on all pairs, called directly and in a CUDA graph."""
     device, attention = problem.attention.device, problem.attention.detach()
-    weight, bias = problem.project.weight.detach(), problem.project.bias.detach()
+    weight, bias = problem.weight.detach(), problem.bias.detach()
 
     def run() -> Tensor:
         return afa_ext.affinity_from_attention(attention, weight, bias)
@@ -175,9 +180,10 @@ def measure(size: Size, radius: int, device: torch.device, dtype: torch.dtype, s
     inside = int((afa_ext.reference.walk.window_mask((height, width), radius, "square", device)).sum())
     needed = batch * maps * (inside + (height * width) ** 2) * problem.attention.element_size()
     limit = needed / moved * copy_ms
-    timings = time_candidates({name: lambda name=name: problem.step(name) for name in problem.losses}, device, seconds)
+    timings = time_candidates({name: partial(problem.step, name) for name in problem.losses}, device, seconds)
     arguments = ["--size", size_text, "--radius", str(radius), "--dtype", dtype_text]
-    rows, table = [], []
+    rows: list[dict[str, Any]] = []
+    table = []
     for name, timing in timings.items():
         peak = peak_memory(name, problem, arguments)
         rows.append(

@@ -32,7 +32,8 @@ def write_blocks(page: Path, tool: str, blocks: Mapping[str, str]) -> None:
     for name, text in blocks.items():
         block_of(page, tool, name)
         start, end = _marks(tool, name)
-        after = _pattern(tool, name).sub(lambda _, new=f"{start}\n{text}\n{end}": new, after)
+        new = f"{start}\n{text}\n{end}".replace("\\", r"\\")  # a template, in which a backslash is doubled
+        after = _pattern(tool, name).sub(new, after)
     if after != before:
         page.write_text(after, encoding="utf-8")
 

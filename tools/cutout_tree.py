@@ -77,10 +77,10 @@ def compose(
         if (np.asarray(mask) == kind + 1).any() and rng.random() < 0.7:
             continue
         piece = cutout(rng, objects[kind][int(rng.integers(len(objects[kind])))], min(size))
-        place = tuple(int(rng.integers(0, max(1, have - own + 1))) for have, own in zip(size, piece.size, strict=True))
-        image.paste(piece, place, piece)
+        left, top = (int(rng.integers(0, max(1, have - own + 1))) for have, own in zip(size, piece.size, strict=True))
+        image.paste(piece, (left, top), piece)
         solid = piece.getchannel("A").point(lambda value: 255 * (value >= SOLID))
-        mask.paste(kind + 1, (*place, place[0] + piece.width, place[1] + piece.height), solid)
+        mask.paste(kind + 1, (left, top, left + piece.width, top + piece.height), solid)
     array = np.asarray(mask)
     return image, array, [kind for kind in range(len(objects)) if (array == kind + 1).sum() >= 0.005 * array.size]
 

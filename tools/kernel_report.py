@@ -251,6 +251,8 @@ CLAIMS = [
     Claim(r"ring_kernel<\w+, \d>", copies_128=4),
     Claim(r"stencil_kernel<(float|__half|__nv_bfloat16), (true|false), \d>", loads_128=10, stores_128=1),
     Claim(r"stencil_kernel<double, (true|false), \d>", loads_128=20, stores_128=2),
+    Claim(r"stencil_kept_kernel<(float|__half|__nv_bfloat16)>", loads_128=5, stores_128=1),
+    Claim(r"stencil_kept_kernel<double>", loads_128=10, stores_128=2),
     Claim(r"weight_grad_kernel<\w+>", loads_128=9),
     Claim(r"group_kernel<\w+>", stores_128=1),
 ]
@@ -349,6 +351,7 @@ class Work:
     """Instructions that all threads together issue, read off the machine code for sm_90, where they don't follow from
     the accesses: most of the time goes into loops that touch no global memory."""
     before: str = "0"  # bytes that a block reads before it can start
+    once: str = "0"  # bytes read once by a launch with several steps
     alone: bool = False  # whether an SM runs one block at a time
 
 
@@ -382,6 +385,11 @@ WORK = {
         Work(
             "stencil_kernel",
             *("B*N*(K*s+8*C)", "2*B*N*K*C", "B*N*K*(ceil(C/4)+ceil(C/8))", "B*ceil(N/128)*ceil(C/8)"),
+        ),
+        Work(
+            "stencil_kept_kernel",
+            *("8*B*N*C", "2*B*N*K*C", "B*N*K*ceil(C/4)", "B*ceil(N/128)*ceil(C/4)"),
+            once="B*N*K*s",
         ),
         Work("weight_grad_kernel", "8*B*N*(C+K)", "2*B*N*K*C", "B*N*K*(9*ceil(C/4)/8+2)", "B*ceil(K/8)*ceil(N/128)"),
         Work("walk_transition_kernel", "B*N*K*(s+4)", "5*B*N*K", "4*B*N*K", "B*ceil(N/128)"),
@@ -485,7 +493,7 @@ TARGETS = [
             Stage("edge_affinity_kernel", "edge_affinity_kernel<float>"),
             Stage("walk_transition_kernel", "walk_transition_kernel<float>"),
             Stage("group_kernel", "group_kernel<float>"),
-            Stage("stencil_kernel", "stencil_kernel<float, false, 1>", 256, resident=True),
+            Stage("stencil_kept_kernel", "stencil_kept_kernel<float>", 256, resident=True),
         ],
     ),
     Target(
@@ -576,12 +584,18 @@ class Estimate:
     why: str  # the limit that dominates the prediction
 
 
+def bytes_of(stage: Stage, sizes: Mapping[str, float]) -> float:
+    """Minimum bytes moved by all its launches or steps."""
+    work = WORK[stage.work]
+    return stage.launches * value(work.bytes, sizes) + value(work.once, sizes)
+
+
 def estimate(target: Target, gpu: Gpu, for_an_access: Mapping[str, float]) -> Estimate:
     by_bytes = by_operations = 0.0
     parts = {"launches": 0.0, "bytes": 0.0, "operations": 0.0, "instructions": 0.0}
     for stage in target.stages:
         work, sizes = WORK[stage.work], {**target.sizes, **(stage.sizes or {})}
-        moved = stage.launches * value(work.bytes, sizes) / gpu.bandwidth
+        moved = bytes_of(stage, sizes) / gpu.bandwidth
         computed = stage.launches * value(work.operations, sizes) / gpu.operations
         by_bytes += moved
         by_operations += computed
@@ -660,7 +674,15 @@ def readable(formula: str) -> str:
 
 
 def work_table() -> str:
-    rows = [[f"`{w.kernel}`", readable(w.bytes), readable(w.operations), readable(w.accesses)] for w in WORK.values()]
+    rows = [
+        [
+            f"`{w.kernel}`",
+            readable(w.bytes) + ("" if w.once == "0" else f", and {readable(w.once)} once"),
+            readable(w.operations),
+            readable(w.accesses),
+        ]
+        for w in WORK.values()
+    ]
     symbols = ", ".join(f"{symbol} {meaning}" for symbol, meaning in SYMBOLS.items())
     return f"{symbols}.\n\n{table(['kernel', 'bytes', 'operations', 'accesses'], rows, 4)}"
 
@@ -679,7 +701,7 @@ def limits_table(for_an_access: Mapping[str, float]) -> str:
         total = {"bytes": 0.0, "operations": 0.0}
         for stage in target.stages:
             sizes = {**target.sizes, **(stage.sizes or {})}
-            total["bytes"] += stage.launches * value(WORK[stage.work].bytes, sizes)
+            total["bytes"] += bytes_of(stage, sizes)
             total["operations"] += stage.launches * value(WORK[stage.work].operations, sizes)
         launches = sum(1 if stage.resident else stage.launches for stage in target.stages)
         for gpu in GPUS:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
 TESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "afa_ext").glob("test_*.py"))
-NOT_OPERATORS = {f"tests/afa_ext/test_{name}.py" for name in ("build", "cuda", "ops_meta", "tuning")}
+NOT_OPERATORS = {f"tests/afa_ext/test_{name}.py" for name in ("build", "cuda", "heuristics", "imports", "ops_meta")}
 PLAIN_ONLY = "not compile and not subprocess"
 # The file imported, then the levels below the one in use.
 CHECK = """

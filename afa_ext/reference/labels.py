@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_pseudo_labels, check_refine_labels
-from .par import par_affinity, par_propagate, par_refine
+from .par import DILATIONS, par_affinity, par_propagate, par_refine
 
 
 def shrink(x: Tensor, downscale: int) -> Tensor:
@@ -35,7 +35,7 @@ def refined_scores(
     *,
     weights: Tensor | None = None,
     downscale: int = 2,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    dilations: Sequence[int] = DILATIONS,
     num_iter: int = 10,
     w1: float = 0.3,
     w2: float = 0.01,
@@ -62,7 +62,7 @@ def pseudo_labels(
     class_index: Tensor | None = None,
     max_classes: int | None = None,
     downscale: int = 2,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    dilations: Sequence[int] = DILATIONS,
     num_iter: int = 10,
     w1: float = 0.3,
     w2: float = 0.01,
@@ -129,7 +129,7 @@ def refined_in_box(
     *,
     weights: Tensor | None = None,
     downscale: int = 2,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    dilations: Sequence[int] = DILATIONS,
     num_iter: int = 10,
     w1: float = 0.3,
     w2: float = 0.01,
@@ -158,7 +158,7 @@ def refine_labels(
     class_index: Tensor | None = None,
     max_classes: int | None = None,
     downscale: int = 2,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    dilations: Sequence[int] = DILATIONS,
     num_iter: int = 10,
     w1: float = 0.3,
     w2: float = 0.01,

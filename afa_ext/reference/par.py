@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._checks import check_pamr_affinity, check_par_affinity, check_par_propagate, check_par_refine
 
+DILATIONS = (1, 2, 4, 8, 12, 24)
 RING = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 
 
@@ -44,7 +45,7 @@ def position_weights(dilations: Sequence[int], w1: float) -> Tensor:
 def par_affinity(
     images: Tensor,
     *,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    dilations: Sequence[int] = DILATIONS,
     w1: float = 0.3,
     w2: float = 0.01,
 ) -> Tensor:
@@ -62,7 +63,7 @@ def par_affinity(
     return (color + w2 * position.view(1, -1, 1, 1)).to(images.dtype)
 
 
-def pamr_affinity(images: Tensor, *, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)) -> Tensor:
+def pamr_affinity(images: Tensor, *, dilations: Sequence[int] = DILATIONS) -> Tensor:
     """Reference implementation of :func:`afa_ext.pamr_affinity`."""
     dilations = check_pamr_affinity(images, dilations)
     wide = images if images.dtype == torch.float64 else images.float()
@@ -78,7 +79,7 @@ def par_propagate(
     weights: Tensor,
     masks: Tensor,
     *,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    dilations: Sequence[int] = DILATIONS,
     num_iter: int = 10,
     class_mask: Tensor | None = None,
 ) -> Tensor:
@@ -100,7 +101,7 @@ def par_refine(
     images: Tensor,
     masks: Tensor,
     *,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    dilations: Sequence[int] = DILATIONS,
     num_iter: int = 10,
     w1: float = 0.3,
     w2: float = 0.01,
@@ -117,7 +118,7 @@ def pamr_refine(
     images: Tensor,
     masks: Tensor,
     *,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    dilations: Sequence[int] = DILATIONS,
     num_iter: int = 10,
     class_mask: Tensor | None = None,
     resize: str = "mask_to_image",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,6 +98,7 @@ def test_weight_and_bias_shapes(device):
     expected = values_and_gradients(afa_ext, (attention, weight, bias))
     convolution = torch.nn.Conv2d(3, 1, 1).to(device, torch.float64)
     convolution.weight.data.copy_(weight.data.view(1, 3, 1, 1))
+    assert convolution.bias is not None
     convolution.bias.data.copy_(bias.data)
     out = values_and_gradients(afa_ext, (attention, convolution.weight, convolution.bias))
     assert out[2].shape == (1, 3, 1, 1)
@@ -150,7 +153,8 @@ def test_extreme_logits(device):
     attention = torch.zeros(1, 1, 8, 8, device=device)
     attention[0, 0].diagonal().copy_(logits / 2)
     one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
-    for settings_ in ({}, {"grid": (2, 4), "radius": 1}):
+    several: tuple[dict[str, Any], ...] = ({}, {"grid": (2, 4), "radius": 1})
+    for settings_ in several:
         affinity = afa_ext.affinity_from_attention(attention, one, zero, **settings_)
         diagonal = affinity[0, :, 4] if settings_ else affinity[0].diagonal()
         torch.testing.assert_close(diagonal, torch.sigmoid(logits), rtol=1e-6, atol=1e-30, equal_nan=True)
@@ -253,7 +257,7 @@ def test_no_pair_counts(module, device):
     loss = module.affinity_loss(affinity, torch.full((1, 4, 4), 255, dtype=torch.uint8, device=device))
     loss.backward()
     assert loss == 0
-    assert not affinity.grad.any()
+    assert affinity.grad is not None and not affinity.grad.any()
 
 
 @pytest.mark.parametrize("count", [1, 5, (1 << 14) - 1, 1 << 14, (1 << 15) + 7])
@@ -318,11 +322,11 @@ def test_compile_fullgraph(radius, dynamic, device):
         labels = afa_ext.affinity_labels(label_map, stride=1, radius=2, windowed=radius is not None)
         return afa_ext.affinity_loss(affinity, labels)
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    functions: tuple[Any, ...] = (loss, torch.compile(loss, fullgraph=True, dynamic=dynamic))
     for height in (6, 8):
         leaves = inputs(2, 3, 7 * height, torch.float32, device)
         label_map = torch.randint(0, 3, (2, height, 7), device=device)
-        eager, fused = (torch.autograd.grad(f(*leaves, label_map), leaves) for f in (loss, compiled))
+        eager, fused = (torch.autograd.grad(f(*leaves, label_map), leaves) for f in functions)
         torch.testing.assert_close(fused, eager)
 
 

@@ -14,7 +14,7 @@ import torch
 import afa_ext
 
 PACKAGE = Path(afa_ext.__file__).parent
-LIBRARY = Path(afa_ext._native._C.__file__)
+LIBRARY = Path(str(afa_ext._native._C.__file__))
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 

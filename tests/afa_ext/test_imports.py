@@ -4,11 +4,13 @@ shared code with what it judges could not find its faults."""
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
 import afa_ext
+from afa_ext import reference
 
 FOLDER = Path(afa_ext.__file__).parent
 REFERENCE = FOLDER / "reference"
@@ -40,6 +42,11 @@ def test_a_reference_imports_only_checks_and_other_references(file):
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.name)
 def test_an_operator_imports_no_reference(file):
     assert not {name for name in of_afa_ext(file) if name.startswith("afa_ext.reference")}
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_a_reference_has_the_signature_of_its_operator(name):
+    assert inspect.signature(getattr(reference, name)) == inspect.signature(getattr(afa_ext, name))
 
 
 def test_checks_compute_nothing_of_what_they_check():

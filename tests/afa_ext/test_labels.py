@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ import afa_ext
 from afa_ext import reference
 from afa_ext.reference.labels import refined_scores, shrink
 
-D6 = (1, 2, 4, 8, 12, 24)
+D6 = afa_ext.par.DILATIONS
 
 
 def smooth(batch, channels, height, width, generator=None, coarse=4):
@@ -69,7 +71,7 @@ SHAPES = [(1, 1, 1, 1), (1, 2, 1, 7), (2, 3, 9, 2), (3, 6, 37, 45), (3, 6, 32, 6
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("downscale", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_matches_reference(shape, downscale, dtype, device):
+def test_matches_reference(shape: tuple[int, int, int, int], downscale, dtype, device):
     batch, _, height, width = shape
     images, cams, class_labels = case(*shape, device=device)
     cams = cams.to(dtype)
@@ -166,7 +168,8 @@ def test_batch_is_its_images_one_by_one(device):
 
 def test_weights_at_hand(device):
     images, cams, class_labels = case(device=device)
-    for options in ({}, {"dilations": (1, 4), "w2": 0.1, "downscale": 3}):
+    several: tuple[dict[str, Any], ...] = ({}, {"dilations": (1, 4), "w2": 0.1, "downscale": 3})
+    for options in several:
         par = {key: value for key, value in options.items() if key != "downscale"}
         weights = afa_ext.par_affinity(shrink(images / 255, options.get("downscale", 2)), **par)
         expected = afa_ext.pseudo_labels(images, cams, class_labels, **options)
@@ -219,7 +222,7 @@ def test_scores_far_from_zero(device):
     """CAMs that are no probabilities, and thresholds far apart, neither overflow nor lose the softmax."""
     images, cams, class_labels = case(device=device)
     for scale, shift, low, high in ((100.0, 500.0, 520.0, 560.0), (1.0, -1000.0, -999.6, 0.0), (1e4, 0.0, 10.0, 20.0)):
-        options = {"low": low, "high": high, "num_iter": 1}
+        options: dict[str, Any] = {"low": low, "high": high, "num_iter": 1}
         maps = (cams * scale + shift).double()
         actual = afa_ext.pseudo_labels(images, maps, class_labels, **options)
         assert torch.equal(actual, reference.pseudo_labels(images, maps, class_labels, **options))
@@ -285,6 +288,7 @@ def test_side_stream_and_graph():
 
 # ---- properties ----------------------------------------------------------------------------------------------------
 
+Size = tuple[int, int, int, int]
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 20), st.integers(1, 20))
 seeds = st.integers(0, 10**6)
 scores = st.floats(0, 1, allow_nan=False, width=32)
@@ -293,7 +297,7 @@ quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 @quick
 @given(sizes, seeds, scores, scores, st.integers(1, 4))
-def test_labels_are_present_classes_background_or_ignored(device, size, seed, one, other, downscale):
+def test_labels_are_present_classes_background_or_ignored(device, size: Size, seed, one, other, downscale):
     images, cams, class_labels = case(*size, seed=seed, device=device)
     low, high = min(one, other), max(one, other)
     labels = afa_ext.pseudo_labels(images, cams, class_labels, low=low, high=high, downscale=downscale, num_iter=2)
@@ -306,7 +310,7 @@ def test_labels_are_present_classes_background_or_ignored(device, size, seed, on
 
 @quick
 @given(sizes, seeds, scores)
-def test_one_score_never_ignores(device, size, seed, score):
+def test_one_score_never_ignores(device, size: Size, seed, score):
     images, cams, class_labels = case(*size, seed=seed, device=device)
     labels = afa_ext.pseudo_labels(images, cams, class_labels, low=score, high=score, num_iter=2)
     assert not (labels == 255).any()
@@ -319,7 +323,7 @@ def test_one_score_never_ignores(device, size, seed, score):
 
 @quick
 @given(sizes, seeds, st.lists(st.integers(-5, 25), min_size=12, max_size=12))
-def test_outside_the_box_is_ignored(device, size, seed, ends):
+def test_outside_the_box_is_ignored(device, size: Size, seed, ends):
     images, cams, class_labels = case(*size, seed=seed, device=device)
     batch, _, height, width = size
     box = torch.tensor(ends, device=device).view(3, 4)[:batch]
@@ -334,7 +338,7 @@ def test_outside_the_box_is_ignored(device, size, seed, ends):
 
 @quick
 @given(sizes, seeds, st.floats(0.5, 10), st.floats(-2, 2))
-def test_affine_change_of_the_images_changes_nothing(device, size, seed, scale, shift):
+def test_affine_change_of_the_images_changes_nothing(device, size: Size, seed, scale, shift):
     images, cams, class_labels = case(*size, seed=seed, device=device)
     colours, cams = images.double() / 255, cams.double()
     labels = afa_ext.pseudo_labels(colours, cams, class_labels, num_iter=2)
@@ -344,7 +348,7 @@ def test_affine_change_of_the_images_changes_nothing(device, size, seed, scale, 
 
 @quick
 @given(sizes, seeds)
-def test_permuting_classes_permutes_labels(device, size, seed):
+def test_permuting_classes_permutes_labels(device, size: Size, seed):
     images, cams, class_labels = case(*size, seed=seed, device=device)
     cams = cams.double()  # the sum over the classes is formed in another order
     order = torch.randperm(size[1], generator=torch.Generator().manual_seed(seed))

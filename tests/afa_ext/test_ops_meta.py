@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import afa_ext
-from afa_ext import _native
+from afa_ext import _native, reference
 
 DILATIONS = [1, 3]
 WALK = (4, 5, 1, "disc")  # height, width, radius, window: 1 offset
@@ -237,7 +237,7 @@ def test_a_tangent_is_exact_or_raises(name):
                 actual = forward_ad.unpack_dual(call(dual)).tangent
             differences = call(arguments[i] + tangent / 2) - call(arguments[i] - tangent / 2)
             torch.testing.assert_close(actual, differences, rtol=1e-9, atol=1e-9)
-            _, transformed = torch.func.jvp(call, (arguments[i],), (tangent,))
+            transformed = torch.func.jvp(call, (arguments[i],), (tangent,))[1]
             assert torch.equal(transformed, actual)
 
 
@@ -400,7 +400,7 @@ def test_nan_goes_where_the_reference_has_it(name, dtype):
             arguments = [t.clone() for t in clean]
             arguments[i].view(-1)[place] = torch.nan
             for call in calls:
-                actual, expected = call(afa_ext, *arguments), call(afa_ext.reference, *arguments)
+                actual, expected = call(afa_ext, *arguments), call(reference, *arguments)
                 if actual.is_floating_point():
                     actual, expected = actual.isnan(), expected.isnan()
                 assert torch.equal(actual, expected)
@@ -411,9 +411,10 @@ def test_nan_in_the_gradient_of_features():
         features = torch.rand(1, 7, 9, 10)
         features.view(-1)[place] = torch.nan
         grads = []
-        for module in (afa_ext, afa_ext.reference):
+        for module in (afa_ext, reference):
             leaf = features.clone().requires_grad_()
             module.feature_affinity(leaf, 3).sum().backward()
+            assert leaf.grad is not None
             grads.append(leaf.grad.isnan())
         assert grads[0].any()
         assert torch.equal(*grads)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_matches_reference(grid, radius, assert_relative, device):
         assert not actual[outside].any()
     assert torch.equal(afa_ext.edge_affinity(edge[:, 0], radius), afa_ext.edge_affinity(edge, radius))
     leaf = features.requires_grad_()
-    grads = []
+    grads: list[torch.Tensor] = []
     for module in (afa_ext, reference):
         out = module.feature_affinity(leaf, radius)
         pull = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=device).view_as(out)
@@ -61,7 +63,7 @@ def test_gradcheck_of_features(device):
     features = torch.randn(2, 3, 4, 5, dtype=torch.float64, device=device, requires_grad=True)
     scores = nonnegative(2, 2, 4, 5, device=device).requires_grad_()
     assert torch.autograd.gradcheck(lambda f: afa_ext.feature_affinity(f, 3), (features,))
-    settings = {"grid": (4, 5), "radius": 3, "window": "disc", "power": 8, "steps": 2}
+    settings: dict[str, Any] = {"grid": (4, 5), "radius": 3, "window": "disc", "power": 8, "steps": 2}
     assert torch.autograd.gradcheck(
         lambda s, f: afa_ext.random_walk(s, afa_ext.feature_affinity(f, 3), **settings), (scores, features)
     )
@@ -126,7 +128,8 @@ def test_layouts(device):
     assert torch.equal(afa_ext.propagate_to_edge(x.to(memory_format=torch.channels_last), flipped), walked)
     for steps in (1, 4):
         for normalize in ("column", "row", "sinkhorn", None):
-            settings = {"grid": (6, 9), "radius": 3, "window": "disc", "steps": steps, "normalize": normalize}
+            settings: dict[str, Any] = {"grid": (6, 9), "radius": 3, "window": "disc", "steps": steps}
+            settings["normalize"] = normalize
             results = []
             for layout in (affinity, affinity.contiguous()):
                 leaf = layout.double().detach().requires_grad_()
@@ -190,15 +193,12 @@ def test_compile_fullgraph(dynamic, device):
 
 
 def test_edges_have_no_native_gradient():
-    edge = torch.rand(1, 4, 5, requires_grad=True)
+    edge, x = torch.rand(1, 4, 5, requires_grad=True), torch.rand(3, 4, 5)
     with pytest.raises(ValueError, match=r"edge requires grad, .* afa_ext\.reference"):
         afa_ext.edge_affinity(edge, 3)
     with pytest.raises(ValueError, match=r"edge requires grad"):
-        afa_ext.propagate_to_edge(S[0], edge)
+        afa_ext.propagate_to_edge(x, edge)
     with torch.no_grad():
-        afa_ext.propagate_to_edge(S[0], edge)
+        afa_ext.propagate_to_edge(x, edge)
     (grad,) = torch.autograd.grad(reference.edge_affinity(edge, 3).sum(), edge)
     assert grad.any()
-
-
-T = torch.rand(2, 9, 4, 5)

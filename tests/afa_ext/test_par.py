@@ -16,7 +16,7 @@ import afa_ext
 from afa_ext import reference
 
 CASES = ["par_flat", "par_same_size", "par_small", "par_two_dilations", "par_upsampled", "pamr_a"]
-D6 = (1, 2, 4, 8, 12, 24)
+D6 = afa_ext.par.DILATIONS
 KINDS = pytest.mark.parametrize("kind", ["par", "pamr"])
 
 

@@ -12,7 +12,7 @@ import afa_ext
 from afa_ext import reference
 from afa_ext.reference.labels import refined_in_box, shrink
 
-D6 = (1, 2, 4, 8, 12, 24)
+D6 = afa_ext.par.DILATIONS
 
 
 def smooth(batch, channels, height, width, generator, coarse):
@@ -20,7 +20,7 @@ def smooth(batch, channels, height, width, generator, coarse):
     return F.interpolate(small, size=(height, width), mode="bicubic", align_corners=True).clamp(0, 1)
 
 
-def case(batch=3, classes=5, size=(37, 45), grid=(5, 7), seed=0, device="cpu"):
+def case(batch=3, classes=5, size: tuple[int, int] = (37, 45), grid: tuple[int, int] = (5, 7), seed=0, device="cpu"):
     """uint8 images, scores against a high and a low background, class labels with 0, 1 and several classes."""
     generator = torch.Generator().manual_seed(seed)
     images = smooth(batch, 3, *size, generator, 6)
@@ -94,7 +94,7 @@ def test_matches_reference(shape, downscale, dtype, device):
     batch, classes, size, grid = shape
     images, high, low, class_labels = case(batch, classes, size, grid, device=device)
     high, low = high.to(dtype), low.to(dtype)
-    every = boxes(*size, device)
+    every = boxes(size[0], size[1], device)
     for first in range(0, len(every), batch):
         box = torch.cat([every, every])[first : first + batch]
         for options, more in (
@@ -102,9 +102,8 @@ def test_matches_reference(shape, downscale, dtype, device):
             ({"downscale": downscale, "dilations": (1, 3), "num_iter": 2, "w1": 0.5, "w2": 0.2}, {}),
             ({"downscale": downscale, "num_iter": 0}, {"low_scores": low}),
         ):
-            arguments = images, high, class_labels
-            actual = afa_ext.refine_labels(*arguments, box=box, **more, **options)
-            expected = reference.refine_labels(*arguments, box=box, **more, **options)
+            actual = afa_ext.refine_labels(images, high, class_labels, box=box, **more, **options)
+            expected = reference.refine_labels(images, high, class_labels, box=box, **more, **options)
             assert actual.dtype == torch.int64
             scores = (high, *more.values())
             assert_equal_but_for_ties(actual, expected, images, scores, class_labels, box, **options)

@@ -426,6 +426,7 @@ def test_order_of_the_maps_does_not_matter(device, walk, steps, random):
 
 
 S, A = torch.rand(2, 3, 4, 5), torch.rand(2, 20, 20)
+T = torch.rand(2, 9, 4, 5)
 E, F = torch.rand(2, 1, 4, 5), torch.rand(2, 6, 4, 5)
 BOXES = torch.zeros(2, 3, 4, dtype=torch.int64)
 G = {"grid": (4, 5)}

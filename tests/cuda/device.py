@@ -19,20 +19,16 @@ active = "AFA_STAND_IN" in os.environ
 NOT_REFUSED, NOT_AN_ATTRIBUTE, TOO_LARGE = 0, 1, 2
 
 
+_COUNTED = (
+    *("launches", "torch_operations", "synchronizations"),
+    *("device_allocations", "allocations", "allocated_bytes"),
+)
+
+
 class Counts(ctypes.Structure):
     """runtime/api.h's stand_in_counts."""
 
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "launches",
-            "torch_operations",
-            "synchronizations",
-            "device_allocations",
-            "allocations",
-            "allocated_bytes",
-        )
-    ]
+    _fields_ = [(name, ctypes.c_uint64) for name in _COUNTED]
 
 
 def _load() -> Any:
@@ -43,7 +39,7 @@ def _load() -> Any:
     return library
 
 
-_runtime = _load() if active else None
+_runtime: Any = _load() if active else None
 
 
 def attach(bridge: Path) -> None:
@@ -100,7 +96,7 @@ def recorded() -> Iterator[Recording]:
         _runtime.stand_in_record_launches(False)
         result.launches = [json.loads(line) for line in _runtime.stand_in_launches().decode().splitlines()]
         after = counts()
-        for name, _ in Counts._fields_[1:]:
+        for name in _COUNTED[1:]:
             setattr(result, name, getattr(after, name) - getattr(before, name))
 
 

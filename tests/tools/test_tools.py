@@ -440,13 +440,13 @@ def test_cutout_tree_keeps_the_splits_apart(tmp_path):
             if name == "val":
                 mask = sample["mask"]
                 assert set(mask.unique().tolist()) <= {0, 1, 2}
-                for kind in range(2):
-                    inside = image[2 * kind][mask == kind + 1]
+                for number in range(2):
+                    inside = image[2 * number][mask == number + 1]
                     assert inside.numel() == 0 or float(inside.median()) == pytest.approx(230, abs=4)
-                    assert float(image[2 * kind][mask == 0].median()) < 120
+                    assert float(image[2 * number][mask == 0].median()) < 120
             else:
-                for kind in range(2):
-                    object_pixels = image[2 * kind][image[2 * kind] > 170]
+                for number in range(2):
+                    object_pixels = image[2 * number][image[2 * number] > 170]
                     assert object_pixels.numel() == 0 or float(object_pixels.median()) < 227
     with pytest.raises(SystemExit):
         cutout_tree.main([*command, "--backgrounds", str(tmp_path / "scenes")])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import afa_ext
 from afa.config import (
     Config,
     from_dict,
@@ -18,6 +19,7 @@ from afa.config import (
     validate,
     with_overrides,
 )
+from afa.config.schema import PAR_DILATIONS
 from afa.errors import UserError
 
 
@@ -31,6 +33,7 @@ def test_defaults_are_the_published_recipe_of_voc() -> None:
     assert (config.data.crop_size, config.train.batch_size, config.train.lr) == (512, 4, 6e-5)
     assert (config.labels.low, config.labels.high, config.labels.walk_eps) == (0.35, 0.55, 0.1)
     assert config.labels.par_dilations == (1, 2, 4, 8, 12, 24)
+    assert PAR_DILATIONS == afa_ext.par.DILATIONS, "stated twice, as the configuration is read without torch"
 
 
 def test_coco_differs_where_the_published_recipe_does() -> None:

@@ -34,12 +34,14 @@ def setting(tiny_config: Any, voc_root: Path) -> tuple[AFANet, TaggedDataset, Co
     config = tiny_config()
     model = build_model(config.model, 3).eval()
     model.classifier.weight.data.normal_()
-    model.decoder.predict.weight.data.normal_()
+    model.get_parameter("decoder.predict.weight").data.normal_()
     return model, TaggedDataset(voc_root, "val", train=False, with_mask=True), config
 
 
 def segment(model: AFANet, image: torch.Tensor, config: Config) -> torch.Tensor:
-    return infer(model, image, config, {"seg"}).seg_logits
+    logits = infer(model, image, config, {"seg"}).seg_logits
+    assert logits is not None
+    return logits
 
 
 def scores(result: EvalResult) -> list[Any]:
@@ -58,11 +60,12 @@ def test_rows_and_samples(setting: tuple[AFANet, TaggedDataset, Config]) -> None
         assert sample["image"].shape == (48, 64, 3) and sample["image"].dtype == np.uint8
         assert sample["cam"].shape == (48, 64) and sample["cam"].min() >= 0 and sample["cam"].max() <= 1
         allowed = {0, *(1 + dataset.classes.index(tag) for tag in sample["tags"])}
-        for row, key in zip(ROWS, ("cam_label", "walk_label", "par_label", "prediction"), strict=True):
+        maps = (sample["cam_label"], sample["walk_label"], sample["par_label"], sample["prediction"])
+        for row, labels in zip(ROWS, maps, strict=True):
             if row != "seg":
-                assert set(np.unique(sample[key])) <= allowed, "labels use the image's tags"
+                assert set(np.unique(labels)) <= allowed, "labels use the image's tags"
             known = sample["truth"] != 255
-            np.add.at(confusion[row], (sample["truth"][known], sample[key][known]), 1)
+            np.add.at(confusion[row], (sample["truth"][known], labels[known]), 1)
     for row in ROWS:
         assert getattr(result, row)["confusion"] == confusion[row].tolist(), "the kept pictures are those measured"
 
@@ -194,7 +197,7 @@ def test_stopped_evaluation_goes_on(
     model, dataset, config = setting
     config.eval.crf, config.eval.crf_workers, config.eval.crf_iterations = crf, 0, 1
     whole = evaluate(model, dataset, config, progress=False)
-    computed = []
+    computed: list[int] = []
     make = LabelMaker.from_images
 
     def interrupted(*arguments: Any) -> Labels:
@@ -220,7 +223,8 @@ def test_stopped_evaluation_goes_on(
         return make(*arguments)
 
     monkeypatch.setattr(LabelMaker, "from_images", counted)
-    store, found = EvalStore(tmp_path / "store", "one"), []
+    store = EvalStore(tmp_path / "store", "one")
+    found: list[int] = []
     again = evaluate(model, dataset, config, progress=False, store=store, on_resume=found.append)
     assert found == [1]
     assert len(computed) == 3, "all but the image that was whole"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_processes_give_what_one_gives() -> None:
     for workers in (0, 1):
         pool: CrfPool[int] = CrfPool(PUBLISHED, workers)
         try:
-            found = {}
+            found: dict[int, np.ndarray] = {}
             for i, case in enumerate(cases):
                 pool.add(i, *case)
                 found |= dict(pool.take())
@@ -94,7 +95,7 @@ def test_wrong_sizes_are_named() -> None:
     with pytest.raises(ValueError, match=r"image must be uint8 \(30, 36, 3\).*got uint8 \(29, 36, 3\)"):
         dense_crf(image[1:], probabilities, PUBLISHED)
     with pytest.raises(ValueError, match="got float64"):
-        dense_crf(image / 255, probabilities, PUBLISHED)
+        dense_crf(cast(Any, image / 255), probabilities, PUBLISHED)
 
 
 def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def test_refinement_is_par_inside_the_network(make: Make) -> None:
 
     target = torch.randint(4, (2, 32, 48))
     F.cross_entropy(model.train()(images).seg_logits, target).backward()
-    gradient = model.decoder.predict.weight.grad
+    gradient = model.get_parameter("decoder.predict.weight").grad
     assert gradient is not None and bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
     with torch.autocast("cpu", torch.bfloat16):
         assert model(images).seg_logits.dtype == torch.float32

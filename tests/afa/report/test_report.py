@@ -8,6 +8,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from afa.config import Config
 from afa.data.visualize import PALETTE, class_color, heat, overlay, save_mask
 from afa.errors import UserError
-from afa.evaluation.evaluate import EvalResult
+from afa.evaluation.result import EvalResult, Example, Scores
 from afa.report.curves import nice_ticks
 from afa.report.page import read_log, write_report
 from afa.report.results import duration, load_result, make_report, save_result
@@ -25,7 +26,7 @@ from afa.report.tables import confusion
 CLASSES = ["star", "<ring>"]
 
 
-def _row(value: float) -> dict[str, object]:
+def _row(value: float) -> Scores:
     iou = [value, value / 2, math.nan]
     confusion = [[800, 40, 0], [90, 60, 10], [0, 0, 0]]
     return {"miou": value, "iou": iou, "pixel_acc": value + 0.01, "mean_acc": value + 0.02, "confusion": confusion}
@@ -34,20 +35,32 @@ def _row(value: float) -> dict[str, object]:
 @pytest.fixture
 def result() -> EvalResult:
     rng = np.random.default_rng(0)
-    samples = []
+    samples: list[Example] = []
     for index in range(3):
         truth = np.zeros((20, 30), np.int64)
         truth[5:12, 5:15] = 1
         truth[4, 5:15] = 255
-        labels = {key: truth.copy() for key in ("cam_label", "walk_label", "par_label", "prediction")}
-        labels["prediction"][5:12, 5:10] = 2
+        prediction = truth.copy()
+        prediction[5:12, 5:10] = 2
         image = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
         cam = rng.random((20, 30)).astype(np.float32)
-        sample = {"name": f"v{index}&", "image": image, "tags": ["star"], "cam": cam, "truth": truth, **labels}
-        samples.append({**sample, "iou": 0.25 + 0.25 * index})
-    rows = (_row(0.4), _row(0.45), _row(0.5), _row(0.615))
+        samples.append(
+            Example(
+                name=f"v{index}&",
+                image=image,
+                tags=["star"],
+                cam=cam,
+                cam_label=truth.copy(),
+                walk_label=truth.copy(),
+                par_label=truth.copy(),
+                prediction=prediction,
+                truth=truth,
+                iou=0.25 + 0.25 * index,
+            )
+        )
     scores = {sample["name"]: sample["iou"] for sample in samples}
-    return EvalResult(*rows, f1=0.9, seconds=3.0, images=40, samples=samples, image_iou=scores)
+    first, walk, par, seg = (_row(value) for value in (0.4, 0.45, 0.5, 0.615))
+    return EvalResult(first, walk, par, seg, f1=0.9, seconds=3.0, images=40, samples=samples, image_iou=scores)
 
 
 def _log(run: Path) -> None:
@@ -214,7 +227,11 @@ def test_tables(tmp_path: Path, result: EvalResult) -> None:
     # A split without masks has no tables, and those of an earlier measurement go.
     nothing = {**_row(math.nan), "iou": [math.nan] * 3}
     save_result(
-        tmp_path, EvalResult(*[nothing] * 4, f1=0.5, seconds=1.0, images=40, has_masks=False), CLASSES, Config(), {}
+        tmp_path,
+        EvalResult(nothing, nothing, nothing, nothing, f1=0.5, seconds=1.0, images=40, has_masks=False),
+        CLASSES,
+        Config(),
+        {},
     )
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "samples.npz", "report.html"}
     again = load_result(tmp_path)[0]
@@ -289,7 +306,9 @@ def test_sections_of_a_full_run(tmp_path: Path, result: EvalResult) -> None:
     (tmp_path / "snapshots").mkdir()
     for iteration, phase in ((200, "classify"), (500, "par"), (1000, "walk")):
         maps = {key: np.ones((20, 30), np.uint8) for key in ("cam", "par", "walk", "prediction")}
-        arrays = {f"0_{key}": value for key, value in {"image": np.zeros((20, 30, 3), np.uint8), **maps}.items()}
+        arrays: dict[str, Any] = {
+            f"0_{key}": value for key, value in {"image": np.zeros((20, 30, 3), np.uint8), **maps}.items()
+        }
         about = np.array(json.dumps([{"name": "t<7>", "tags": ["star"], "phase": phase}]))
         np.savez(tmp_path / f"snapshots/{iteration:08d}.npz", about=about, **arrays)
     text = write_report(tmp_path, result, CLASSES).read_text(encoding="utf-8")
@@ -336,7 +355,9 @@ def test_page_without_masks(tmp_path: Path, result: EvalResult) -> None:
     for sample in result.samples:
         sample["truth"][:] = 255
         sample["iou"] = math.nan
-    empty = EvalResult(*[nothing] * 4, f1=0.5, seconds=1.0, images=40, has_masks=False, samples=result.samples)
+    empty = EvalResult(
+        nothing, nothing, nothing, nothing, f1=0.5, seconds=1.0, images=40, has_masks=False, samples=result.samples
+    )
     text = write_report(tmp_path, empty, CLASSES).read_text(encoding="utf-8")
     page = _Page(text)
     assert page.open == [] and "nan" not in text

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from afa.config import Config
-from afa.evaluation.evaluate import EvalResult
+from afa.evaluation.result import EvalResult, Example, Scores
 from afa.report.results import save_result
 from afa.run import SNAPSHOTS
 
@@ -49,7 +49,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     names = ["background", *CLASSES]
 
-    def row(value: float) -> dict[str, Any]:
+    def row(value: float) -> Scores:
         iou = np.clip(value + rng.normal(0, 0.15, len(names)), 0, 1).tolist()
         counts = rng.integers(0, 60, (len(names), len(names))) + np.diag(np.full(len(names), 900))
         return {"miou": value, "iou": iou, "pixel_acc": 0.9, "mean_acc": 0.7, "confusion": counts.tolist()}
@@ -60,14 +60,22 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mask[40:44, 20:70] = 255
         return mask
 
-    def sample(i: int) -> dict[str, Any]:
-        maps = {key: label() for key in ("cam_label", "walk_label", "par_label", "prediction", "truth")}
-        picture = rng.integers(0, 256, (60, 90, 3)).astype(np.uint8)
-        about = {"name": f"2007_{i:06d}", "tags": CLASSES[:3], "iou": float(rng.random())}
-        return {**about, "image": picture, "cam": rng.random((60, 90)), **maps}
+    def sample(i: int) -> Example:
+        return Example(
+            name=f"2007_{i:06d}",
+            image=rng.integers(0, 256, (60, 90, 3)).astype(np.uint8),
+            tags=CLASSES[:3],
+            cam=rng.random((60, 90)),
+            cam_label=label(),
+            walk_label=label(),
+            par_label=label(),
+            prediction=label(),
+            truth=label(),
+            iou=float(rng.random()),
+        )
 
-    rows = [row(value) for value in (0.5, 0.55, 0.6, 0.63)]
-    result = EvalResult(*rows, f1=0.9, seconds=100.0, images=1449, samples=[sample(i) for i in range(3)])
+    cam, walk, par, seg = (row(value) for value in (0.5, 0.55, 0.6, 0.63))
+    result = EvalResult(cam, walk, par, seg, f1=0.9, seconds=100.0, images=1449, samples=[sample(i) for i in range(3)])
     result.crf, result.best, result.worst = row(0.66), [sample(8)], [sample(9)]
     lines = []
     for i in range(100, 20100, 100):
@@ -79,7 +87,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / SNAPSHOTS).mkdir()
     for iteration, phase in ((2000, "classify"), (6000, "par"), (20000, "walk")):
         about = [{"name": f"2008_{i:06d}", "tags": CLASSES[:2], "phase": phase} for i in range(2)]
-        arrays = {
+        arrays: dict[str, Any] = {
             f"{i}_{key}": sample(0)["image"] if key == "image" else label()
             for i in range(2)
             for key in ("image", "cam", "par", "walk", "prediction")

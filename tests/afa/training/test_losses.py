@@ -63,7 +63,7 @@ def test_affinity_loss_without_pairs_is_finite() -> None:
     loss = affinity_loss(affinity, labels)
     loss.backward()
     assert loss == 0
-    assert torch.equal(affinity.grad, torch.zeros_like(affinity))
+    assert affinity.grad is not None and torch.equal(affinity.grad, torch.zeros_like(affinity))
 
 
 def test_segmentation_golden(golden: Any) -> None:
@@ -81,6 +81,7 @@ def test_segmentation_loss_with_one_kind_of_pixel_or_none() -> None:
     torch.testing.assert_close(background, -0.5 * logits.log_softmax(1)[:, 0].mean())
     nothing = segmentation_loss(logits, torch.full((1, 4, 4), 255))
     nothing.backward()
+    assert logits.grad is not None
     assert nothing == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
 

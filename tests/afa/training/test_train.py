@@ -81,7 +81,7 @@ def test_parameter_groups(tiny_config: Any, factor: float) -> None:
     assert list(groups) == (["backbone", "norms", "heads"] if factor else ["backbone", "heads"])
     assert groups["backbone"]["lr"] == config.train.lr
     assert groups["heads"]["lr"] == 10 * config.train.lr
-    norm = model.backbone.net.stages[0].norm.weight
+    norm = model.get_parameter("backbone.net.stages.0.norm.weight")
     assert norm.requires_grad == bool(factor)
     if factor:
         assert groups["norms"]["lr"] == 0.5 * config.train.lr
@@ -89,7 +89,7 @@ def test_parameter_groups(tiny_config: Any, factor: float) -> None:
         assert any(p is norm for p in groups["norms"]["params"])
     assert groups["backbone"]["weight_decay"] == groups["heads"]["weight_decay"] == config.train.weight_decay == 0.01
     # The decoder's batch norm is a head's, and learns.
-    assert any(p is model.decoder.norm.weight for p in groups["heads"]["params"])
+    assert any(p is model.get_parameter("decoder.norm.weight") for p in groups["heads"]["params"])
     grouped = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
@@ -134,6 +134,7 @@ def test_phases_compute_what_they_need(tiny_config: Any, monkeypatch: pytest.Mon
     step = train_step.update(batch, 4)
     # One training forward, the mirror images at scale 1, and both at scale 0.5.
     assert ran == ["backbone 3", "decoder", "backbone 3", "backbone 6", "par_weights", "par_labels"]
+    assert step.labels is not None and step.pairs is not None
     assert step.labels.shape == (3, 64, 64) and step.pairs.shape == (3, 16, 16)
     assert (step.losses > 0).all()
     ran.clear()
@@ -153,11 +154,17 @@ def test_affinity_target_follows_the_segmentation_only_when_asked(tiny_config: A
     train_step = TrainStep(build_model(config.model, 3), config)
     train_step.model.classifier.weight.data.normal_()
     batch = batch_of()
+
+    def pairs_of(phase: str) -> torch.Tensor:
+        pairs = train_step.losses(batch, phase)[0].pairs
+        assert pairs is not None
+        return pairs
+
     pairs = {}
     for switched in (False, True):
         config.labels.affinity_from_walk = switched
-        pairs[switched] = train_step.losses(batch, "walk")[0].pairs
-    assert torch.equal(pairs[False], train_step.losses(batch, "par")[0].pairs)
+        pairs[switched] = pairs_of("walk")
+    assert torch.equal(pairs[False], pairs_of("par"))
     assert not torch.equal(pairs[True], pairs[False])
 
 
@@ -168,6 +175,7 @@ def test_drop_path_is_active_in_the_forwards_that_make_labels(tiny_config: Any) 
     train_step = TrainStep(build_model(config.model, 3), config)
     train_step.model.classifier.weight.data.normal_()
     first, second = (train_step.losses(batch_of(), "par")[0] for _ in range(2))
+    assert first.labels is not None and second.labels is not None
     assert not torch.equal(first.labels, second.labels)
     assert not torch.equal(first.losses, second.losses)
     assert all(module.training for module in train_step.model.modules())
@@ -210,17 +218,21 @@ def test_heads_are_counted_by_adam_from_the_start(tiny_config: Any) -> None:
     config.train.weight_decay = 0.0
     torch.manual_seed(0)
     train_step = TrainStep(build_model(config.model, 3), config)
-    before = train_step.model.decoder.predict.weight.clone()
+    predict, affinity = (
+        train_step.model.get_parameter(name) for name in ("decoder.predict.weight", "affinity_head.weight")
+    )
+    before = predict.clone()
     for iteration in range(4):
         train_step.update(batch_of(), iteration)
-    assert torch.equal(train_step.model.decoder.predict.weight, before), "a gradient of 0 moves nothing"
-    for parameter in (train_step.model.decoder.predict.weight, train_step.model.affinity_head.weight):
+    assert torch.equal(predict, before), "a gradient of 0 moves nothing"
+    for parameter in (predict, affinity):
         state = train_step.optimizer.state[parameter]
         assert float(state["step"]) == 4 and not state["exp_avg_sq"].any()
 
 
 def test_tf32_is_on_during_a_step_only(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    cudnn: Any = torch.backends.cudnn  # its `conv` has no type
+    backends = (torch.backends.cuda.matmul, cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
     with tf32(False):
         assert [backend.fp32_precision for backend in backends] == before
@@ -362,7 +374,8 @@ class TestRun:
         """The evaluation after iteration 3 is made the best: its weights are saved, whatever comes later."""
         config.train.eval_every, config.train.checkpoint_every, config.train.keep_best = 3, 3, "seg"
         config.train.ema = 0.5
-        real, calls = afa.training.loop.evaluate, []
+        real = afa.training.loop.evaluate
+        calls: list[int] = []
 
         def evaluated(*args: Any, **options: Any) -> Any:
             result = real(*args, **options)
@@ -378,6 +391,7 @@ class TestRun:
         assert best.name == "00000003_0.900000.safetensors"
         saved = load_file(run / "model.safetensors")
         assert_equal(saved, load_file(best))
+        assert model is not None
         assert_equal(saved, dict(model.state_dict()))
 
     def test_no_best_without_masks(self, config: Config, tmp_path: Path) -> None:
@@ -391,7 +405,8 @@ class TestRun:
         train_step = TrainStep(build_model(config.model, 3), config)
         for iteration, score in ((3, 0.5), (6, 0.4), (9, 0.7)):
             save_if_best(tmp_path, train_step, ["a", "b", "c"], iteration, score)
-        assert best_model(tmp_path)[1:] == (9, 0.7)
+        best = best_model(tmp_path)
+        assert best is not None and best[1:] == (9, 0.7)
         forget_later_best(tmp_path, 6)
         assert best_model(tmp_path) is None
 

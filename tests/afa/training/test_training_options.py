@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ import afa.training.loop
 import afa_ext
 from afa.config import Config, load_config, to_yaml
 from afa.errors import UserError
+from afa.evaluation.result import Example
 from afa.model import build_model
 from afa.training import compiling
 from afa.training.board import panels
@@ -111,7 +112,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(config: Config, pha
     for micro_batches in (1, 2, 4):
         config.train.accumulate = micro_batches
         train_step = train_step_of(config)
-        train_step.model.decoder.norm.eval()
+        train_step.model.get_submodule("decoder.norm").eval()
         step = train_step.update(batch_of(), iteration)
         gradients = {n: p.grad.clone() for n, p in train_step.model.named_parameters() if p.grad is not None}
         found[micro_batches] = (step.losses, step.grad_norm, gradients)
@@ -184,7 +185,7 @@ def test_two_processes_give_what_one_gives(config: Config, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.slow
-def test_half_precision_learns(config: Config, precision: str) -> None:
+def test_half_precision_learns(config: Config, precision: Literal["bf16", "fp16"]) -> None:
     config.train.precision, config.train.iterations = precision, 40
     config.train.classify_until, config.train.par_until, config.train.poly_power = 20, 40, 0.0
     train_step = train_step_of(config)
@@ -216,11 +217,12 @@ def test_fp16_leaves_out_an_update_that_overflows(config: Config) -> None:
     train_step.scaler.load_state_dict({**train_step.scaler.state_dict(), "scale": 2.0**60})
     before = copy.deepcopy(train_step.model.state_dict())
     step = train_step.update(batch_of(), 1)
-    assert step.losses.isfinite().all() and not step.grad_norm.isfinite()
+    assert step.losses.isfinite().all() and step.grad_norm is not None and not step.grad_norm.isfinite()
     changed = [n for n, p in train_step.model.named_parameters() if not torch.equal(p, before[n])]
     assert not changed and train_step.scaler.get_scale() == 2.0**59
     train_step.scaler.load_state_dict({**train_step.scaler.state_dict(), "scale": 1024.0})
-    assert train_step.update(batch_of(), 1).grad_norm.isfinite()
+    norm = train_step.update(batch_of(), 1).grad_norm
+    assert norm is not None and norm.isfinite()
     assert not torch.equal(train_step.model.classifier.weight, before["classifier.weight"])
 
 
@@ -271,6 +273,7 @@ def test_average_of_weights(config: Config, tmp_path: Path) -> None:
             expected[name] = share * old + (1 - share) * value if moving else value.clone()
     for name, value in train_step.eval_model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert train_step.ema is not None
     assert train_step.eval_model is train_step.ema.module and not train_step.eval_model.training
     assert not any(parameter.requires_grad for parameter in train_step.ema.parameters())
 
@@ -279,9 +282,12 @@ def test_average_of_weights(config: Config, tmp_path: Path) -> None:
 def test_average_is_what_is_measured_and_saved(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[nn.Module] = []
     real = afa.training.loop.evaluate
-    monkeypatch.setattr(
-        afa.training.loop, "evaluate", lambda model, *a, **kw: (seen.append(model), real(model, *a, **kw))[1]
-    )
+
+    def spy(model: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(model)
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(afa.training.loop, "evaluate", spy)
     config.train.eval_every = 8
     raw = run(config, tmp_path / "raw")
     config.train.ema = 0.9
@@ -295,14 +301,20 @@ def run(config: Config, folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def grad_norm_of(train_step: TrainStep) -> float:
+    norm = train_step.update(batch_of(), 1).grad_norm
+    assert norm is not None
+    return float(norm)
+
+
 def test_clips_gradients(config: Config) -> None:
     train_step = train_step_of(config)
-    norm = float(train_step.update(batch_of(), 1).grad_norm)
+    norm = grad_norm_of(train_step)
     whole = torch.cat([p.grad.flatten() for p in train_step.model.parameters() if p.grad is not None])
     assert float(whole.norm()) == pytest.approx(norm, rel=1e-5)
     config.train.clip_grad = norm / 3
     train_step = train_step_of(config)
-    assert float(train_step.update(batch_of(), 1).grad_norm) == pytest.approx(norm, rel=1e-5)
+    assert grad_norm_of(train_step) == pytest.approx(norm, rel=1e-5)
     clipped = torch.cat([p.grad.flatten() for p in train_step.model.parameters() if p.grad is not None])
     torch.testing.assert_close(clipped, whole / 3, rtol=1e-3, atol=1e-6)
 
@@ -359,7 +371,12 @@ def test_share_of_time_waiting_is_logged(config: Config, tmp_path: Path, monkeyp
     from afa.data.dataset import TaggedDataset
 
     real = TaggedDataset.__getitem__
-    monkeypatch.setattr(TaggedDataset, "__getitem__", lambda self, key: (time.sleep(0.3), real(self, key))[1])
+
+    def late(self: TaggedDataset, key: Any) -> Any:
+        time.sleep(0.3)
+        return real(self, key)
+
+    monkeypatch.setattr(TaggedDataset, "__getitem__", late)
     config.train.iterations, config.train.log_every = 2, 1
     records: list[Any] = []
     train(config, tmp_path / "run", on_log=records.append, device="cpu", progress=False)
@@ -409,6 +426,18 @@ def test_panels_without_truth() -> None:
     import numpy as np
 
     label = np.zeros((6, 8), np.int64)
-    sample = {"image": np.zeros((6, 8, 3), np.uint8), "cam": np.zeros((6, 8)), "par_label": label, "prediction": label}
-    assert panels({**sample, "truth": label + 255}).shape == (6, 4 * 8 + 3 * 4, 3)
-    assert panels({**sample, "truth": label}).shape == (6, 5 * 8 + 4 * 4, 3)
+    sample = Example(
+        name="one",
+        image=np.zeros((6, 8, 3), np.uint8),
+        tags=[],
+        cam=np.zeros((6, 8)),
+        cam_label=label,
+        walk_label=label,
+        par_label=label,
+        prediction=label,
+        truth=label + 255,
+        iou=0.0,
+    )
+    assert panels(sample).shape == (6, 4 * 8 + 3 * 4, 3)
+    sample["truth"] = label
+    assert panels(sample).shape == (6, 5 * 8 + 4 * 4, 3)
