@@ -116,7 +116,7 @@ def test_cuda_architectures(tmp_path, requested, known, visible, expected, messa
 
 
 @pytest.mark.parametrize("requested", ["Amper", "80", "8.0+SASS"])
-def test_cuda_architecture_that_is_not_one(tmp_path, requested):
+def test_invalid_cuda_architecture(tmp_path, requested):
     returned, output = run_architectures(tmp_path, requested, NVCC_13, "")
     assert returned != 0
     assert f"got '{requested}'" in " ".join(output.split())
@@ -208,6 +208,6 @@ def test_unknown_simd_level_is_refused():
 
 @pytest.mark.skipif(afa_ext.build_info()["cuda"] is not None, reason="this build has CUDA kernels")
 @pytest.mark.cuda
-def test_cpu_build_says_so_for_gpu_tensors():
+def test_cpu_build_rejects_gpu_tensors():
     with pytest.raises(RuntimeError, match="built without CUDA"):
         afa_ext.par_affinity(torch.rand(1, 3, 8, 8, device="cuda"))

@@ -22,7 +22,7 @@ def smooth(batch, channels, height, width, generator=None, coarse=4):
 
 
 def case(batch=3, classes=6, height=37, width=45, seed=0, device="cpu"):
-    """uint8 images with a little noise, CAMs, class labels with 0, 1 and several classes an image."""
+    """uint8 images with a little noise, CAMs, class labels with 0, 1 and several classes per image."""
     generator = torch.Generator().manual_seed(seed)
     images = smooth(batch, 3, height, width, generator, 6)
     images = (images + 0.03 * torch.rand(images.shape, generator=generator)).clamp(0, 1)
@@ -57,7 +57,7 @@ def test_golden(golden, device):
         labels = implementation.pseudo_labels(*inputs, box=g["img_box"])
         assert labels.dtype == torch.int64
         assert torch.equal(labels, g["refined_label"].long())
-        # Without PAR and at full size what is left is the plain CAM label.
+        # Without PAR and at full size, the result is the plain CAM label.
         plain = implementation.pseudo_labels(*inputs, box=g["img_box"], num_iter=0, downscale=1)
         assert torch.equal(plain, g["cam_label"].long())
         single = implementation.pseudo_labels(*inputs, low=0.45, high=0.45, num_iter=0, downscale=1)
@@ -89,7 +89,7 @@ def test_matches_reference(shape: tuple[int, int, int, int], downscale, dtype, d
         assert_equal_but_for_ties(actual, expected, images, cams, class_labels, **options)
 
 
-def test_cases_hold_every_kind_of_label():
+def test_cases_contain_every_kind_of_label():
     images, cams, class_labels = case()
     labels = afa_ext.pseudo_labels(images, cams, class_labels)
     assert labels.unique().tolist() == [0, 1, 2, 3, 255]
@@ -156,7 +156,7 @@ def test_empty(shape, device):
         assert not labels.any()
 
 
-def test_batch_is_its_images_one_by_one(device):
+def test_a_batch_equals_its_images_one_by_one(device):
     images, cams, class_labels = case(device=device)
     box = torch.tensor([[0, 37, 0, 45], [3, 30, 0, 40], [0, 20, 7, 45]], device=device, dtype=torch.int32)
     whole = afa_ext.pseudo_labels(images, cams, class_labels, box=box)
@@ -166,7 +166,7 @@ def test_batch_is_its_images_one_by_one(device):
         assert torch.equal(alone[0], whole[i])
 
 
-def test_weights_at_hand(device):
+def test_given_weights_are_used(device):
     images, cams, class_labels = case(device=device)
     several: tuple[dict[str, Any], ...] = ({}, {"dilations": (1, 4), "w2": 0.1, "downscale": 3})
     for options in several:
@@ -181,7 +181,7 @@ def test_weights_at_hand(device):
 
 
 def test_class_index_of_packed_maps(device):
-    """Maps packed to the left, as the training does, give the labels of the full set."""
+    """Maps packed to the left, as in training, give the labels of the full set."""
     images, cams, class_labels = case(device=device)
     expected = afa_ext.pseudo_labels(images, cams, class_labels)
     index = class_labels.argsort(dim=1, descending=True, stable=True)[:, :3]
@@ -219,7 +219,7 @@ def test_ignore_index(device):
 
 
 def test_scores_far_from_zero(device):
-    """CAMs that are no probabilities, and thresholds far apart, neither overflow nor lose the softmax."""
+    """CAMs that are not probabilities, and thresholds far apart, cause neither overflow nor underflow of the softmax."""
     images, cams, class_labels = case(device=device)
     for scale, shift, low, high in ((100.0, 500.0, 520.0, 560.0), (1.0, -1000.0, -999.6, 0.0), (1e4, 0.0, 10.0, 20.0)):
         options: dict[str, Any] = {"low": low, "high": high, "num_iter": 1}
@@ -310,11 +310,11 @@ def test_labels_are_present_classes_background_or_ignored(device, size: Size, se
 
 @quick
 @given(sizes, seeds, scores)
-def test_one_score_never_ignores(device, size: Size, seed, score):
+def test_one_score_ignores_no_pixels(device, size: Size, seed, score):
     images, cams, class_labels = case(*size, seed=seed, device=device)
     labels = afa_ext.pseudo_labels(images, cams, class_labels, low=score, high=score, num_iter=2)
     assert not (labels == 255).any()
-    # Against two scores, what is decided is what both say.
+    # With two scores, a pixel is labeled if both agree.
     high = min(1.0, score + 0.2)
     both = afa_ext.pseudo_labels(images, cams, class_labels, low=score, high=high, num_iter=2)
     upper = afa_ext.pseudo_labels(images, cams, class_labels, low=high, high=high, num_iter=2)
@@ -350,7 +350,7 @@ def test_affine_change_of_the_images_changes_nothing(device, size: Size, seed, s
 @given(sizes, seeds)
 def test_permuting_classes_permutes_labels(device, size: Size, seed):
     images, cams, class_labels = case(*size, seed=seed, device=device)
-    cams = cams.double()  # the sum over the classes is formed in another order
+    cams = cams.double()  # the sum over the classes is computed in another order
     order = torch.randperm(size[1], generator=torch.Generator().manual_seed(seed))
     labels = afa_ext.pseudo_labels(images, cams, class_labels, num_iter=2)
     permuted = afa_ext.pseudo_labels(images, cams[:, order], class_labels[:, order], num_iter=2)

@@ -132,7 +132,7 @@ def test_every_kernel_with_variants_has_a_case():
     assert set(tune.CASES) == {entry["kernel"] for entry in _native._C.kernel_variants()}
 
 
-def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch):
+def test_without_a_gpu_it_exits_with_a_message(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"^torch .* finds no GPU on this machine, so nothing was timed\.$"):
         tune.main([])

@@ -59,7 +59,7 @@ def test_nothing_counted_is_nan() -> None:
     assert math.isnan(metrics.compute()["miou"])
 
 
-def test_wrong_input_is_named() -> None:
+def test_wrong_input_is_reported() -> None:
     metrics = SegmentationMetrics(2)
     with pytest.raises(ValueError, match=r"the same shape.*\(1, 2\).*\(1, 3\)"):
         metrics.update(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long))

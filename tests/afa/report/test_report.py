@@ -106,7 +106,7 @@ class _Page(HTMLParser):
         self.text += data
 
 
-def test_page_is_whole_and_needs_nothing_else(tmp_path: Path, result: EvalResult) -> None:
+def test_the_page_is_complete_and_self_contained(tmp_path: Path, result: EvalResult) -> None:
     _log(tmp_path)
     path = write_report(tmp_path, result, CLASSES, facts={"Backbone": "a & b"}, title="Trial <1>")
     assert path == tmp_path / "report.html"
@@ -164,7 +164,7 @@ def test_page_without_log_and_samples(tmp_path: Path, result: EvalResult) -> Non
     assert "predicted as" not in page.text
 
 
-def test_read_log_merges_and_passes_over_a_cut_line(tmp_path: Path) -> None:
+def test_read_log_merges_rows_and_skips_an_incomplete_line(tmp_path: Path) -> None:
     _log(tmp_path)
     rows = read_log(tmp_path / "log.jsonl")
     assert [row["iteration"] for row in rows] == list(range(10, 1010, 10))
@@ -238,7 +238,7 @@ def test_tables(tmp_path: Path, result: EvalResult) -> None:
     assert not again.has_masks and again.f1 == 0.5 and math.isnan(again.seg["miou"])
 
 
-def test_unmeasured_and_damaged_runs_are_named(tmp_path: Path, result: EvalResult) -> None:
+def test_damaged_runs_and_runs_without_evaluation_are_reported(tmp_path: Path, result: EvalResult) -> None:
     with pytest.raises(UserError, match=r"metrics\.json does not exist.*afa evaluate"):
         make_report(tmp_path)
     save_result(tmp_path, result, CLASSES, Config(), {})
