@@ -146,7 +146,7 @@ def forward_rows(problem: Problem, size_text: str, dtype_text: str, seconds: flo
         return afa_ext.affinity_from_attention(attention, weight, bias)
 
     moved = attention.nbytes + run().nbytes
-    timings = time_candidates({"forward alone": run, "forward alone, in a CUDA graph": captured(run)}, device, seconds)
+    timings = time_candidates({"forward only": run, "forward only, in a CUDA graph": captured(run)}, device, seconds)
     return [
         {
             "candidate": name,

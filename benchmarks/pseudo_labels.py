@@ -91,7 +91,7 @@ def measure(
         raise SystemExit(f"pseudo_labels is wrong: {wrong:.2%} of its labels differ; nothing was timed")
     compared: dict[str, Callable[[], object]] = {"afa_ext.pseudo_labels": ours, "plain PyTorch, image by image": loop}
     parts: dict[str, Callable[[], object]] = {
-        "  with the affinity at hand": lambda: ours(weights=weights),
+        "  with a given affinity": lambda: ours(weights=weights),
         "  all but PAR": lambda: ours(num_iter=0),
     }
     timings = time_candidates(compared, device, seconds) | time_candidates(parts, device, seconds / 2)

@@ -124,7 +124,7 @@ TARGETS = [
     Target("par_kernel", "8x3x160x160", "in a CUDA graph", "median_ms", 0.15),
     Target("random_walk", "1x4x94x125", "plain PyTorch, dense", "times_ours", 20),
     Target("random_walk", "8x21x48x48", "afa_ext.random_walk", "share_of_limit", 0.5),
-    Target("affinity", "8x16x32x32", "forward alone, in a CUDA graph", "share_of_limit", 0.5),
+    Target("affinity", "8x16x32x32", "forward only, in a CUDA graph", "share_of_limit", 0.5),
     Target("pseudo_labels", "8x20x512x512", "afa_ext.pseudo_labels", "median_ms", 3.0),
 ]
 """For an H200 or a similar GPU, in float32."""
@@ -133,7 +133,7 @@ PREDICTED = {
     ("par_kernel", "8x3x160x160", "in a CUDA graph"): "PAR 8×3×160×160, 10 iterations",
     ("random_walk", "1x4x94x125", "afa_ext.propagate_to_edge"): "IRN walk 94×125, 4 maps, 256 steps",
     ("random_walk", "8x21x48x48", "afa_ext.random_walk"): "AFA walk 48×48, batch 8, 21 maps, radius 8, 1 step",
-    ("affinity", "8x16x32x32", "forward alone, in a CUDA graph"): (
+    ("affinity", "8x16x32x32", "forward only, in a CUDA graph"): (
         "affinity_from_attention 8×16 maps, 32×32 tokens, dense"
     ),
     ("pseudo_labels", "8x20x512x512", "afa_ext.pseudo_labels"): "pseudo_labels 8×512×512, 2 classes an image, 2 scores",

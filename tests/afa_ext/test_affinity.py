@@ -28,7 +28,7 @@ def inputs(batch, maps, nodes, dtype=torch.float64, device="cpu"):
 
 
 def values_and_gradients(module, leaves, **settings):
-    """Affinity and the gradients of a sum with a different weight for every entry, so that no symmetry hides a mistake."""
+    """Affinity and the gradients of a sum with a different weight for every entry: no symmetry hides a mistake."""
     affinity = module.affinity_from_attention(*leaves, **settings)
     pull = torch.linspace(-1, 3, affinity.numel(), dtype=torch.float64, device=affinity.device).view(affinity.shape)
     return [affinity, *torch.autograd.grad((affinity.double() * pull).sum(), leaves)]

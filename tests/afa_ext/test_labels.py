@@ -219,7 +219,7 @@ def test_ignore_index(device):
 
 
 def test_scores_far_from_zero(device):
-    """CAMs that are not probabilities, and thresholds far apart, cause neither overflow nor underflow of the softmax."""
+    """CAMs that are not probabilities, and thresholds far apart, do not make the softmax overflow or underflow."""
     images, cams, class_labels = case(device=device)
     for scale, shift, low, high in ((100.0, 500.0, 520.0, 560.0), (1.0, -1000.0, -999.6, 0.0), (1e4, 0.0, 10.0, 20.0)):
         options: dict[str, Any] = {"low": low, "high": high, "num_iter": 1}

@@ -1,4 +1,4 @@
-"""Options that are off by default: half precision, micro-batches, processes, averages, clipping, compiling, TensorBoard."""
+"""Options off by default: half precision, micro-batches, processes, averages, clipping, compiling, TensorBoard."""
 
 from __future__ import annotations
 
