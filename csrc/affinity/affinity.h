@@ -59,12 +59,11 @@ struct AffinityLossParams {
 
 namespace {  // one copy for each file: see geometry.h
 
-constexpr int64_t kAffinityRows = 16;   // of attention that a CPU task takes at a time
-constexpr int64_t kAffinityTile = 32;   // nodes a side of a tile of pairs
-constexpr int64_t kAffinityGroup = 16;  // maps whose gradients a CUDA block sums up together
-constexpr int64_t kTilesOfPart = 4;     // pairs of tiles, likewise
-constexpr int64_t kLossBlock = int64_t{1}
-                               << 14;  // pairs whose sums are formed together, whatever the threads
+constexpr int64_t kAffinityRows = 16;             // rows of attention per CPU task
+constexpr int64_t kAffinityTile = 32;             // side of a tile of pairs, nodes
+constexpr int64_t kAffinityGroup = 16;            // maps whose gradients a CUDA block sums together
+constexpr int64_t kTilesOfPart = 4;               // pairs of tiles, as above
+constexpr int64_t kLossBlock = int64_t{1} << 14;  // pairs that are summed together, for any number of threads
 
 AFA_HOST_DEVICE inline int64_t nodes_of(const PairLayout& p) {
   return p.height * p.width;

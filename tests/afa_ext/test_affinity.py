@@ -123,7 +123,7 @@ def test_window_is_the_dense_affinity_inside(grid, radius, device):
     if (2 * radius + 1) ** 2 != dense.shape[1]:
         torch.testing.assert_close(window, windowed_pairs(dense, grid, radius, 0))
         assert torch.equal(window_labels, windowed_pairs(labels, grid, radius, 255))
-    else:  # the layouts can't be told apart by their sizes: dense, as the walk reads it
+    else:  # the sizes of both layouts are equal: it is dense, as in the walk
         inside = reference.walk.window_mask(grid, radius, "square", torch.device(device))
         torch.testing.assert_close(window, dense.masked_fill(~inside, 0))
         assert torch.equal(window_labels, labels)
@@ -171,7 +171,7 @@ def test_low_precision(dtype, radius, assert_relative, device):
     eps = torch.finfo(dtype).eps
     assert all(t.dtype == dtype for t in results)
     assert_relative(results[0], expected[0], eps)
-    # Gradients start from the affinity and the gradient as stored, each rounded once, and are rounded themselves.
+    # Gradients are computed from the stored affinity and gradient, each rounded once, and are then rounded, too.
     for actual, wanted in zip(results[1:], expected[1:], strict=True):
         assert_relative(actual, wanted, 4 * eps)
     labels = torch.randint(0, 3, results[0].shape, dtype=torch.uint8, device=device)
@@ -186,8 +186,8 @@ def test_low_precision(dtype, radius, assert_relative, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_number_is_widened_and_rounded(dtype):
-    """All 2**16 of them pass through the CPU's own conversions: one map of weight 1/2 gives sigmoid of the number, and
-    a gradient comes back times 1/2; infinities, subnormals and NaN included."""
+    """All 2**16 numbers pass through the CPU conversions: one map with weight 1/2 gives the sigmoid of the number, and
+    the gradient is multiplied by 1/2; including infinities, subnormals and NaN."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     attention = numbers.view(-1, 1, 1, 1)
     half, zero = torch.tensor([0.5], dtype=dtype), torch.zeros(1, dtype=dtype)

@@ -71,7 +71,7 @@ def test_library_binds_to_no_particular_torch():
     needed = set(re.findall(r"Shared library: \[(.*?)\]", dynamic))
     system = r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so.*|ld-linux.*"
     torch_libraries = {name for name in needed if not re.fullmatch(system, name)}
-    # libtorch.so: it brings libtorch_cuda.so along where torch is a CUDA build.
+    # libtorch.so loads libtorch_cuda.so if torch is a CUDA build.
     assert torch_libraries == {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
     symbols = subprocess.run(["nm", "-DC", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     foreign = [line for line in symbols.splitlines() if re.search(r" U (at|c10|torch)::", line)]
@@ -142,7 +142,7 @@ def copy_package(folder: Path, library: bytes | None) -> Path:
     return folder
 
 
-# The finder of an editable install precedes sys.path, so the copy is named as the only place to look.
+# The finder of an editable install precedes sys.path, so the copy must be the only place to search.
 IMPORT_COPY = (
     "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
     "sys.path.insert(0, {folder!r}); import afa_ext"

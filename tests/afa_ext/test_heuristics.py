@@ -110,7 +110,7 @@ def test_an_override_is_picked():
 
 
 def pick() -> str:
-    """What is picked for a step of the walk, as a launch would."""
+    """The variant that a launch would pick for a step of the walk."""
     return str(_native._C.pick_variant("walk_step", "tiled224"))
 
 

@@ -36,16 +36,16 @@ def case(batch=3, classes=6, height=37, width=45, seed=0, device="cpu"):
 
 
 def assert_equal_but_for_ties(actual, expected, images, cams, class_labels, low=0.35, high=0.55, gap=2e-5, **options):
-    """Where they differ, the two best refined scores in float64, against the low or the high background, are equal
-    within `gap`; and that is rare."""
+    """Where labels differ, the two best refined scores in float64, with the low or the high background, must be equal
+    within `gap`; few labels may differ."""
     different = (actual != expected).cpu()
     assert different.float().mean() < 1e-3 or different.sum() <= 1
     for i in different.flatten(1).any(1).nonzero()[:, 0].tolist():
-        colours = images[i : i + 1].double() / (255 if images.dtype == torch.uint8 else 1)
+        colors = images[i : i + 1].double() / (255 if images.dtype == torch.uint8 else 1)
         maps = cams[i : i + 1, class_labels[i] != 0].double()
         tie = torch.zeros_like(different[i])
         for background in (low, high):
-            best = refined_scores(colours, maps, background, **options)[0].topk(2, dim=0).values.cpu()
+            best = refined_scores(colors, maps, background, **options)[0].topk(2, dim=0).values.cpu()
             tie |= best[0] - best[1] < gap
         assert bool(tie[different[i]].all()), f"image {i}: a label differs where scores do not tie"
 
@@ -280,7 +280,7 @@ def test_side_stream_and_graph():
     stream.synchronize()
     assert torch.equal(labels, expected)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # fails if anything waits for the device
+    with torch.cuda.graph(graph):  # fails on any synchronization with the device
         labels = afa_ext.pseudo_labels(images, cams, class_labels, max_classes=4)
     graph.replay()
     assert torch.equal(labels, expected)
@@ -340,10 +340,10 @@ def test_outside_the_box_is_ignored(device, size: Size, seed, ends):
 @given(sizes, seeds, st.floats(0.5, 10), st.floats(-2, 2))
 def test_affine_change_of_the_images_changes_nothing(device, size: Size, seed, scale, shift):
     images, cams, class_labels = case(*size, seed=seed, device=device)
-    colours, cams = images.double() / 255, cams.double()
-    labels = afa_ext.pseudo_labels(colours, cams, class_labels, num_iter=2)
-    changed = afa_ext.pseudo_labels(colours * scale + shift, cams, class_labels, num_iter=2)
-    assert_equal_but_for_ties(changed, labels, colours, cams, class_labels, num_iter=2)
+    colors, cams = images.double() / 255, cams.double()
+    labels = afa_ext.pseudo_labels(colors, cams, class_labels, num_iter=2)
+    changed = afa_ext.pseudo_labels(colors * scale + shift, cams, class_labels, num_iter=2)
+    assert_equal_but_for_ties(changed, labels, colors, cams, class_labels, num_iter=2)
 
 
 @quick

@@ -188,7 +188,7 @@ def test_fakes_agree_in_low_precision(name, dtype, device):
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
 
-# What has an exact tangent, and in which arguments; a tangent of any other argument must raise.
+# Operators with exact tangents, and the arguments; a tangent of any other argument must raise an error.
 LINEAR = {
     "affinity_from_attention_backward_attention": {"grad"},
     "affinity_from_attention_backward_weight": {"grad"},

@@ -184,9 +184,9 @@ def test_layouts(device):
             views[0], views[1], class_labels.mT.contiguous().mT, low_scores=views[2], box=box.mT.contiguous().mT
         )
         assert torch.equal(labels, expected)
-    colours = images.float() / 255
+    colors = images.float() / 255
     for dtype in (torch.float32, torch.float64):
-        labels = afa_ext.refine_labels(colours.to(dtype), high, class_labels, low_scores=low, box=box)
+        labels = afa_ext.refine_labels(colors.to(dtype), high, class_labels, low_scores=low, box=box)
         assert_equal_but_for_ties(labels, expected, images, (high, low), class_labels, box)
 
 

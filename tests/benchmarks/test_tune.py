@@ -1,4 +1,4 @@
-"""The sweep of variants without a GPU: its logic on made-up kernels, and all of it on the stand-in GPU."""
+"""The sweep of variants without a GPU: its logic with fake kernels, and the full sweep on the stand-in GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class FakeLibrary:
-    """One kernel that adds 1, in variants of which some are wrong."""
+    """One kernel that adds 1, with some incorrect variants."""
 
     VARIANTS: Mapping[str, Callable[[Tensor], Tensor]] = {
         "slow": lambda x: x + 1,
@@ -53,7 +53,7 @@ class FakeLibrary:
 
 
 class FakeBench:
-    """A clock by which each candidate takes what `times` says, 1 ms where it says nothing."""
+    """A clock that reports the times in `times`, and 1 ms for all other candidates."""
 
     device = CPU
 

@@ -118,7 +118,7 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
 
     pictures = tmp_path / "pictures"
     (pictures / "deep").mkdir(parents=True)
-    Image.new("L", (70, 41), 90).save(pictures / "deep/grey.png")
+    Image.new("L", (70, 41), 90).save(pictures / "deep/gray.png")
     Image.new("RGBA", (33, 50), (10, 200, 30, 128)).save(pictures / "clear.png")
     (pictures / "notes.txt").write_text("no picture")
     photo = tmp_path / "voc/JPEGImages/v0.jpg"
@@ -127,14 +127,14 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
     arguments = ["predict", str(run), str(photo), "--out", "out", str(pictures), pattern]
     assert main([*arguments, "--quiet", "--device", "cpu", "--largest-side", "64"]) == 0
     shown = capsys.readouterr().out
-    names = {"v0", "clear", "deep/grey", "t0", "t1"}
+    names = {"v0", "clear", "deep/gray", "t0", "t1"}
     for folder in ("masks", "overlays", "cams"):
         found = {
             path.relative_to(tmp_path / "out" / folder).with_suffix("").as_posix()
             for path in (tmp_path / "out" / folder).rglob("*.png")
         }
         assert found == names
-    mask = Image.open(tmp_path / "out/masks/deep/grey.png")
+    mask = Image.open(tmp_path / "out/masks/deep/gray.png")
     assert (mask.mode, mask.size) == ("P", (70, 41))
     assert np.asarray(mask).max() <= 3
     assert all(name in shown for name in names)

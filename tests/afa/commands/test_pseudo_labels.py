@@ -60,7 +60,7 @@ def test_files_are_the_labels(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     found = _export(run, tmp_path / "out", "--source", source, *settings)
     assert found.keys() == set(dataset.names)
     shown = capsys.readouterr().out
-    assert "6 labels of 'train'" in shown and "images a second" in shown
+    assert "6 labels of 'train'" in shown and "images per second" in shown
     metrics = SegmentationMetrics(4)
     ignored = 0
     for number, name in enumerate(dataset.names):
@@ -194,7 +194,7 @@ def test_snapshot(run: Path, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     path = snapshot(model, dataset, config, tmp_path / "kept", 30, count=3)
     assert path == tmp_path / "kept/snapshots/00000030.npz"
-    assert model.training and torch.equal(torch.get_rng_state(), state), "training goes on as without it"
+    assert model.training and torch.equal(torch.get_rng_state(), state), "training continues as without it"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     (tmp_path / "kept/snapshots/00000040.npz").write_bytes(b"cut")
     found = load_snapshots(tmp_path / "kept")

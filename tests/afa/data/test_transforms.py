@@ -30,16 +30,16 @@ def test_picture_encodings(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (5, 7, 3)).astype(np.uint8)
     color = Image.fromarray(rgb)
-    grey = color.convert("L")
+    gray = color.convert("L")
     alpha = color.convert("RGBA")
     alpha.putpixel((0, 0), (9, 9, 9, 0))
     cases: dict[str, tuple[Image.Image, np.ndarray]] = {
         "rgb": (color, rgb),
-        "grey": (grey, np.asarray(grey)[..., None].repeat(3, 2)),
-        "palette": (grey.convert("P"), np.asarray(grey)[..., None].repeat(3, 2)),
+        "gray": (gray, np.asarray(gray)[..., None].repeat(3, 2)),
+        "palette": (gray.convert("P"), np.asarray(gray)[..., None].repeat(3, 2)),
         "sixteen": (
-            Image.fromarray(np.asarray(grey).astype(np.uint16) * 257),
-            np.asarray(grey)[..., None].repeat(3, 2),
+            Image.fromarray(np.asarray(gray).astype(np.uint16) * 257),
+            np.asarray(gray)[..., None].repeat(3, 2),
         ),
     }
     for name, (image, expected) in cases.items():
@@ -72,9 +72,9 @@ def test_mask_encodings(tmp_path: Path) -> None:
     indexed.putpalette(palette.reshape(-1).tolist())
     assert indexed.mode == "P"
     indexed.save(tmp_path / "indexed.png")
-    Image.fromarray(mask).save(tmp_path / "grey.png")
+    Image.fromarray(mask).save(tmp_path / "gray.png")
     Image.fromarray(palette[mask]).save(tmp_path / "colors.png")
-    for name in ("indexed", "grey", "colors"):
+    for name in ("indexed", "gray", "colors"):
         assert np.array_equal(read_mask(tmp_path / f"{name}.png", 3, (2, 3)), mask), name
 
 
@@ -177,13 +177,13 @@ def test_mask_of_an_image_that_was_not_turned(tmp_path: Path) -> None:
 
 def test_more_mask_encodings(tmp_path: Path) -> None:
     mask = np.array([[0, 1, 1], [1, 0, 0]], np.uint8)
-    grey = Image.fromarray(mask)
-    indexed = grey.copy()
+    gray = Image.fromarray(mask)
+    indexed = gray.copy()
     indexed.putpalette(voc_palette().reshape(-1).tolist())
     cases = {
         "bits": Image.fromarray(mask.astype(bool)),
         "sixteen": Image.fromarray(mask.astype(np.uint16)),
-        "grey and alpha": grey.convert("LA"),
+        "gray and alpha": gray.convert("LA"),
         "colors and alpha": indexed.convert("RGBA"),
     }
     for name, image in cases.items():
@@ -213,7 +213,7 @@ def test_more_picture_encodings(tmp_path: Path) -> None:
     assert abs(found - rgb).mean() < 3  # the colors, not their negatives
     Image.fromarray(np.full((2, 3), 70_000, np.int32)).save(tmp_path / "wide.tif")
     assert np.asarray(read_image(tmp_path / "wide.tif")).max() == 255
-    for name, mode in (("bits.png", "1"), ("grey and alpha.png", "LA"), ("scan.tif", "L"), ("web.webp", "RGB")):
+    for name, mode in (("bits.png", "1"), ("gray and alpha.png", "LA"), ("scan.tif", "L"), ("web.webp", "RGB")):
         color.convert(mode).save(tmp_path / name)
         image = read_image(tmp_path / name)
         assert (image.mode, image.size) == ("RGB", (31, 24)), name
