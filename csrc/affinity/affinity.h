@@ -41,7 +41,7 @@ struct AffinityLabelParams {
   PairLayout pairs;
   int64_t ignore = 255;
   const int64_t* tokens = nullptr;  // [B, h, w]
-  uint8_t* labels = nullptr;        // pairs: 1 same, 0 different, 255 neither
+  uint8_t* labels = nullptr;        // pairs: 1 same, 0 different, 255 ignored
 };
 
 struct AffinityLossParams {
@@ -53,7 +53,7 @@ struct AffinityLossParams {
       nullptr;  // [blocks, 4]: sum of 1 - A over same pairs, of A over different ones, both counts
   void* sums =
       nullptr;  // [3], in the type of sums: loss, 1/2 / (same pairs + 1), 1/2 / (different pairs + 1)
-  const void* grad = nullptr;  // [3], of which the first is used
+  const void* grad = nullptr;  // [3]; only the first is used
   void* grad_affinity = nullptr;
 };
 

@@ -487,7 +487,7 @@ ITEMS: dict[str, Build] = {
         *(8 if large else 1, 255, False),
     ),
 }
-# Sums over the whole batch, or several of the above in turn.
+# Sums over the whole batch, or several of the above operators in sequence.
 NOT_BY_ITEM = {
     "affinity_from_attention_backward_weight",
     "affinity_loss",

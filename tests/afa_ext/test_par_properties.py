@@ -59,7 +59,7 @@ def test_affine_change_of_a_channel_changes_nothing(device, kind, image, dilatio
     image = image.to(device)
     changed = image.clone()
     changed[:, 0] = changed[:, 0] * gain + offset
-    # The epsilon beside sigma, 1e-8, is no longer the same share of it, nor is the rounding: sigma is over 1e-3.
+    # The epsilon added to sigma, 1e-8, and the rounding are now a different share of it: sigma is above 1e-3.
     torch.testing.assert_close(
         affinity(kind, changed, dilations), affinity(kind, image, dilations), rtol=2e-3, atol=1e-12
     )

@@ -53,7 +53,7 @@ def test_ready_files_load_and_survive_a_round_trip(name: str, tmp_path: Path) ->
     written = tmp_path / "config.yaml"
     written.write_text(to_yaml(config))
     assert load_config(written) == config
-    assert load_config(tmp_path) == config  # the folder of a run holds its config.yaml
+    assert load_config(tmp_path) == config  # a run's folder contains its config.yaml
 
 
 def test_ready_names_and_paths_resolve(tmp_path: Path) -> None:

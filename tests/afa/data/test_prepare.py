@@ -82,7 +82,7 @@ def devkit(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sbd(devkit: Path) -> Path:
-    """benchmark_RELEASE beside the devkit; its train and val have images of VOC's val among them."""
+    """benchmark_RELEASE next to the devkit; its train and val lists include images of VOC's val."""
     dataset = devkit.parent / "benchmark_RELEASE/dataset"
     (dataset / "cls").mkdir(parents=True)
     (dataset / "train.txt").write_text("s1\nv1\na1\n")
@@ -135,7 +135,7 @@ def test_voc_again_changes_nothing(devkit: Path, sbd: Path, said: Lines, say: An
 def test_voc_train_masks(devkit: Path, sbd: Path, say: Any) -> None:
     root = prepare_voc(devkit, train_masks=True, progress=False, say=say)
     folder = root / "SegmentationClassAug"
-    # Neither val's, nor what VOC has finer masks of.
+    # No masks for val images, and none for images with finer masks in VOC.
     assert sorted(path.name for path in folder.iterdir()) == ["s1.png", "s2.png", "s3.png"]
     image = Image.open(folder / "s2.png")
     assert image.mode == "P"
