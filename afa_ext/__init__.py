@@ -1,4 +1,4 @@
-"""Native operators for weakly-supervised segmentation, on CPU and CUDA; torch and numpy are all they need.
+"""Native operators for weakly supervised segmentation on CPU and CUDA. The only dependencies are torch and numpy.
 
 Every operator has a reference implementation of the same name in :mod:`afa_ext.reference`, in plain PyTorch.
 """

@@ -1,4 +1,4 @@
-"""Autocast: these operators sum many terms, so under autocast they run in float32, as torch's own sums do."""
+"""Autocast: these operators sum many terms, so under autocast they run in float32, like torch's own sums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def autocast_to_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """float16 and bfloat16 inputs become float32 where autocast is on for their device; else all stay."""
+    """Convert float16 and bfloat16 inputs to float32 if autocast is enabled for their device."""
     return tuple(
         t.float()
         if isinstance(t, Tensor)

@@ -1,8 +1,8 @@
-"""Registers the operators' derivatives, in reverse and in forward mode, under torch's ``Autograd`` dispatch keys.
+"""Registers the operators' derivatives, in reverse and forward mode, under torch's ``Autograd`` dispatch keys.
 
-``torch.library.register_autograd`` has no forward mode (a tangent is dropped) and fails inside the transforms of
-``torch.func`` (pytorch#168393). Here each operator gets one ``torch.autograd.Function``, applied by the kernel that the
-dispatcher calls once for each level of nested transforms; ``torch.compile`` sees operators, as before.
+``torch.library.register_autograd`` has no forward mode (it drops tangents) and fails inside the transforms of
+``torch.func`` (pytorch#168393). Here each operator gets one ``torch.autograd.Function``, applied by a kernel that the
+dispatcher calls once per level of nested transforms; ``torch.compile`` still sees operators.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _library = torch.library.Library("afa_ext", "IMPL")
 
 
 class _Call(NamedTuple):
-    """What a Function needs besides the operator's arguments."""
+    """What a Function needs in addition to the operator's arguments."""
 
     keyset: Any
     tangents: tuple[int, ...]  # positions of the arguments that carry one
@@ -33,14 +33,14 @@ def tangents_of(*values: object) -> tuple[int, ...]:
     """Positions of the tensors that carry a forward-mode tangent."""
     if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
         return ()
-    # Not forward_ad.unpack_dual: its level isn't set where torch.compile traces torch.func.jvp. All levels are 0.
+    # Not forward_ad.unpack_dual: its level isn't set when torch.compile traces torch.func.jvp. All levels are 0.
     return tuple(
         i for i, t in enumerate(values) if isinstance(t, Tensor) and torch._VF._unpack_dual(t, level=0)[1] is not None
     )
 
 
 def check_no_tangent(name: str, value: Tensor) -> None:
-    """Refuses a forward-mode tangent that would otherwise be dropped without a word."""
+    """Raise ValueError for a forward-mode tangent that would otherwise be dropped silently."""
     if tangents_of(value):
         raise ValueError(
             f"{name} carries a forward-mode tangent, but this operator has no forward-mode derivative with respect to "
@@ -55,8 +55,10 @@ def register_derivatives(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> None:
-    """``linear``: the arguments in each of which the operator is linear. Their tangents are exact (the product rule);
-    one of any other argument raises ``ValueError``.
+    """Register the derivatives of an operator.
+
+    ``linear``: the arguments in which the operator is linear. Their tangents are exact (the product rule); a tangent of
+    any other argument raises ``ValueError``.
 
     ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``. Without them the gradient is
     None, with a warning: second derivatives are not computed.
@@ -72,12 +74,12 @@ def register_derivatives(
     def run_levels_below(keyset: Any, args: tuple[Any, ...]) -> Any:
         if not torch._C._are_functorch_transforms_active():
             return run(keyset, args)
-        # A Function's forward pass turns both modes off, which are those of the next level of transforms too.
+        # A Function's forward pass turns both modes off, also for the next level of transforms.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return run(keyset, args)
 
-    # Not torch.autograd.Function, which enters the transforms of torch.func from outside: the kernel runs inside one
-    # level of them.
+    # Not torch.autograd.Function, which handles the transforms of torch.func from outside: this kernel runs inside
+    # one level of them.
     class Derivatives(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:

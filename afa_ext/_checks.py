@@ -1,7 +1,7 @@
-"""Argument checks shared by the native operators' wrappers and their reference twins.
+"""Argument checks shared by the native operators' wrappers and the reference implementations.
 
-Every check names the argument, what was expected and what came, so that a user can mend the call without
-opening this package.
+Every error message has the argument's name, the expected value and the actual value, so that a user can fix the call
+without reading this package.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _describe(value: object) -> str:
 
 
 def check_float_tensor(name: str, value: Tensor, layout: str) -> None:
-    """``layout`` is the documented shape, such as ``"[B, C, H, W]"``; its commas give the rank."""
+    """``layout`` is the documented shape, such as ``"[B, C, H, W]"``; the rank is its number of commas plus one."""
     ndim = layout.count(",") + 1
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a floating-point tensor {layout}, got {_describe(value)}")
@@ -50,7 +50,9 @@ def check_images(images: Tensor) -> None:
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got one on {value.device}")
+        raise ValueError(
+            f"{name} must be on the device of {other_name} ({other.device}), got {value.device}"
+        )
 
 
 def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -89,7 +91,7 @@ def check_dilations(dilations: Sequence[int]) -> list[int]:
     if isinstance(dilations, (str, bytes, Tensor)) or not isinstance(dilations, Sequence):
         raise TypeError(f"dilations must be a sequence of integers, got {_describe(dilations)}")
     if not 1 <= len(dilations) <= MAX_DILATIONS:
-        raise ValueError(f"dilations must hold 1 to {MAX_DILATIONS} integers, got {len(dilations)}")
+        raise ValueError(f"dilations must have 1 to {MAX_DILATIONS} integers, got {len(dilations)}")
     for dilation in dilations:
         check_int("dilations' entries", dilation, 1, 2**30)
     return list(dilations)
@@ -109,11 +111,11 @@ def check_class_mask(class_mask: Tensor | None, masks: Tensor) -> None:
 
 
 def check_no_grad(name: str, value: Tensor) -> None:
-    """Refuses a gradient that would otherwise be dropped without a word."""
+    """Raise ValueError for a gradient that would otherwise be dropped silently."""
     if torch.is_grad_enabled() and value.requires_grad:
         raise ValueError(
             f"{name} requires grad, but this operator has no gradient with respect to {name}; "
-            f"pass {name}.detach(), or use the twin in afa_ext.reference"
+            f"pass {name}.detach(), or use the reference implementation in afa_ext.reference"
         )
 
 
@@ -135,7 +137,7 @@ def check_par_propagate(
     check_float_tensor("weights", weights, "[B, 8*len(dilations), H, W]")
     check_float_tensor("masks", masks, "[B, C, H, W]")
     offsets = check_dilations(dilations)
-    check_size("weights", weights, 1, 8 * len(offsets), "8 neighbours a dilation")
+    check_size("weights", weights, 1, 8 * len(offsets), "8 neighbors per dilation")
     for dim, what in ((0, "batch"), (2, "height"), (3, "width")):
         check_size("masks", masks, dim, weights.shape[dim], f"the {what} of weights")
     check_same_dtype("masks", masks, "weights", weights)
@@ -237,7 +239,7 @@ def check_boxes(boxes: Tensor | None, scores: Tensor) -> None:
 def check_edge_affinity(edge: Tensor, radius: int) -> None:
     if isinstance(edge, Tensor) and edge.dim() == 4:
         check_float_tensor("edge", edge, "[B, 1, h, w]")
-        check_size("edge", edge, 1, 1, "one boundary map an image")
+        check_size("edge", edge, 1, 1, "one boundary map per image")
     else:
         check_float_tensor("edge", edge, "[B, h, w]")
     check_int("radius", radius, 1, MAX_RADIUS)
@@ -253,7 +255,7 @@ def check_feature_affinity(features: Tensor, radius: int) -> None:
 def check_propagate_to_edge(x: Tensor, edge: Tensor, radius: int, beta: float, exp_times: int) -> None:
     if isinstance(edge, Tensor) and edge.dim() == 4:
         check_float_tensor("edge", edge, "[B, 1, h, w]")
-        check_size("edge", edge, 1, 1, "one boundary map an image")
+        check_size("edge", edge, 1, 1, "one boundary map per image")
         check_float_tensor("x", x, "[B, C, h, w]")
         check_size("x", x, 0, edge.shape[0], "the batch of edge")
     else:
@@ -347,7 +349,7 @@ def _check_label_settings(
     if weights is not None:
         check_float_tensor("weights", weights, "[B, 8*len(dilations), h, w]")
         check_size("weights", weights, 0, batch, f"the batch of {scores_name}")
-        check_size("weights", weights, 1, 8 * len(offsets), "8 neighbours a dilation")
+        check_size("weights", weights, 1, 8 * len(offsets), "8 neighbors per dilation")
         for dim, what in ((2, "height"), (3, "width")):
             small = max(1, images.shape[dim] // downscale)
             check_size("weights", weights, dim, small, f"the {what} of images over downscale")
@@ -392,7 +394,7 @@ def check_refine_labels(
     check_float_tensor("scores", scores, "[B, C+1, h, w]")
     check_size("images", images, 0, scores.shape[0], "the batch of scores")
     if scores.shape[1] < 1:
-        raise ValueError(f"scores must hold the background's map, got shape {tuple(scores.shape)}")
+        raise ValueError(f"scores must include the background map, got shape {tuple(scores.shape)}")
     if 0 in scores.shape[2:] and 0 not in images.shape[2:]:
         raise ValueError(f"scores must have at least one position, got shape {tuple(scores.shape)}")
     check_same_device("images", images, "scores", scores)
@@ -407,14 +409,14 @@ def check_refine_labels(
     num_classes = scores.shape[1] - 1
     check_class_labels(class_labels, (scores.shape[0], num_classes), "scores", scores)
     if weights is not None and box is not None:
-        raise ValueError("weights must be None where box is given: each box's region has weights of its own")
+        raise ValueError("weights must be None if box is given: each box has its own weights")
     return _check_label_settings(images, scores, "scores", num_classes, box, weights, *settings)
 
 
 def check_affinity_from_attention(
     attention: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int] | None, radius: int | None
 ) -> tuple[int, int]:
-    """Returns the grid; without one, all nodes in a row."""
+    """Returns the grid; without one, a grid of one row with all nodes."""
     check_float_tensor("attention", attention, "[B, K, N, N]")
     _, maps, nodes, columns = attention.shape
     if nodes != columns:

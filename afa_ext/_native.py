@@ -1,6 +1,6 @@
 """Loads the native library; importing this module registers ``torch.ops.afa_ext.*``.
 
-A library that isn't there and one that can't be loaded are different errors, as they are mended differently.
+A missing library and one that can't be loaded raise different errors, as they need different fixes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def _load() -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"afa_ext's native library is there but can't be loaded with torch {torch.__version__}: {error}. "
-            "It needs the Python version it was built for and a torch no older than its dependencies name; "
+            f"afa_ext's native library exists but can't be loaded with torch {torch.__version__}: {error}. "
+            "It needs the Python version it was built for and at least the torch version in its dependencies; "
             "reinstall it with `pip install --force-reinstall --no-deps .`"
         ) from error
 
@@ -35,7 +35,7 @@ _C = _load()
 
 
 def build_info() -> dict[str, Any]:
-    """How the native library was built.
+    """Build settings of the native library.
 
     Keys: ``compiler``, ``build_type``, ``torch_headers`` (version), ``cuda`` (version, or None for a CPU build),
     ``cuda_architectures``, ``simd_levels`` (compiled) and ``simd`` (in use; AFA_EXT_SIMD=baseline|avx2|avx512

@@ -1,9 +1,9 @@
-"""Affinity of token pairs learned from attention: the maps' mixture, its labels and its loss.
+"""Affinity of token pairs learned from attention: the weighted sum of attention maps, its labels and its loss.
 
-"Learning Affinity from Attention" (AFA), CVPR 2022, section 3.2. Pairs come dense, [B, N, N], or windowed,
+"Learning Affinity from Attention" (AFA), CVPR 2022, section 3.2. The layout of pairs is dense, [B, N, N], or windowed,
 [B, N, (2*radius+1)**2]: entry (i, k) is the pair of node i and node i + offset k, in the order of
-:func:`afa_ext.window_offsets`, as :func:`afa_ext.random_walk` takes it. Where both sizes are equal,
-(2*radius+1)**2 == N, the layout is dense throughout, as there; pairs outside the window are then 0 (labels: 255).
+:func:`afa_ext.window_offsets`. :func:`afa_ext.random_walk` uses the same layouts. If both sizes are equal,
+(2*radius+1)**2 == N, the layout is dense in all functions; pairs outside the window are then 0 (labels: 255).
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ def affinity_from_attention(
     grid: tuple[int, int] | None = None,
     radius: int | None = None,
 ) -> Tensor:
-    """``sigmoid(sum_k weight_k (S_k + S_k^T) + bias)``: a 1x1 convolution over symmetric attention maps.
+    """``sigmoid(sum_k weight_k (S_k + S_k^T) + bias)``: a 1x1 convolution over symmetrized attention maps.
 
-    Differentiable in all three. Besides the result and, in the backward pass, the gradient of ``attention``, nothing
-    larger than the result is made. With a radius only the window's pairs are computed and stored: the gradient of
-    ``attention`` is 0 elsewhere.
+    Differentiable with respect to all three tensors. The largest temporary tensor has the size of the result; the
+    backward pass also allocates the gradient of ``attention``. With a radius only the window's pairs are computed and
+    stored: the gradient of ``attention`` is 0 elsewhere.
 
     Args:
         attention: [B, K, N, N], raw logits q k^T of K maps (layers times heads), before any softmax.
-        weight: [K], or [1, K, 1, 1] as a convolution stores it; type and device of ``attention``.
-        bias: [1] or []; type and device of ``attention``.
-        grid: (h, w), the token grid with N = h*w; needed with a radius.
-        radius: None for all pairs; else 0 to 63, the window's Chebyshev radius in tokens (AFA: 8).
+        weight: [K], or [1, K, 1, 1] like a convolution's weight; dtype and device of ``attention``.
+        bias: [1] or []; dtype and device of ``attention``.
+        grid: (h, w), the token grid with N = h*w; required with a radius.
+        radius: None for all pairs; otherwise 0 to 63, the window's Chebyshev radius in tokens (AFA: 8).
 
     Returns:
-        In the type of ``attention``: [B, N, N], symmetric; with a radius [B, N, (2*radius+1)**2], windowed, 0 where the
-        offset leaves the grid. Sums are formed in float32 (float64 for float64).
+        [B, N, N], symmetric; with a radius [B, N, (2*radius+1)**2], windowed, 0 where the offset is outside the grid.
+        Has the dtype of ``attention``. Sums are accumulated in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        TypeError, ValueError: an argument is invalid.
     """
     attention, weight, bias = autocast_to_float32(attention, weight, bias)
     height, width = check_affinity_from_attention(attention, weight, bias, grid, radius)
@@ -61,23 +61,23 @@ def affinity_from_attention(
 def affinity_labels(
     label_map: Tensor, *, stride: int = 16, radius: int, ignore_index: int = 255, windowed: bool = False
 ) -> Tensor:
-    """Labels of token pairs from a map of pixel labels: 1 same, 0 different, 255 neither.
+    """Labels of token pairs from a map of pixel labels: 1 same class, 0 different classes, 255 ignored.
 
-    The map is read at every ``stride``-th pixel (nearest), so that N = ceil(H/stride) * ceil(W/stride). 255 stands
-    where either token is ignored, outside the window and, windowed, where the offset leaves the grid.
+    The map is sampled at every ``stride``-th pixel (nearest), so N = ceil(H/stride) * ceil(W/stride). A pair is 255 if
+    either token is ignored, if it is outside the window, or (windowed) if the offset is outside the grid.
 
     Args:
         label_map: [B, H, W], uint8, int16, int32 or int64.
-        stride: pixels a token, at least 1.
-        radius: of the window, Chebyshev, tokens: 0 to 63.
+        stride: pixels per token, at least 1.
+        radius: Chebyshev radius of the window in tokens, 0 to 63.
         ignore_index: the label of ignored pixels.
-        windowed: give the windowed layout.
+        windowed: return the windowed layout.
 
     Returns:
-        uint8 [B, N, N], or [B, N, (2*radius+1)**2] where ``windowed``.
+        uint8 [B, N, N], or [B, N, (2*radius+1)**2] if ``windowed``.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        TypeError, ValueError: an argument is invalid.
     """
     check_affinity_labels(label_map, stride, radius, ignore_index, windowed)
     tokens = label_map[:, ::stride, ::stride].to(torch.int64)
@@ -89,18 +89,18 @@ def affinity_labels(
 def affinity_loss(affinity: Tensor, labels: Tensor) -> Tensor:
     """``1/2 sum_same(1 - A) / (n_same + 1) + 1/2 sum_different(A) / (n_different + 1)``, counted over the whole batch.
 
-    Differentiable in ``affinity``. Sums are formed in blocks of fixed size, so that the result doesn't depend on the
-    number of threads.
+    Differentiable with respect to ``affinity``. Sums are accumulated in blocks of fixed size, so the result doesn't
+    depend on the number of threads.
 
     Args:
-        affinity: in 0..1, any shape: dense or windowed.
-        labels: uint8 of that shape and device: 1 same, 0 different, any other value counts for neither.
+        affinity: values in [0, 1], any shape: dense or windowed.
+        labels: uint8, same shape and device: 1 same class, 0 different classes; all other values are ignored.
 
     Returns:
         Scalar, float32 (float64 for float64), in [0, 1).
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        TypeError, ValueError: an argument is invalid.
     """
     (affinity,) = autocast_to_float32(affinity)
     check_affinity_loss(affinity, labels)

@@ -1,7 +1,7 @@
-"""Pseudo labels: what a segmentation network learns from when only image tags are given.
+"""Pseudo labels: training labels for a segmentation network when only image-level tags are available.
 
-"Learning Affinity from Attention" (AFA), CVPR 2022, section 3.3: class activation maps against two background scores,
-refined by PAR, and the pixels the two disagree on ignored.
+"Learning Affinity from Attention" (AFA), CVPR 2022, section 3.3: class activation maps are compared with two background
+scores and refined by PAR; pixels on which the two results disagree are ignored.
 """
 
 from __future__ import annotations
@@ -37,39 +37,38 @@ def pseudo_labels(
     w2: float = 0.01,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Labels of a batch whose images have different classes, without a loop over images or a wait for the device.
+    """Labels of a batch whose images have different classes, without a loop over images or a device synchronization.
 
-    Images and CAMs are shrunk (bilinear, align_corners=False). For each of the two background scores the softmax over
-    that score and the image's own classes is refined by PAR and enlarged again. A pixel where a class beats even the
-    high score takes that class, one where even the low score wins is background, and any other is ignored. Equal
-    scores go to the background, then to the class that comes first.
+    Images and CAMs are downscaled (bilinear, align_corners=False). For each of the two background scores, the softmax
+    over that score and the image's classes is refined by PAR and upsampled to the original size. A pixel where a class
+    exceeds even the high score gets that class. A pixel where even the low score is the maximum is background. All
+    other pixels are ignored. On ties the background wins, then the class with the lowest position.
 
-    Only the present classes are computed and only their shrunken maps are stored; the sums are formed in float32
-    (float64 for float64 ``cams``). Labels have no gradient: as with argmax, none flows to any argument.
+    Only the present classes are computed, and only their downscaled maps are stored. Sums are accumulated in float32
+    (float64 for float64 ``cams``). Like argmax, the operator has no gradient with respect to any argument.
 
     Args:
-        images: [B, 3, H, W]; uint8, which PAR compares over 255, or floating-point of any range. Any number of
-            channels.
-        cams: [B, C, H, W], such as CAMs scaled to [0, 1] for each class.
-        class_labels: [B, C], nonzero where the image has the class.
-        low, high: the background's scores. Equal ones leave nothing to ignore: what evaluation scores.
-        box: int64 or int32 [B, 4] (y0, y1, x0, x1; the ends y1 and x1 excluded); pixels outside are ignored.
-        weights: PAR's affinity where it is at hand, [B, 8*len(dilations), H//downscale, W//downscale] from
-            :func:`par_affinity` of the shrunken images with the same ``dilations`` and ``w2``; float32 (float64 for
+        images: [B, 3, H, W]; uint8, which PAR divides by 255, or floating-point in any range. Any number of channels.
+        cams: [B, C, H, W], such as CAMs scaled to [0, 1] per class.
+        class_labels: [B, C], nonzero if the image has the class.
+        low, high: background scores. If they are equal, no pixel is ignored, as in evaluation.
+        box: int64 or int32 [B, 4] (y0, y1, x0, x1; y1 and x1 exclusive); pixels outside are ignored.
+        weights: precomputed PAR affinity, [B, 8*len(dilations), H//downscale, W//downscale], from
+            :func:`par_affinity` of the downscaled images with the same ``dilations`` and ``w2``; float32 (float64 for
             float64 ``cams``). ``images`` is then not read.
-        class_index: int64 or int32 [B, C], the class number of each map where that isn't its position.
-        max_classes: the most classes an image of the batch has, where it is known. On CUDA memory otherwise
-            goes with C, for as many images at a time as fit in 1 GiB (at least one). An image with more raises on the
-            CPU and is ignored as a whole on CUDA.
+        class_index: int64 or int32 [B, C], the class number of each map if it differs from the map's position.
+        max_classes: the maximum number of classes per image in the batch, if known. Without it, CUDA memory is
+            proportional to C, and the batch is processed in parts that fit in 1 GiB (at least one image). An image with
+            more classes raises an error on the CPU and is ignored entirely on CUDA.
         downscale: PAR works at 1/downscale of the size (at least one pixel).
         dilations, num_iter, w1, w2: as in :func:`par_affinity` and :func:`par_propagate`.
         ignore_index: the label of ignored pixels.
 
     Returns:
-        int64 [B, H, W], the type torch's losses and indexing take: 0 background, class number + 1, ``ignore_index``.
+        int64 [B, H, W], as torch's losses and indexing require: 0 background, class number + 1, or ``ignore_index``.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        TypeError, ValueError: an argument is invalid.
         RuntimeError: an image has more than ``max_classes`` classes (CPU only).
     """
     offsets = check_pseudo_labels(
@@ -127,29 +126,29 @@ def refine_labels(
     ignore_index: int = 255,
 ) -> Tensor:
     """Labels from score maps with a background map, refined by PAR inside each image's valid box: AFA's walk label
-    ("Learning Affinity from Attention", CVPR 2022), from what :func:`propagate_cams` returns.
+    ("Learning Affinity from Attention", CVPR 2022), computed from the result of :func:`propagate_cams`.
 
-    The scores are enlarged to the image (bilinear, align_corners=False) and cut to the box. Image and scores of the box
-    are shrunk, the scores with align_corners=True as :func:`par_refine` resizes them, refined with the box's edge
-    replicated, enlarged again, and compared. Nothing outside a box has a part in its labels. With ``low_scores``, a
-    pixel where both maps agree is labelled, one where only the lower background loses is ignored; see
-    :func:`pseudo_labels`, which this follows in all else.
+    The scores are upsampled to the image (bilinear, align_corners=False) and cropped to the box. The cropped image and
+    scores are downscaled (the scores with align_corners=True, like :func:`par_refine`), refined with the box's edge
+    replicated, upsampled again, and compared. Values outside a box have no effect on its labels. With ``low_scores``, a
+    pixel where both maps agree is labeled, and a pixel where only the lower background score loses is ignored. All
+    other rules are those of :func:`pseudo_labels`.
 
     Args:
         images: [B, 3, H, W], uint8 or floating-point.
-        scores: [B, C+1, h, w], the background first; any size.
-        class_labels: [B, C], nonzero where the image has the class; the maps of others are not read.
-        low_scores: like ``scores``, against a lower background score.
-        box: int64 or int32 [B, 4] (y0, y1, x0, x1; the ends y1 and x1 excluded), clipped to the image; pixels outside
-            are ignored. None: the whole image.
-        weights: PAR's affinity of the whole images, as in :func:`pseudo_labels`; only without ``box``.
+        scores: [B, C+1, h, w], background first; any size.
+        class_labels: [B, C], nonzero if the image has the class; the maps of other classes are not read.
+        low_scores: like ``scores``, computed with a lower background score.
+        box: int64 or int32 [B, 4] (y0, y1, x0, x1; y1 and x1 exclusive), clipped to the image; pixels outside are
+            ignored. None: the whole image.
+        weights: PAR affinity of the whole images, as in :func:`pseudo_labels`; only without ``box``.
         class_index, max_classes, downscale, dilations, num_iter, w1, w2, ignore_index: as in :func:`pseudo_labels`.
 
     Returns:
-        int64 [B, H, W]: 0 background, class number + 1, ``ignore_index``.
+        int64 [B, H, W]: 0 background, class number + 1, or ``ignore_index``.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        TypeError, ValueError: an argument is invalid.
         RuntimeError: an image has more than ``max_classes`` classes (CPU only).
     """
     offsets = check_refine_labels(

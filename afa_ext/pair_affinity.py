@@ -22,21 +22,21 @@ def edge_affinity(edge: Tensor, radius: int) -> Tensor:
     """IRN's affinity: 1 - the largest boundary value on the straight path between two nodes.
 
     "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", CVPR 2019, section 4.3. The path
-    is every grid point, ends included, in the box around the segment whose distance from its line is under 1.
-    Symmetric; 1 on the diagonal. There is no gradient with respect to ``edge``
+    consists of all grid points (including both ends) in the bounding box of the segment whose distance to its line is
+    less than 1. Symmetric; 1 on the diagonal. There is no gradient with respect to ``edge``
     (:func:`afa_ext.reference.edge_affinity` has one).
 
     Args:
         edge: [B, h, w] or [B, 1, h, w], boundary probabilities.
-        radius: 1 to 63, of the disc dy*dy + dx*dx < radius*radius.
+        radius: radius of the disc dy*dy + dx*dx < radius*radius, 1 to 63.
 
     Returns:
-        [B, N, window] as :func:`afa_ext.random_walk` takes it with ``window="disc"``, in the type of ``edge``; 0 where
-        the neighbor is outside the grid. A view: the entries of one offset are contiguous, which random_walk reads
+        [B, N, window] for :func:`afa_ext.random_walk` with ``window="disc"``, in the dtype of ``edge``; 0 if the
+        neighbor is outside the grid. A view in which the entries of one offset are contiguous; random_walk reads it
         without a copy.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated, or ``edge`` requires grad.
+        TypeError, ValueError: an argument is invalid, or ``edge`` requires grad.
     """
     (edge,) = autocast_to_float32(edge)
     check_edge_affinity(edge, radius)
@@ -49,21 +49,21 @@ def edge_affinity(edge: Tensor, radius: int) -> Tensor:
 def feature_affinity(features: Tensor, radius: int) -> Tensor:
     """PSA's affinity: exp(-mean over channels of the absolute difference of two nodes' features).
 
-    "Learning Pixel-level Semantic Affinity with Image-level Supervision", CVPR 2018, section 3.2; also SEAM's.
-    Symmetric; 1 on the diagonal. Every pair of the grid counts (the published code leaves out those whose upper node
-    lies within radius - 1 of the left, right or lower border). Differentiable in ``features``.
+    "Learning Pixel-level Semantic Affinity with Image-level Supervision", CVPR 2018, section 3.2; SEAM uses it, too.
+    Symmetric; 1 on the diagonal. All pairs in the grid are included (the published code omits pairs whose upper node is
+    within radius - 1 of the left, right or lower border). Differentiable with respect to ``features``.
 
     Args:
         features: [B, C, h, w].
-        radius: 1 to 63, of the disc dy*dy + dx*dx < radius*radius.
+        radius: radius of the disc dy*dy + dx*dx < radius*radius, 1 to 63.
 
     Returns:
-        [B, N, window] as :func:`afa_ext.random_walk` takes it with ``window="disc"``, in the type of ``features``; 0
-        where the neighbor is outside the grid. A view: the entries of one offset are contiguous, which random_walk
-        reads without a copy.
+        [B, N, window] for :func:`afa_ext.random_walk` with ``window="disc"``, in the dtype of ``features``; 0 if the
+        neighbor is outside the grid. A view in which the entries of one offset are contiguous; random_walk reads it
+        without a copy.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        TypeError, ValueError: an argument is invalid.
     """
     (features,) = autocast_to_float32(features)
     check_feature_affinity(features, radius)

@@ -1,8 +1,8 @@
-"""Pixel-adaptive refinement: score maps are smoothed along the colours of their image.
+"""Pixel-adaptive refinement: smooths score maps within regions of similar image color.
 
-PAR is of "Learning Affinity from Attention" (AFA), CVPR 2022, section 3.3; its older sibling PAMR of "Single-Stage
-Semantic Segmentation from Image Labels" (1-stage-wseg), CVPR 2020, section 3.3. In both every pixel takes,
-``num_iter`` times, a weighted mean of its 8 neighbours at each dilation; the weights come from the image alone.
+PAR is from "Learning Affinity from Attention" (AFA), CVPR 2022, section 3.3; its predecessor PAMR is from "Single-Stage
+Semantic Segmentation from Image Labels" (1-stage-wseg), CVPR 2020, section 3.3. Both replace every pixel, ``num_iter``
+times, by a weighted mean of its 8 neighbors at each dilation. The weights depend only on the image.
 """
 
 from __future__ import annotations
@@ -39,24 +39,25 @@ def par_affinity(
     w1: float = 0.3,
     w2: float = 0.01,
 ) -> Tensor:
-    """The weights PAR propagates with: one softmax over the neighbours of every pixel.
+    """PAR's propagation weights: one softmax over the neighbors of every pixel.
 
     ``softmax_n(mean_c -(|I_n,c - I_c| / ((sigma_c + 1e-8) w1))^2) + w2 softmax_n(-(p_n / ((sigma_p + 1e-8) w1))^2)``
-    with sigma_c the unbiased standard deviation of channel c over the neighbours, p_n the distance to neighbour
-    n (its dilation, times sqrt(2) at the corners) and sigma_p the same deviation of the distances. Neighbours
-    beyond the border are the border's pixels. Logits and sums are formed in float32 (float64 for float64).
+    where sigma_c is the unbiased standard deviation of channel c over the neighbors, p_n the distance to neighbor n
+    (its dilation, times sqrt(2) at the corners) and sigma_p the standard deviation of the distances. Borders are
+    replicated. Logits and sums are computed in float32 (float64 for float64).
 
     Args:
-        images: [B, 3, H, W], any range (unchanged by an affine change of a channel); any number of channels.
-        dilations: 1 to 32 distances in pixels, each at least 1; they may exceed the image.
+        images: [B, 3, H, W], any range (the result is invariant to affine changes of a channel); any number of
+            channels.
+        dilations: 1 to 32 distances in pixels, each at least 1; they may exceed the image size.
         w1: scale of both logits, greater than 0.
-        w2: share of the position term; weights sum to 1 + w2.
+        w2: weight of the position term; the weights sum to 1 + w2.
 
     Returns:
-        [B, 8*len(dilations), H, W] in the type of ``images``; dilation by dilation, each ring row by row.
+        [B, 8*len(dilations), H, W] in the dtype of ``images``; ordered by dilation, each ring in row-major order.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated, or ``images`` requires grad (there is none for it).
+        TypeError, ValueError: an argument is invalid, or ``images`` requires grad (it has no gradient).
     """
     (images,) = autocast_to_float32(images)
     offsets = check_par_affinity(images, dilations, w1, w2)
@@ -67,13 +68,13 @@ def par_affinity(
 
 
 def pamr_affinity(images: Tensor, *, dilations: Sequence[int] = DILATIONS) -> Tensor:
-    """The weights PAMR propagates with: one softmax over the neighbours of every pixel.
+    """PAMR's propagation weights: one softmax over the neighbors of every pixel.
 
-    ``softmax_n(mean_c -|I_n,c - I_c| / (1e-8 + 0.1 sigma_c))`` with sigma_c the unbiased standard deviation of
-    channel c over the neighbours and, once a dilation, the pixel itself. Weights sum to 1. Logits and sums are
-    formed in float32 (float64 for float64).
+    ``softmax_n(mean_c -|I_n,c - I_c| / (1e-8 + 0.1 sigma_c))`` where sigma_c is the unbiased standard deviation of
+    channel c over the neighbors and the pixel itself, which counts once per dilation. The weights sum to 1. Logits and
+    sums are computed in float32 (float64 for float64).
 
-    Args, returns and raises as :func:`par_affinity`, without ``w1`` and ``w2``.
+    Arguments, return value and errors are those of :func:`par_affinity`, without ``w1`` and ``w2``.
     """
     (images,) = autocast_to_float32(images)
     offsets = check_pamr_affinity(images, dilations)
@@ -91,24 +92,24 @@ def par_propagate(
     num_iter: int = 10,
     class_mask: Tensor | None = None,
 ) -> Tensor:
-    """``num_iter`` times: mask(x) <- sum_n weight_n(x) mask(neighbour n of x).
+    """``num_iter`` times: mask(x) <- sum_n weight_n(x) mask(neighbor n of x).
 
-    Linear in the masks, so one affinity serves any number of classes and thresholds. Differentiable in ``masks``
-    and ``weights`` (the latter keeps every iteration's masks in its backward pass). Besides the result it needs two
-    buffers of the masks' size, with borders on the CPU.
+    Linear in the masks, so one affinity can be used for any number of classes and thresholds. Differentiable with
+    respect to ``masks`` and ``weights`` (the gradient of ``weights`` needs the masks of every iteration). Needs two
+    temporary buffers of the masks' size, with borders on the CPU.
 
     Args:
         weights: [B, 8*len(dilations), H, W] from :func:`par_affinity` or :func:`pamr_affinity` with the same
             ``dilations``.
-        masks: [B, C, H, W], of the type of ``weights``.
+        masks: [B, C, H, W], same dtype as ``weights``.
         num_iter: at least 0; 0 returns the masks.
-        class_mask: bool [B, C]; classes marked False come out 0 and are not computed.
+        class_mask: bool [B, C]; classes marked False are not computed, and their result is 0.
 
     Returns:
-        [B, C, H, W] in the type of ``masks``; sums are formed in float32 (float64 for float64).
+        [B, C, H, W] in the dtype of ``masks``; sums are accumulated in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        TypeError, ValueError: an argument is invalid.
     """
     weights, masks = autocast_to_float32(weights, masks)
     offsets = check_par_propagate(weights, masks, dilations, num_iter, class_mask)
@@ -129,16 +130,16 @@ def par_refine(
     class_mask: Tensor | None = None,
     resize: str = "mask_to_image",
 ) -> Tensor:
-    """Refines masks along the colours of their images: :func:`par_affinity`, then :func:`par_propagate`.
+    """Refines masks by the colors of their images: :func:`par_affinity`, then :func:`par_propagate`.
 
-    Soft output grows by (1 + w2)**num_iter, as published: compare or normalise, don't threshold. Extra memory on the
-    CPU: the weights, ``B*8*len(dilations)*H*W`` floats, and two buffers of the masks that ``class_mask`` leaves, whose
-    rows carry borders of the largest dilation on both sides.
+    As published, soft output is scaled by (1 + w2)**num_iter: compare or normalize it, don't threshold it. Extra memory
+    on the CPU: the weights, ``B*8*len(dilations)*H*W`` floats, and two buffers of the masks selected by ``class_mask``,
+    whose rows have borders of the largest dilation on both sides.
 
     Args:
         images: [B, 3, H, W].
-        masks: [B, C, Hm, Wm]; differentiable. If the type differs from that of ``images``, both are promoted.
-        resize: where the sizes differ, ``"mask_to_image"`` (AFA) or ``"image_to_mask"`` (WeCLIP family),
+        masks: [B, C, Hm, Wm]; differentiable. If its dtype differs from that of ``images``, both are promoted.
+        resize: if the sizes differ, ``"mask_to_image"`` (AFA) or ``"image_to_mask"`` (WeCLIP family),
             bilinear with align_corners=True.
         dilations, num_iter, w1, w2, class_mask: as in the two steps.
 
@@ -146,7 +147,7 @@ def par_refine(
         [B, C, H, W], or [B, C, Hm, Wm] with ``resize="image_to_mask"``.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated, or ``images`` requires grad.
+        TypeError, ValueError: an argument is invalid, or ``images`` requires grad.
     """
     images, masks = _prepare(images, masks, class_mask, resize)
     weights = par_affinity(images, dilations=dilations, w1=w1, w2=w2)
@@ -162,9 +163,10 @@ def pamr_refine(
     class_mask: Tensor | None = None,
     resize: str = "mask_to_image",
 ) -> Tensor:
-    """Refines masks along the colours of their images: :func:`pamr_affinity`, then :func:`par_propagate`.
+    """Refines masks by the colors of their images: :func:`pamr_affinity`, then :func:`par_propagate`.
 
-    Args, returns and raises as :func:`par_refine`, without ``w1`` and ``w2``; soft output keeps its sum.
+    Arguments, return value and errors are those of :func:`par_refine`, without ``w1`` and ``w2``; soft output is not
+    scaled.
     """
     images, masks = _prepare(images, masks, class_mask, resize)
     weights = pamr_affinity(images, dilations=dilations)
@@ -172,7 +174,7 @@ def pamr_refine(
 
 
 def _prepare(images: Tensor, masks: Tensor, class_mask: Tensor | None, resize: str) -> tuple[Tensor, Tensor]:
-    """Checked, of one size, and in float32 under autocast."""
+    """Check the inputs, resize them to one size, and convert them to float32 under autocast."""
     images, masks = autocast_to_float32(images, masks)
     check_par_refine(images, masks, class_mask, resize)
     check_no_grad("images", images)
@@ -194,7 +196,7 @@ def _propagate(
 
 
 class _Refinement(nn.Module):
-    """What PAR and PAMR share. It holds no state: the published modules' buffers are constants."""
+    """Base class of PAR and PAMR. It has no state: the published modules' buffers are constants."""
 
     published_buffers: ClassVar[frozenset[str]]
 
@@ -219,21 +221,21 @@ class _Refinement(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Ignores the buffers that a checkpoint of the published module stores; anything else is unexpected."""
+        """Ignores the buffers that a checkpoint of the published module stores; other keys are unexpected."""
         known = {prefix + name for name in self.published_buffers}
         if strict:
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
 
 
 class PAR(_Refinement):
-    """Takes the place of the module of this name in AFA and the codebases that copied it (ToCo, DuPL, SeCo, ...).
+    """Drop-in replacement for the module of this name in AFA and the codebases that copied it (ToCo, DuPL, SeCo, ...).
 
-    Same constructor and forward arguments. It holds no state: checkpoints that store the published module's
-    buffer under its name load, and that entry is ignored. Where WeCLIP, WeCLIP+ and ExCEL import their PAR, which
-    resizes the image to the mask, write ``PAR = functools.partial(afa_ext.PAR, resize="image_to_mask")``.
+    Same constructor and forward arguments. The module has no state: checkpoints with the published module's buffer can
+    be loaded, and that entry is ignored. The PAR of WeCLIP, WeCLIP+ and ExCEL resizes the image to the mask; replace
+    its import by ``PAR = functools.partial(afa_ext.PAR, resize="image_to_mask")``.
 
     Raises:
-        TypeError, ValueError: ``dilations``, ``num_iter`` or ``resize`` is not as in :func:`par_refine`.
+        TypeError, ValueError: ``dilations``, ``num_iter`` or ``resize`` is invalid, see :func:`par_refine`.
     """
 
     published_buffers = frozenset({"kernel"})
@@ -257,14 +259,14 @@ class PAR(_Refinement):
 
 
 class PAMR(_Refinement):
-    """Takes the place of the module of this name in 1-stage-wseg and the codebases that copied it.
+    """Drop-in replacement for the module of this name in 1-stage-wseg and the codebases that copied it.
 
-    Same constructor and forward arguments (``num_iter`` comes first; the published use is 10 and
-    ``[1, 2, 4, 8, 12, 24]``). It holds no state: checkpoints that store the published module's buffers under its
-    name load, and those entries are ignored.
+    Same constructor and forward arguments (``num_iter`` comes first; the published settings are 10 and
+    ``[1, 2, 4, 8, 12, 24]``). The module has no state: checkpoints with the published module's buffers can be loaded,
+    and those entries are ignored.
 
     Raises:
-        TypeError, ValueError: ``num_iter``, ``dilations`` or ``resize`` is not as in :func:`pamr_refine`.
+        TypeError, ValueError: ``num_iter``, ``dilations`` or ``resize`` is invalid, see :func:`pamr_refine`.
     """
 
     published_buffers = frozenset({"aff_x.kernel", "aff_m.kernel", "aff_std.kernel"})

@@ -1,12 +1,17 @@
-"""Random-walk propagation: score maps spread over a token grid along a pairwise affinity.
+"""Random-walk propagation: spreads score maps over a token grid with a pairwise affinity.
 
-With a radius only the window of the affinity is read and every step costs O(N * window * C); the N x N transition
-matrix is neither formed nor squared.
+With a radius, only the window of the affinity is read and every step costs O(N * window * C); the N x N transition
+matrix is neither computed nor squared.
 
-Which walk is which: AFA is :func:`random_walk` or :func:`propagate_cams` on a learned affinity, IRN
-:func:`propagate_to_edge`, PSA and SEAM :func:`afa_ext.feature_affinity` with ``window="disc", radius=5, power=8,
-steps=2**8`` (SEAM 2**6), the CLIP-based methods (CLIP-ES, WeCLIP, ExCEL) ``power=1, steps=2, normalize="sinkhorn",
-eps=0, direction="rows", boxes=...`` and MCTformer ``power=1, normalize=None, direction="rows"``.
+The walks of published methods:
+
+- AFA: :func:`random_walk` or :func:`propagate_cams` on a learned affinity
+- IRN: :func:`propagate_to_edge`
+- PSA, SEAM: :func:`afa_ext.feature_affinity`, then :func:`random_walk` with ``window="disc", radius=5, power=8,
+  steps=2**8`` (SEAM: ``2**6``)
+- CLIP-based methods (CLIP-ES, WeCLIP, ExCEL): :func:`random_walk` with ``power=1, steps=2, normalize="sinkhorn", eps=0,
+  direction="rows", boxes=...``
+- MCTformer: :func:`random_walk` with ``power=1, normalize=None, direction="rows"``
 """
 
 from __future__ import annotations
@@ -49,42 +54,42 @@ def random_walk(
     direction: str = "columns",
     boxes: Tensor | None = None,
 ) -> Tensor:
-    """``scores @ P**steps`` with P the normalised elementwise power of the affinity.
+    """``scores @ P**steps``, where P is the normalized elementwise power of the affinity.
 
-    The defaults are AFA's ("Learning Affinity from Attention", CVPR 2022, section 3.2); 2**k steps are k squarings
-    of P. Differentiable in ``scores`` and ``affinity``.
+    The defaults are those of AFA ("Learning Affinity from Attention", CVPR 2022, section 3.2); 2**k steps are
+    equivalent to squaring P k times. Differentiable with respect to ``scores`` and ``affinity``.
 
     Args:
         scores: [B, C, h, w].
         affinity: dense [B, N, N] with N = h*w, entry (i, j) from node i to node j; or, with a radius, windowed
             [B, N, window], entry (i, k) from node i to node i + offset k in the order of
-            :func:`afa_ext.window_offsets` (where both sizes are equal it is read as dense).
-            Same type and device as ``scores``.
-        grid: (h, w), the two sizes of the token grid.
-        radius: None for the whole matrix; else 0 to 63, and entries outside the window count as 0.
+            :func:`afa_ext.window_offsets` (if both sizes are equal, the affinity is dense).
+            Same dtype and device as ``scores``.
+        grid: (h, w), the size of the token grid.
+        radius: None for the whole matrix; otherwise 0 to 63, and entries outside the window are treated as 0.
         window: ``"square"``, Chebyshev distance up to the radius (AFA); ``"disc"``, y*y + x*x < r*r (PSA, IRN).
-        power: elementwise exponent, greater than 0. A fractional one needs a non-negative affinity.
+        power: elementwise exponent, greater than 0. A fractional exponent requires a non-negative affinity.
         steps: number of applications, at least 0.
-        normalize: ``"column"`` divides by column sum + eps, ``"row"`` by row sum + eps, ``"sinkhorn"`` does three
-            rounds of column then row and ends with (P + P^T) / 2, None leaves the powers.
+        normalize: ``"column"`` divides by column sum + eps, ``"row"`` by row sum + eps. ``"sinkhorn"`` normalizes
+            columns, then rows, three times, and returns (P + P^T) / 2. None: no normalization.
         eps: added to each sum.
-        direction: ``"columns"``, a node sums over its column of P: scores @ P**steps; ``"rows"``, over its row:
-            P**steps @ scores (CLIP-based methods, MCTformer).
-        boxes: int64 or int32 [B, C, 4], or [B, C, M, 4] for M boxes a class, in tokens: x0, y0, x1, y1, the ends
-            excluded. The columns of P**steps outside a class's boxes are 0 for that class (CLIP-based methods). A
-            box without tokens counts for nothing, so that it can pad a list.
+        direction: ``"columns"``: scores @ P**steps, a node sums over its column of P; ``"rows"``: P**steps @ scores, a
+            node sums over its row (CLIP-based methods, MCTformer).
+        boxes: int64 or int32 [B, C, 4], or [B, C, M, 4] for M boxes per class, in tokens: x0, y0, x1, y1; x1 and y1
+            are exclusive. The columns of P**steps outside a class's boxes are 0 for that class (CLIP-based methods). A
+            box without tokens is ignored, so it can be used as padding.
 
     Returns:
-        [B, C, h, w] in the type of ``scores``; computed in float32 (float64 for float64).
+        [B, C, h, w] in the dtype of ``scores``; computed in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        TypeError, ValueError: an argument is invalid.
     """
     scores, affinity = autocast_to_float32(scores, affinity)
     check_random_walk(scores, affinity, grid, radius, window, power, steps, normalize, eps, direction, boxes)
     if boxes is None:
         return _walk(scores, affinity, radius, window, power, steps, normalize, eps, direction, None)
-    # A column of P is a target of scores @ P, and a source of P @ scores.
+    # A column of P is a target in scores @ P, and a source in P @ scores.
     inside = _inside_boxes(boxes, grid)
     if direction == "rows":
         scores = scores * inside
@@ -105,22 +110,22 @@ def propagate_cams(
 ) -> Tensor:
     """AFA's walk over class activation maps with a background map.
 
-    A constant background map is put first, softmax is taken over it and the image's own classes, and the result walks
-    as in :func:`random_walk` (square window, columns normalised); classes an image lacks come out 0 and are not
-    computed. Differentiable in ``cams`` and ``affinity``.
+    A constant background map is prepended, the softmax is taken over it and the image's classes, and the result is
+    propagated by :func:`random_walk` (square window, columns normalized). Classes that an image does not have are not
+    computed, and their result is 0. Differentiable with respect to ``cams`` and ``affinity``.
 
     Args:
         cams: [B, C, h, w].
         affinity: [B, N, N] or [B, N, window], as in :func:`random_walk`.
-        class_labels: [B, C], nonzero where the image has the class.
-        radius: of the square window, or None.
+        class_labels: [B, C], nonzero if the image has the class.
+        radius: radius of the square window, or None.
         background: the background's score before the softmax (AFA: 0.35 low, 0.55 high).
 
     Returns:
-        [B, C+1, h, w], the background first.
+        [B, C+1, h, w], background first.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        TypeError, ValueError: an argument is invalid.
     """
     cams, affinity = autocast_to_float32(cams, affinity)
     check_propagate_cams(cams, class_labels, background)
@@ -134,23 +139,24 @@ def propagate_cams(
 
 
 def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10, exp_times: int = 8) -> Tensor:
-    """IRN's walk, in place of the published function of this name: x * (1 - edge), 2**exp_times steps.
+    """IRN's walk, a drop-in replacement for the published function: 2**exp_times steps from x * (1 - edge).
 
-    :func:`afa_ext.edge_affinity` to the power ``beta``, columns normalised. Differentiable in ``x``.
+    Uses :func:`afa_ext.edge_affinity` to the power ``beta``, with normalized columns. Differentiable with respect to
+    ``x``.
 
     Args:
         x: [C, h, w] or [C, 1, h, w]; [B, C, h, w] for a batch.
-        edge: [1, h, w], boundary probabilities; [B, 1, h, w] for a batch. Type and device of ``x``.
-        radius: 1 to 63, of the disc.
+        edge: [1, h, w], boundary probabilities; [B, 1, h, w] for a batch. Dtype and device of ``x``.
+        radius: radius of the disc, 1 to 63.
         beta: elementwise exponent, greater than 0.
-        exp_times: 0 to 30, the number of squarings the walk stands for.
+        exp_times: 0 to 30; the result is that of squaring the transition matrix this many times.
 
     Returns:
-        [C, 1, h, w], as published; [B, C, h, w] for a batch. In the type of ``x``; computed in float32 (float64 for
+        [C, 1, h, w], as published; [B, C, h, w] for a batch. Has the dtype of ``x``; computed in float32 (float64 for
         float64).
 
     Raises:
-        TypeError, ValueError: an argument is not as stated, or ``edge`` requires grad.
+        TypeError, ValueError: an argument is invalid, or ``edge`` requires grad.
     """
     x, edge = autocast_to_float32(x, edge)
     check_propagate_to_edge(x, edge, radius, beta, exp_times)
@@ -175,8 +181,8 @@ def _inside_boxes(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _with_background(cams: Tensor, class_labels: Tensor, background: float) -> tuple[Tensor, Tensor]:
-    """The softmax over a constant background map and the maps of the image's classes, [B, C+1, h, w], and which maps
-    these are, bool [B, C+1]."""
+    """The softmax over a constant background map and the maps of the image's classes, [B, C+1, h, w], and a mask of
+    these maps, bool [B, C+1]."""
     active = F.pad(class_labels.ne(0), (1, 0), value=True)
     first = cams.new_full((cams.shape[0], 1, *cams.shape[2:]), background)
     maps = torch.cat([first, cams], dim=1)
@@ -220,7 +226,7 @@ def _walk(
 
 
 def _dense_walk(maps: Tensor, a: Tensor, steps: int, normalize: str | None, eps: float, direction: str) -> Tensor:
-    """maps [B, C, N] and the powers a [B, N, N]. Every P here is diag(rows) @ a @ diag(columns), and never formed."""
+    """maps [B, C, N], powers a [B, N, N]. P is always diag(rows) @ a @ diag(columns); it is never computed itself."""
     one = a.new_ones(())
     rows = columns = one
     if normalize == "column":
@@ -243,9 +249,9 @@ def _dense_walk(maps: Tensor, a: Tensor, steps: int, normalize: str | None, eps:
 def _sinkhorn_scales(
     start: Tensor, to_columns: Callable[[Tensor], Tensor], to_rows: Callable[[Tensor], Tensor], eps: float
 ) -> tuple[Tensor, Tensor]:
-    """What three rounds of column then row multiply the rows and the columns by: each division is by a vector.
+    """Factors of the rows and of the columns after three rounds of column, then row normalization.
 
-    ``to_columns(v)`` is v @ A, ``to_rows(v)`` is v @ A^T; ``start`` holds ones.
+    ``to_columns(v)`` is v @ A, ``to_rows(v)`` is v @ A^T; ``start`` is a tensor of ones.
     """
     rows = columns = start
     for _ in range(3):
@@ -255,7 +261,7 @@ def _sinkhorn_scales(
 
 
 def _sinkhorn(p: Tensor, radius: int, window: str, eps: float) -> Tensor:
-    """p [B, window, h, w] by target node -> the same after three rounds of column then row, (P + P^T) / 2."""
+    """p [B, window, h, w] by target node -> (P + P^T) / 2 after three rounds of column, then row normalization."""
     transposed = _ops.walk_transpose(p, radius, window)
 
     def apply(v: Tensor, matrix: Tensor) -> Tensor:
@@ -350,7 +356,7 @@ def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Through the transition, which the forward pass leaves out."""
+    """Backward pass with the transition, which the forward pass does not compute."""
     scores, affinity, class_mask = ctx.saved_tensors
     of_transition = (scores.shape[2], scores.shape[3], *ctx.settings)
     of_propagation = (*ctx.settings[:2], 1, class_mask)

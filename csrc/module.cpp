@@ -1,4 +1,4 @@
-// The Python module afa_ext._C: how it was built, the operators' names, and the variants of the CUDA kernels.
+// The Python module afa_ext._C: build settings, the operators' names, and the variants of the CUDA kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -80,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info", &build_info,
       "How this library was built: compiler, CUDA version and architectures (None without CUDA), the version "
-      "of the torch headers, the SIMD levels it holds and the one in use.");
+      "of the torch headers, the compiled SIMD levels and the one in use.");
   m.def(
       "operators",
       [] {
@@ -90,12 +90,13 @@ PYBIND11_MODULE(_C, m) {
       },
       "The names of all registered operators.");
   using pybind11::arg;
-  m.def("kernel_variants", &kernel_variants,
-        "Every CUDA kernel that is compiled in several variants: its name, its variants, how often one was "
-        "picked "
-        "in this process, and the last one (None before).");
+  m.def(
+      "kernel_variants", &kernel_variants,
+      "All CUDA kernels that have several compiled variants: name, variants, how often a variant was picked "
+      "in this process, and the last one picked (None if there is none).");
   m.def("force_variant", &force_variant, arg("kernel"), arg("variant"),
-        "Launches this variant of a kernel at every call, whatever the rule; None: by the rule again.");
+        "Launches this variant of a kernel at every call instead of the rule's choice; None: use the rule "
+        "again.");
   m.def("pick_variant", &pick_variant, arg("kernel"), arg("by_rule"),
-        "The variant that a launch picks where this is the rule's.");
+        "The variant that a launch uses if the rule chooses this one.");
 }

@@ -1,11 +1,11 @@
-// The list of all operators: names and schemas. ops.cpp registers it, module.cpp shows it to Python.
+// The list of all operators: names and schemas. ops.cpp registers it, module.cpp exposes it to Python.
 #pragma once
 
 // One line per operator: X(name, "arguments -> results"). Shapes: images [B, 3, H, W]; masks, scores and
 // their gradients [B, C, H, W]; weights [B, 8*len(dilations), H, W]; affinity [B, N, N or window]; transition
 // and window affinities by offset [B, window, h, w]; class_mask, present bool [B, C]; class_index int64 [B,
 // C]; box int64 [B, 4]; attention [B, K, N, N]; weight [K]; bias [1]; tokens int64 [B, h, w]; labels uint8,
-// like affinity; sums [3]: the loss and the weights of a same and of a different pair.
+// like affinity; sums [3]: the loss and the weights of pairs of the same and of different classes.
 #define AFA_OPERATORS(X)                                                                                   \
   X(par_affinity, "(Tensor images, int[] dilations, float w1, float w2) -> Tensor")                        \
   X(pamr_affinity, "(Tensor images, int[] dilations) -> Tensor")                                           \

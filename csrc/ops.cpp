@@ -1,4 +1,4 @@
-// The only place operators are registered: schemas, and for each dispatch key the functions that serve them.
+// Registers all operators: schemas, and the functions for each dispatch key.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>

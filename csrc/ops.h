@@ -1,5 +1,5 @@
-// Every operator's host functions, as ops.cpp registers them: name_cpu and name_cuda, with one signature.
-// Shapes and meaning: the schemas there.
+// The host functions of all operators, as registered in ops.cpp: name_cpu and name_cuda, with one signature.
+// For shapes and meaning see the schemas in operators.h.
 #pragma once
 
 #include <optional>
@@ -15,8 +15,8 @@
 namespace afa {
 
 AFA_DECLARE(par_affinity, const Tensor& images, const std::vector<int64_t>& dilations, double w1, double w2);
-// As par_affinity_cuda, not registered. extent, int64 [B, 2]: of image b only its first extent[b] = (rows,
-// columns) count; the rest of the output is undefined.
+// Like par_affinity_cuda, but not registered. extent, int64 [B, 2]: only the first extent[b] = (rows,
+// columns) of image b are used; the rest of the output is undefined.
 Tensor par_affinity_within_cuda(const Tensor& images, const std::vector<int64_t>& dilations, double w1,
                                 double w2, const std::optional<Tensor>& extent);
 AFA_DECLARE(pamr_affinity, const Tensor& images, const std::vector<int64_t>& dilations);
@@ -65,7 +65,7 @@ AFA_DECLARE(affinity_from_attention, const Tensor& attention, const Tensor& weig
 AFA_DECLARE(affinity_from_attention_backward_attention, const Tensor& grad, const Tensor& affinity,
             const Tensor& weight, int64_t height, int64_t width, std::optional<int64_t> radius,
             bool windowed);
-// [K + 1]: the gradients of weight, then that of bias.
+// [K + 1]: the gradient of weight, then that of bias.
 AFA_DECLARE(affinity_from_attention_backward_weight, const Tensor& grad, const Tensor& affinity,
             const Tensor& attention, int64_t height, int64_t width, std::optional<int64_t> radius,
             bool windowed);

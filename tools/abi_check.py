@@ -108,7 +108,7 @@ def main() -> None:
             result = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
             if result.returncode == 0:
                 print(result.stdout.strip(), flush=True)
-            elif "this processor lacks" in result.stderr or "this build does not hold" in result.stderr:
+            elif "this processor lacks" in result.stderr or "this build does not contain" in result.stderr:
                 print(f"{level}: not on this machine")
             else:
                 sys.exit(f"the library does not work under {python}:\n{result.stderr.strip()}")

@@ -1,7 +1,7 @@
-"""The operators in plain PyTorch: same names, same arguments, written to be read as their definition.
+"""Reference implementations of the operators in plain PyTorch, with the same names and arguments.
 
-The tests hold the native kernels to these. They run on any device and are differentiable in every
-floating-point input, at the price of time and memory.
+They serve as the operators' definitions, and the tests compare the native kernels with them. They run on any device and
+are differentiable with respect to every floating-point input, but need more time and memory.
 """
 
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss

@@ -10,7 +10,7 @@ from .window import window_mask, window_offsets
 
 
 def windowed_pairs(dense: Tensor, grid: tuple[int, int], radius: int, outside: float) -> Tensor:
-    """[B, N, N] -> [B, N, (2*radius+1)**2]: at [b, i, k] the pair (i, i + offset k); `outside` off the grid."""
+    """[B, N, N] -> [B, N, (2*radius+1)**2]: entry [b, i, k] is the pair (i, i + offset k); `outside` off the grid."""
     height, width = grid
     batch, nodes, _ = dense.shape
     dy, dx = torch.tensor(window_offsets(radius), device=dense.device).unbind(1)
@@ -29,7 +29,7 @@ def affinity_from_attention(
     grid: tuple[int, int] | None = None,
     radius: int | None = None,
 ) -> Tensor:
-    """Twin of :func:`afa_ext.affinity_from_attention`."""
+    """Reference implementation of :func:`afa_ext.affinity_from_attention`."""
     grid = check_affinity_from_attention(attention, weight, bias, grid, radius)
     wide = torch.float64 if attention.dtype == torch.float64 else torch.float32
     symmetric = attention.to(wide) + attention.to(wide).mT
@@ -45,7 +45,7 @@ def affinity_from_attention(
 def affinity_labels(
     label_map: Tensor, *, stride: int = 16, radius: int, ignore_index: int = 255, windowed: bool = False
 ) -> Tensor:
-    """Twin of :func:`afa_ext.affinity_labels`."""
+    """Reference implementation of :func:`afa_ext.affinity_labels`."""
     check_affinity_labels(label_map, stride, radius, ignore_index, windowed)
     tokens = label_map[:, ::stride, ::stride]
     grid = (tokens.shape[1], tokens.shape[2])
@@ -60,7 +60,7 @@ def affinity_labels(
 
 
 def affinity_loss(affinity: Tensor, labels: Tensor) -> Tensor:
-    """Twin of :func:`afa_ext.affinity_loss`."""
+    """Reference implementation of :func:`afa_ext.affinity_loss`."""
     check_affinity_loss(affinity, labels)
     wide = affinity if affinity.dtype == torch.float64 else affinity.float()
     same, different = labels == 1, labels == 0

@@ -1,5 +1,5 @@
-"""Pseudo labels from class activation maps (AFA, CVPR 2022, section 3.3) in plain PyTorch, the way they were
-published: image by image, and the whole refinement once for each background score.
+"""Pseudo labels from class activation maps (AFA, CVPR 2022, section 3.3) in plain PyTorch, as published: one image at a
+time, with a separate refinement for each background score.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .par import DILATIONS, par_affinity, par_propagate, par_refine
 
 
 def shrink(x: Tensor, downscale: int) -> Tensor:
-    """[B, C, H, W] at 1/downscale of its size, bilinear."""
+    """[B, C, H, W] -> [B, C, H//downscale, W//downscale] (at least one pixel), bilinear."""
     size = [max(1, side // downscale) for side in x.shape[2:]]
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def present_classes(class_labels: Tensor, image: int, max_classes: int | None) -> Tensor:
-    """The classes of one image, by number."""
+    """The class numbers of one image."""
     present = class_labels.nonzero()[:, 0]
     if max_classes is not None and len(present) > max_classes:
         raise RuntimeError(f"max_classes is {max_classes}, but image {image} has {len(present)} classes")
@@ -40,7 +40,7 @@ def refined_scores(
     w1: float = 0.3,
     w2: float = 0.01,
 ) -> Tensor:
-    """CAMs [B, K, H, W] of classes all present, against a background score: [B, K+1, H, W], background first."""
+    """CAMs [B, K, H, W] of present classes and a background score -> [B, K+1, H, W], background first."""
     scores = F.pad(cams, (0, 0, 0, 0, 1, 0), value=background)
     scores = shrink(scores, downscale).softmax(dim=1)
     if weights is None:
@@ -68,7 +68,7 @@ def pseudo_labels(
     w2: float = 0.01,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Twin of :func:`afa_ext.pseudo_labels`."""
+    """Reference implementation of :func:`afa_ext.pseudo_labels`."""
     dilations = check_pseudo_labels(
         images,
         cams,
@@ -91,7 +91,7 @@ def pseudo_labels(
     labels = torch.zeros(batch, height, width, dtype=torch.int64, device=cams.device)
     if labels.numel() == 0:
         return labels
-    colours = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
+    colors = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
     if class_index is None:
         class_index = torch.arange(classes, device=cams.device).expand(batch, classes)
     for i in range(batch):
@@ -100,7 +100,7 @@ def pseudo_labels(
         against_low, against_high = (
             numbers[
                 refined_scores(
-                    colours[i : i + 1],
+                    colors[i : i + 1],
                     cams[i : i + 1, present].to(wide),
                     background,
                     weights=None if weights is None else weights[i : i + 1],
@@ -134,14 +134,14 @@ def refined_in_box(
     w1: float = 0.3,
     w2: float = 0.01,
 ) -> Tensor:
-    """Scores [B, M, h, w] over images [B, 3, H, W], enlarged, cut to the box that all share and refined there."""
+    """Scores [B, M, h, w] of images [B, 3, H, W], upsampled, cropped to the box that all share, and refined there."""
     y0, y1, x0, x1 = box
     maps = F.interpolate(scores, size=images.shape[2:], mode="bilinear", align_corners=False)[:, :, y0:y1, x0:x1]
-    colours = shrink(images[:, :, y0:y1, x0:x1], downscale)
+    colors = shrink(images[:, :, y0:y1, x0:x1], downscale)
     if weights is None:
-        refined = par_refine(colours, maps, dilations=dilations, num_iter=num_iter, w1=w1, w2=w2)
+        refined = par_refine(colors, maps, dilations=dilations, num_iter=num_iter, w1=w1, w2=w2)
     else:
-        small = F.interpolate(maps, size=colours.shape[2:], mode="bilinear", align_corners=True)
+        small = F.interpolate(maps, size=colors.shape[2:], mode="bilinear", align_corners=True)
         refined = par_propagate(weights, small, dilations=dilations, num_iter=num_iter)
     return F.interpolate(refined, size=maps.shape[2:], mode="bilinear", align_corners=False)
 
@@ -164,7 +164,7 @@ def refine_labels(
     w2: float = 0.01,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Twin of :func:`afa_ext.refine_labels`."""
+    """Reference implementation of :func:`afa_ext.refine_labels`."""
     dilations = check_refine_labels(
         images,
         scores,
@@ -185,7 +185,7 @@ def refine_labels(
     classes = scores.shape[1] - 1
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     labels = torch.full((batch, height, width), ignore_index, device=scores.device)
-    colours = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
+    colors = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
     if class_index is None:
         class_index = torch.arange(classes, device=scores.device).expand(batch, classes)
     for i in range(batch):
@@ -198,7 +198,7 @@ def refine_labels(
         against_low, against_high = (
             numbers[
                 refined_in_box(
-                    colours[i : i + 1],
+                    colors[i : i + 1],
                     given[i : i + 1, maps].to(wide),
                     (y0, y1, x0, x1),
                     weights=None if weights is None else weights[i : i + 1],

@@ -11,7 +11,7 @@ from .window import window_offsets
 
 
 def path_points(dy: int, dx: int) -> list[tuple[int, int]]:
-    """The grid points from (0, 0) to (dy, dx) in the box around the segment, nearer than 1 to its line."""
+    """Grid points in the bounding box of the segment from (0, 0) to (dy, dx), at distance less than 1 to its line."""
     length = dy * dy + dx * dx
     return [
         (y, x)
@@ -22,19 +22,19 @@ def path_points(dy: int, dx: int) -> list[tuple[int, int]]:
 
 
 def _shifted(planes: Tensor, dy: int, dx: int, reach: int) -> Tensor:
-    """At each node what lies at the node plus (dy, dx), of planes padded by ``reach`` on every side."""
+    """The value at node + (dy, dx) for each node, from planes padded by ``reach`` on every side."""
     height, width = planes.shape[-2] - 2 * reach, planes.shape[-1] - 2 * reach
     return planes[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width]
 
 
 def _within_grid(grid: tuple[int, int], radius: int, device: torch.device) -> Tensor:
-    """bool [window, h, w]: True where the node's neighbour at that offset lies in the grid."""
+    """bool [window, h, w]: True if the node's neighbor at that offset is in the grid."""
     inside = F.pad(torch.ones(grid, dtype=torch.bool, device=device), [radius] * 4)
     return torch.stack([_shifted(inside, dy, dx, radius) for dy, dx in window_offsets(radius, "disc")])
 
 
 def edge_affinity(edge: Tensor, radius: int) -> Tensor:
-    """Twin of :func:`afa_ext.edge_affinity`."""
+    """Reference implementation of :func:`afa_ext.edge_affinity`."""
     check_edge_affinity(edge, radius)
     edge = edge.flatten(0, -3)
     wide = edge if edge.dtype == torch.float64 else edge.float()
@@ -52,7 +52,7 @@ def edge_affinity(edge: Tensor, radius: int) -> Tensor:
 
 
 def feature_affinity(features: Tensor, radius: int) -> Tensor:
-    """Twin of :func:`afa_ext.feature_affinity`."""
+    """Reference implementation of :func:`afa_ext.feature_affinity`."""
     check_feature_affinity(features, radius)
     wide = features if features.dtype == torch.float64 else features.float()
     padded = F.pad(wide, [radius] * 4)

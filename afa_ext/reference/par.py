@@ -1,7 +1,7 @@
-"""Pixel-adaptive refinement (PAR; AFA, CVPR 2022, section 3.3) and its older sibling PAMR (1-stage-wseg, CVPR 2020,
-section 3.3) in plain PyTorch, the way they were published.
+"""Pixel-adaptive refinement (PAR; AFA, CVPR 2022, section 3.3) and its predecessor PAMR (1-stage-wseg, CVPR 2020,
+section 3.3) in plain PyTorch, as published.
 
-Neighbours are fetched by a convolution with eight one-hot 3x3 kernels over a padded copy, once per dilation.
+A convolution of a padded copy with eight one-hot 3x3 kernels gathers the neighbors of each dilation.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ DILATIONS = (1, 2, 4, 8, 12, 24)
 RING = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 
 
-def neighbours(x: Tensor, dilations: Sequence[int]) -> Tensor:
-    """[B, C, H, W] -> [B, C, 8*len(dilations), H, W]: the ring at every dilation, borders replicated."""
+def neighbors(x: Tensor, dilations: Sequence[int]) -> Tensor:
+    """[B, C, H, W] -> [B, C, 8*len(dilations), H, W]: the 8 neighbors at every dilation, borders replicated."""
     batch, channels, height, width = x.shape
     pick = x.new_zeros(8, 1, 3, 3)
     for index, (dy, dx) in enumerate(RING):
@@ -34,7 +34,7 @@ def neighbours(x: Tensor, dilations: Sequence[int]) -> Tensor:
 
 
 def position_weights(dilations: Sequence[int], w1: float) -> Tensor:
-    """Softmax over the neighbours of the position logits: float64 [8*len(dilations)]."""
+    """Softmax of the position logits over the neighbors: float64 [8*len(dilations)]."""
     distance = torch.tensor(
         [d * math.sqrt(dy * dy + dx * dx) for d in dilations for dy, dx in RING], dtype=torch.float64
     )
@@ -49,29 +49,29 @@ def par_affinity(
     w1: float = 0.3,
     w2: float = 0.01,
 ) -> Tensor:
-    """Twin of :func:`afa_ext.par_affinity`."""
+    """Reference implementation of :func:`afa_ext.par_affinity`."""
     dilations = check_par_affinity(images, dilations, w1, w2)
     wide = images if images.dtype == torch.float64 else images.float()  # sigma near 0 overflows half precision
     if wide.numel() == 0:
         return images.new_empty(images.shape[0], 8 * len(dilations), *images.shape[2:])
-    ring = neighbours(wide, dilations)
+    ring = neighbors(wide, dilations)
     difference = (ring - wide.unsqueeze(2)).abs()
     sigma = ring.std(dim=2, keepdim=True)
     logits = -((difference / ((sigma + 1e-8) * w1)) ** 2)
-    colour = logits.mean(dim=1).softmax(dim=1)
-    position = position_weights(dilations, w1).to(colour)
-    return (colour + w2 * position.view(1, -1, 1, 1)).to(images.dtype)
+    color = logits.mean(dim=1).softmax(dim=1)
+    position = position_weights(dilations, w1).to(color)
+    return (color + w2 * position.view(1, -1, 1, 1)).to(images.dtype)
 
 
 def pamr_affinity(images: Tensor, *, dilations: Sequence[int] = DILATIONS) -> Tensor:
-    """Twin of :func:`afa_ext.pamr_affinity`."""
+    """Reference implementation of :func:`afa_ext.pamr_affinity`."""
     dilations = check_pamr_affinity(images, dilations)
     wide = images if images.dtype == torch.float64 else images.float()
     if wide.numel() == 0:
         return images.new_empty(images.shape[0], 8 * len(dilations), *images.shape[2:])
-    ring, centre = neighbours(wide, dilations), wide.unsqueeze(2)
-    sigma = torch.cat([ring, centre.expand(-1, -1, len(dilations), -1, -1)], dim=2).std(dim=2, keepdim=True)
-    logits = -(ring - centre).abs() / (1e-8 + 0.1 * sigma)
+    ring, center = neighbors(wide, dilations), wide.unsqueeze(2)
+    sigma = torch.cat([ring, center.expand(-1, -1, len(dilations), -1, -1)], dim=2).std(dim=2, keepdim=True)
+    logits = -(ring - center).abs() / (1e-8 + 0.1 * sigma)
     return logits.mean(dim=1).softmax(dim=1).to(images.dtype)
 
 
@@ -83,7 +83,7 @@ def par_propagate(
     num_iter: int = 10,
     class_mask: Tensor | None = None,
 ) -> Tensor:
-    """Twin of :func:`afa_ext.par_propagate`."""
+    """Reference implementation of :func:`afa_ext.par_propagate`."""
     dilations = check_par_propagate(weights, masks, dilations, num_iter, class_mask)
     wide = masks if masks.dtype == torch.float64 else masks.float()
     weights = weights.to(wide.dtype)
@@ -91,7 +91,7 @@ def par_propagate(
         wide = wide.masked_fill(~class_mask[:, :, None, None], 0)
     if wide.numel():
         for _ in range(num_iter):
-            wide = (neighbours(wide, dilations) * weights.unsqueeze(1)).sum(dim=2)
+            wide = (neighbors(wide, dilations) * weights.unsqueeze(1)).sum(dim=2)
     if class_mask is not None:  # again: 0 times a NaN weight is NaN
         wide = wide.masked_fill(~class_mask[:, :, None, None], 0)
     return wide.to(masks.dtype)
@@ -108,7 +108,7 @@ def par_refine(
     class_mask: Tensor | None = None,
     resize: str = "mask_to_image",
 ) -> Tensor:
-    """Twin of :func:`afa_ext.par_refine`."""
+    """Reference implementation of :func:`afa_ext.par_refine`."""
     images, masks = of_one_size(images, masks, class_mask, resize)
     weights = par_affinity(images, dilations=dilations, w1=w1, w2=w2)
     return propagate(weights, masks, dilations, num_iter, class_mask)
@@ -123,7 +123,7 @@ def pamr_refine(
     class_mask: Tensor | None = None,
     resize: str = "mask_to_image",
 ) -> Tensor:
-    """Twin of :func:`afa_ext.pamr_refine`."""
+    """Reference implementation of :func:`afa_ext.pamr_refine`."""
     images, masks = of_one_size(images, masks, class_mask, resize)
     weights = pamr_affinity(images, dilations=dilations)
     return propagate(weights, masks, dilations, num_iter, class_mask)
@@ -148,7 +148,7 @@ def propagate(
 
 
 class PAR(nn.Module):
-    """Twin of :class:`afa_ext.PAR`."""
+    """Reference implementation of :class:`afa_ext.PAR`."""
 
     def __init__(self, dilations: Sequence[int], num_iter: int, *, resize: str = "mask_to_image") -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class PAR(nn.Module):
 
 
 class PAMR(nn.Module):
-    """Twin of :class:`afa_ext.PAMR`."""
+    """Reference implementation of :class:`afa_ext.PAMR`."""
 
     def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,), *, resize: str = "mask_to_image") -> None:
         super().__init__()

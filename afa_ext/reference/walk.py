@@ -19,7 +19,7 @@ def dense_affinity(affinity: Tensor, grid: tuple[int, int], radius: int, window:
     source = torch.arange(nodes, device=affinity.device).unsqueeze(1)
     y, x = source // width + dy, source % width + dx
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    target = torch.where(inside, y * width + x, nodes)  # a spare column takes what leaves the grid
+    target = torch.where(inside, y * width + x, nodes)  # an extra column receives the entries outside the grid
     dense = affinity.new_zeros(batch, nodes, nodes + 1)
     return dense.scatter(2, target.expand(batch, -1, -1), affinity)[:, :, :nodes]
 
@@ -27,7 +27,7 @@ def dense_affinity(affinity: Tensor, grid: tuple[int, int], radius: int, window:
 def transition_matrix(
     affinity: Tensor, power: float, normalize: str | None, eps: float, inside: Tensor | None = None
 ) -> Tensor:
-    """Elementwise power of a dense [B, N, N], 0 where ``inside`` [N, N] is False, then normalisation."""
+    """Elementwise power of a dense [B, N, N], set to 0 where ``inside`` [N, N] is False, then normalized."""
     p = affinity**power
     if inside is not None:
         p = p.masked_fill(~inside, 0)
@@ -57,7 +57,7 @@ def random_walk(
     direction: str = "columns",
     boxes: Tensor | None = None,
 ) -> Tensor:
-    """Twin of :func:`afa_ext.random_walk`."""
+    """Reference implementation of :func:`afa_ext.random_walk`."""
     check_random_walk(scores, affinity, grid, radius, window, power, steps, normalize, eps, direction, boxes)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     dense = affinity.to(wide)
@@ -92,7 +92,7 @@ def box_mask(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10, exp_times: int = 8) -> Tensor:
-    """Twin of :func:`afa_ext.propagate_to_edge`; squares the transition matrix, as published."""
+    """Reference implementation of :func:`afa_ext.propagate_to_edge`; squares the transition matrix, as published."""
     check_propagate_to_edge(x, edge, radius, beta, exp_times)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     grid = (edge.shape[-2], edge.shape[-1])
@@ -106,7 +106,7 @@ def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10
 
 
 def class_scores(cams: Tensor, class_labels: Tensor, background: float) -> tuple[Tensor, Tensor]:
-    """[B, C+1, h, w], a constant background map and the present classes' maps, softmax over those; bool [B, C+1]."""
+    """Softmax over a constant background map and the present classes' maps, [B, C+1, h, w]; their mask [B, C+1]."""
     scores = F.pad(cams, (0, 0, 0, 0, 1, 0), value=background)
     present = F.pad(class_labels != 0, (1, 0), value=True)
     return scores.masked_fill(~present[:, :, None, None], float("-inf")).softmax(dim=1), present
@@ -123,7 +123,7 @@ def propagate_cams(
     steps: int = 1,
     eps: float = 0.1,
 ) -> Tensor:
-    """Twin of :func:`afa_ext.propagate_cams`."""
+    """Reference implementation of :func:`afa_ext.propagate_cams`."""
     check_propagate_cams(cams, class_labels, background)
     grid = (cams.shape[2], cams.shape[3])
     check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, scores_name="cams")

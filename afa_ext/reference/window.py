@@ -18,7 +18,7 @@ def window_offsets(radius: int, window: str = "square") -> list[tuple[int, int]]
 
 
 def window_mask(grid: tuple[int, int], radius: int, window: str, device: torch.device) -> Tensor:
-    """bool [N, N]: True where node j lies in the window around node i."""
+    """bool [N, N]: True if node j is in the window around node i."""
     y = torch.arange(grid[0], device=device).repeat_interleave(grid[1])
     x = torch.arange(grid[1], device=device).repeat(grid[0])
     dy, dx = (y[:, None] - y).abs(), (x[:, None] - x).abs()

@@ -36,7 +36,7 @@ void check_weight(const Tensor& weight, int64_t maps, const Tensor& like, const 
   check_like(weight, "weight", like, like_name);
 }
 
-// The pairs of `grad` and `affinity`, and what the backward passes share of the parameters.
+// The pairs of `grad` and `affinity`, and the parameters common to the backward passes.
 AffinityParams backward_params(const Tensor& grad, const Tensor& affinity, int64_t height, int64_t width,
                                std::optional<int64_t> radius, bool windowed) {
   AffinityParams p;
@@ -51,7 +51,7 @@ AffinityParams backward_params(const Tensor& grad, const Tensor& affinity, int64
   return p;
 }
 
-// Sums of a task's own, from the start of a cache line on.
+// Each task's own sums, aligned to a cache line.
 class Scratch {
  public:
   Scratch(int64_t count, const Tensor& like)
@@ -313,7 +313,7 @@ Tensor affinity_from_attention_cuda(const Tensor& attention, const Tensor& weigh
   AffinityParams p = check_forward(attention, weight, bias, height, width, radius, windowed);
   const CudaScope scope(attention);
   const int64_t nodes = nodes_of(p.pairs), size = pairs_of_node(p.pairs);
-  // The kernel writes the pairs inside the window only.
+  // The kernel writes only the pairs inside the window.
   const Tensor affinity = radius ? zeros(attention, {p.pairs.batch, nodes, size}, attention.scalar_type())
                                  : empty(attention, {p.pairs.batch, nodes, size}, attention.scalar_type());
   if (affinity.numel() == 0) return affinity;

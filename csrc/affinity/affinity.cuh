@@ -1,9 +1,9 @@
-// What the affinity kernels share: the walk over pairs of tiles, and sums over a block's threads.
+// Common code of the affinity kernels: the loop over pairs of tiles, and sums over a block's threads.
 //
-// The N x N pairs of nodes are cut into tiles of 32 x 32. A block owns a tile and its mirror image, so that
-// what pair (i, j) and pair (j, i) share is read or computed once. Maps are read and their gradients written
-// in vectors of 16 bytes, each entry once. Where rows or tensors do not begin at a multiple of 16 bytes, the
-// same kernels take one value at a time. Only the tiles that may meet a window are visited.
+// The N x N pairs of nodes are divided into tiles of 32 x 32. A block owns a tile and its mirror image, so
+// values common to the pairs (i, j) and (j, i) are read or computed once. Maps are read and their gradients
+// written in vectors of 16 bytes, each entry once. If rows or tensors are not aligned to 16 bytes, the same
+// kernels process one value at a time. Only tiles that may overlap a window are visited.
 #pragma once
 
 #include "affinity/affinity.h"
@@ -16,8 +16,8 @@ namespace {
 constexpr int kTile = static_cast<int>(kAffinityTile);
 constexpr int kSumThreads = 256;
 
-// Threads of a block whose maps come in vectors of V, and how many of a tile's vectors each owns: the n-th in
-// row own_row(n), all from the same column on.
+// Threads of a block that reads maps in vectors of V, and the number of a tile's vectors that each thread
+// owns: the n-th one is in row own_row(n), all start at the same column.
 template <int V>
 constexpr int kTileThreads = kTile * kTile / V < 256 ? kTile * kTile / V : 256;
 template <int V>
@@ -41,13 +41,13 @@ __device__ inline TilePair tile_pair(const PairLayout& p, int64_t index) {
   const int64_t pairs = tile_pairs_of(p), b = index / pairs;
   const int tiles = static_cast<int>(tiles_of(p)), wide = tiles | 1;
   const int rest = static_cast<int>(index - b * pairs), line = rest / wide, at = rest - line * wide;
-  // Line l holds what row l has from the diagonal on, and then what the l-th row from the end has.
+  // Line l has the tiles of row l from the diagonal on, followed by those of the l-th row from the end.
   const int upper = tiles - line, row = at < upper ? line : tiles - (tiles & 1 ? 0 : 1) - line;
   const int column = row + (at < upper ? at : at - upper);
   return {b, row * kTile, column * kTile};
 }
 
-// The same among those that may meet the window; column may lie outside.
+// The same for the tiles that may overlap the window; column may be outside.
 __device__ inline TilePair near_tile_pair(const PairLayout& p, int64_t index) {
   if (p.radius < 0) return tile_pair(p, index);
   const int64_t pairs = near_tile_pairs_of(p), b = index / pairs;
@@ -56,7 +56,7 @@ __device__ inline TilePair near_tile_pair(const PairLayout& p, int64_t index) {
   return {b, row * kTile, (row + rest - row * wide) * kTile};
 }
 
-// False only where no pair of the tiles lies in the window, or none at all.
+// False only if no pair of the tiles is in the window or in the image.
 __device__ inline bool meets_window(const PairLayout& p, const TilePair& t) {
   const int last = static_cast<int>(nodes_of(p)) - 1, width = static_cast<int>(p.width);
   if (t.column > last) return false;
@@ -80,8 +80,8 @@ __device__ inline void find_places(const PairLayout& p, const TilePair& t, Place
   __syncthreads();
 }
 
-// Where the pair of the tile's node `row` and the mirrored tile's node `column` lies in its image's pairs,
-// or, swapped, the pair of the latter and the former; -1 outside.
+// Index in the image's pairs of the pair (tile's node `row`, mirrored tile's node `column`) or, swapped, of
+// the reversed pair; -1 outside.
 template <bool kSwapped>
 __device__ inline int64_t pair_at(const PairLayout& p, const TilePair& t, const Places& places, int row,
                                   int column) {
@@ -96,17 +96,17 @@ __device__ inline int64_t pair_at(const PairLayout& p, const TilePair& t, const 
   return static_cast<int64_t>(i) * (side * side) + (side * side) / 2 + (kSwapped ? -offset : offset);
 }
 
-// The sums of N values over the block's threads, each in the thread of its number; in a fixed order.
+// Sums of N values over the block's threads in a fixed order; thread n gets the n-th sum.
 template <int kThreadsOfBlock, int N, typename S>
 __device__ inline S block_sums(S (&shared)[N][kThreadsOfBlock], const S (&value)[N]) {
-  static_assert(kThreadsOfBlock % 32 == 0 && N * 32 <= kThreadsOfBlock, "a warp takes a value");
+  static_assert(kThreadsOfBlock % 32 == 0 && N * 32 <= kThreadsOfBlock, "one warp per value");
   const int thread = static_cast<int>(threadIdx.x);
   S sum = 0;
   __syncthreads();
 #pragma unroll
   for (int n = 0; n < N; ++n) shared[n][thread] = value[n];
   __syncthreads();
-  // 32 sums of each, then 4, then one. A sum goes where its first term stood, which no other thread reads.
+  // 32 sums per value, then 4, then one. A sum overwrites its first term, which no other thread reads.
   if (thread < N * 32) {
     S* from = shared[thread / 32] + thread % 32;
     for (int n = 0; n < kThreadsOfBlock / 32; ++n) sum += from[32 * n];
@@ -127,8 +127,8 @@ __device__ inline S block_sums(S (&shared)[N][kThreadsOfBlock], const S (&value)
   return sum;
 }
 
-// Calls f with a vector as long as the maps' rows and addresses allow (one value or 16 bytes), and with
-// whether the pairs may have any layout: those of single values always may.
+// Calls f with the longest vector that the maps' rows and addresses allow (one value or 16 bytes), and with
+// a flag: true if the pairs can have any layout, which is always the case for single values.
 template <typename T, typename F>
 void with_tiles(const AffinityParams& p, const F& f) {
   constexpr int V = kWide<T>;

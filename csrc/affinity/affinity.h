@@ -1,8 +1,8 @@
 // Affinity learned from attention (AFA, CVPR 2022): A = sigmoid(sum_k weight_k (S_k + S_k^T) + bias), its
 // labels and its loss.
 //
-// Pairs of nodes are stored dense, [B, N, N], or windowed, [B, N, (2*radius+1)^2]: at [b, i, k] the pair of
-// node i and the node that the k-th offset leads to, offsets row by row from (-radius, -radius).
+// Pairs of nodes are stored dense, [B, N, N], or windowed, [B, N, (2*radius+1)^2]: entry [b, i, k] is the
+// pair of node i and node i + offset k, with offsets in row-major order from (-radius, -radius).
 #pragma once
 
 #include <cstdint>
@@ -83,8 +83,8 @@ AFA_HOST_DEVICE inline int64_t blocks_of(const PairLayout& p) {
   return (nodes_of(p) + kAffinityRows - 1) / kAffinityRows;
 }
 
-// CUDA: an image's pairs of tiles (row <= column), and those of them that are so near that they may meet the
-// window, as far as tile_reach_of beyond the diagonal.
+// CUDA: an image's pairs of tiles (row <= column), and those of them that may overlap the window, up to
+// tile_reach_of tiles beyond the diagonal.
 AFA_HOST_DEVICE inline int64_t tile_pairs_of(const PairLayout& p) {
   return tiles_of(p) * (tiles_of(p) + 1) / 2;
 }
@@ -99,7 +99,7 @@ AFA_HOST_DEVICE inline int64_t weight_parts_of(const PairLayout& p) {
   return (p.batch * near_tile_pairs_of(p) + kTilesOfPart - 1) / kTilesOfPart;
 }
 
-// Where pair (i, j) lies in its image's pairs; -1 outside the window.
+// Index of pair (i, j) in its image's pairs; -1 outside the window.
 AFA_HOST_DEVICE inline int64_t pair_index(const PairLayout& p, int64_t i, int64_t j) {
   if (p.radius < 0) return i * nodes_of(p) + j;
   const int64_t dy = j / p.width - i / p.width, dx = j % p.width - i % p.width;
@@ -108,7 +108,7 @@ AFA_HOST_DEVICE inline int64_t pair_index(const PairLayout& p, int64_t i, int64_
                     : i * nodes_of(p) + j;
 }
 
-// Distance of the rows in a CPU task's scratch: no power of two, so that a column's entries don't share a
+// Stride of the rows in a CPU task's scratch: not a power of two, so that a column's entries don't share a
 // cache set.
 inline int64_t scratch_stride(const PairLayout& p) {
   return nodes_of(p) + kAffinityRows;
@@ -116,7 +116,7 @@ inline int64_t scratch_stride(const PairLayout& p) {
 
 }  // namespace
 
-// `scratch` holds kAffinityRows rows of scratch_stride(pairs) sums. Items are rows, B * N of them; for dense
+// `scratch` has kAffinityRows rows of scratch_stride(pairs) sums. Items are the B * N rows; for dense
 // sigmoid, B * ceil(tiles / 2); for backward, blocks of kAffinityRows rows, each with its part of `partial`.
 AFA_SIMD_DECLARE(void affinity_mix_rows(const AffinityParams& p, int64_t begin, int64_t end, void* scratch))
 AFA_SIMD_DECLARE(void affinity_sigmoid_items(const AffinityParams& p, int64_t begin, int64_t end))
@@ -129,7 +129,7 @@ AFA_SIMD_DECLARE(void affinity_label_rows(const AffinityLabelParams& p, int64_t 
 AFA_SIMD_DECLARE(void affinity_loss_blocks(const AffinityLossParams& p, int64_t begin, int64_t end))
 AFA_SIMD_DECLARE(void affinity_loss_backward_blocks(const AffinityLossParams& p, int64_t begin, int64_t end))
 
-// `affinity` zeroed beforehand where there is a radius.
+// With a radius, the caller must set `affinity` to zero first.
 const char* launch_affinity(const AffinityParams& p, void* stream);
 const char* launch_affinity_backward_attention(const AffinityParams& p, void* stream);
 // weight_parts_of(pairs) parts.

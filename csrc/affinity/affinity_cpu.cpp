@@ -1,9 +1,9 @@
 // Affinity from attention on the CPU; compiled once per SIMD level. Bound by memory: the K maps are read once
 // in the forward pass, once more for the gradients of weight and bias, and their gradient is written once,
-// each as whole rows in order (of a window, the rows' part from the first to the last node in it). What is
-// transposed is the sum over the maps, K times smaller: transposing each map where it lies touches one cache
-// line of every row, and was slower than all the rest. Sums are formed in a fixed order, by row or by block
-// of rows, so that results don't depend on the number of threads.
+// each as whole rows in order (with a window, the part of each row from its first to its last node). Only the
+// sum over the maps is transposed, which is K times smaller: transposing each map in place touches one cache
+// line of every row, and was slower than everything else together. Sums are accumulated in a fixed order, by
+// row or by block of rows, so results don't depend on the number of threads.
 #include "affinity/affinity.h"
 #include "common/half.h"
 
@@ -23,8 +23,8 @@ inline typename Vec<S>::type sigmoid(typename Vec<S>::type z) {
   return z < S{0} ? e * inverse : inverse;
 }
 
-// f(begin, end): ranges of whole lines that hold all nodes of node i's window, and few others. Lines, as a
-// vector that straddles two of them costs twice as much to store.
+// f(begin, end): ranges of whole cache lines that contain all nodes of node i's window, and few others. Whole
+// lines, as a vector that crosses a line costs twice as much to store.
 template <typename F>
 inline void each_range(const PairLayout& p, int64_t i, const F& f) {
   if (p.radius < 0) {
@@ -48,8 +48,8 @@ inline void each_range(const PairLayout& p, int64_t i, const F& f) {
   f(begin, end < nodes_of(p) ? end : nodes_of(p));
 }
 
-// f(first entry of the window, first node, how many of both): the pairs of node i with the nodes of each grid
-// row, from `first_row` rows below on.
+// f(first entry of the window, first node, number of both): the pairs of node i with the nodes of each grid
+// row, starting `first_row` rows below.
 template <typename F>
 inline void each_window_row(const PairLayout& p, int64_t i, int64_t first_row, const F& f) {
   const int64_t y = i / p.width, x = i % p.width, side = 2 * p.radius + 1;
@@ -123,7 +123,7 @@ void mix_rows(const AffinityParams& p, int64_t begin, int64_t end, Sum<T>* scrat
   }
 }
 
-// One tile of pairs (i, j) and its mirror (j, i), read and then written: `mixed` and `affinity` may be one.
+// One tile of pairs (i, j) and its mirror (j, i), read, then written: `mixed` and `affinity` may be the same.
 template <typename T>
 void sigmoid_tile(const AffinityParams& p, int64_t b, int64_t i0, int64_t j0) {
   const int64_t nodes = nodes_of(p.pairs);
@@ -161,7 +161,8 @@ void sigmoid_tile(const AffinityParams& p, int64_t b, int64_t i0, int64_t j0) {
   }
 }
 
-// An item is the n-th tile row from the top and the n-th from the bottom: together always as many tiles.
+// An item is the n-th tile row from the top and the n-th from the bottom, which always have the same number
+// of tiles together.
 template <typename T>
 void sigmoid_dense(const AffinityParams& p, int64_t begin, int64_t end) {
   const int64_t tiles = tiles_of(p.pairs), half = (tiles + 1) / 2;
@@ -177,7 +178,7 @@ void sigmoid_dense(const AffinityParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// An item is a node: its own entries outside the grid, and both entries of its pairs with the nodes after it.
+// An item is a node: its entries outside the grid, and both entries of its pairs with the nodes after it.
 template <typename T>
 void sigmoid_windowed(const AffinityParams& p, int64_t begin, int64_t end) {
   using V = SumVec<T>;
@@ -188,15 +189,15 @@ void sigmoid_windowed(const AffinityParams& p, int64_t begin, int64_t end) {
     const int64_t i = item % nodes, first = (item - i) * window;
     const Sum<T>* mixed = static_cast<const Sum<T>*>(p.mixed) + first;
     T* affinity = static_cast<T*>(p.affinity) + first;
-    int64_t done = 0;  // entries before this one are in the grid, or are 0 by now
+    int64_t done = 0;  // entries before this one are in the grid, or already 0
     each_window_row(p.pairs, i, -p.pairs.radius, [&](int64_t entry, int64_t, int64_t count) {
       fill(affinity + i * window + done, entry - done);
       done = entry + count;
     });
     fill(affinity + i * window + done, window - done);
     each_window_row(p.pairs, i, 0, [&](int64_t entry, int64_t node, int64_t count) {
-      // The pair (i, i + offset) is stored at i and, at the opposite offset, at i + offset. In its own grid
-      // row the node begins with itself.
+      // The pair (i, i + offset) is stored at i and, with the opposite offset, at i + offset. In its own grid
+      // row the node starts with itself.
       const int64_t skip = node < i ? i - node : 0;
       for (int64_t n = skip; n < count; n += kStep) {
         const int64_t lanes = count - n < kStep ? count - n : kStep;
@@ -215,8 +216,8 @@ void sigmoid_windowed(const AffinityParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// In `out`, for the rows i0, i0 + 1, ...: the gradient of the loss to sum_k weight_k S_k[i, j], which is
-// (dA_ij + dA_ji) A_ij (1 - A_ij); 0 outside the window.
+// Writes to `out`, for the rows i0, i0 + 1, ...: the gradient of the loss with respect to
+// sum_k weight_k S_k[i, j], which is (dA_ij + dA_ji) A_ij (1 - A_ij); 0 outside the window.
 template <typename T>
 void logit_gradient(const AffinityParams& p, int64_t b, int64_t i0, int64_t rows, Sum<T>* out) {
   using V = SumVec<T>;
@@ -293,7 +294,7 @@ void backward_attention(const AffinityParams& p, int64_t begin, int64_t end, Sum
   }
 }
 
-// sum over x of a * b, in an order fixed by `count` alone. Where a is 0, b is not looked at: it may be NaN.
+// sum over x of a * b, in an order that depends only on `count`. Where a is 0, b is ignored: it may be NaN.
 template <typename T>
 inline SumVec<T> products(const Sum<T>* a, const T* b, int64_t count) {
   using V = SumVec<T>;
@@ -338,7 +339,7 @@ void backward_weight(const AffinityParams& p, int64_t begin, int64_t end, Sum<T>
       }
       partial[k] = sum_of_lanes(sum, Sum<T>{0});
     }
-    // Each pair's gradient to the bias is in both of its entries.
+    // Each pair's gradient with respect to the bias is in both of its entries.
     V sum = {};
     for (int64_t r = 0; r < rows; ++r) {
       const Sum<T>* row = scratch + r * scratch_stride(p.pairs);
@@ -364,7 +365,7 @@ void loss_blocks(const AffinityLossParams& p, int64_t begin, int64_t end) {
       __builtin_memcpy(&label, labels + x, static_cast<size_t>(count - x < kStep ? count - x : kStep));
       const V kind = __builtin_convertvector(label, V), a = load_wide_first(affinity + x, count - x);
       const V none = {}, one = none + Sum<T>{1};
-      // Products, not choices: a NaN counts whatever its label, as in the definition.
+      // Products, not selections: a NaN propagates whatever its label is, as in the definition.
       const V is_same = kind == one ? one : none, is_different = kind == none ? one : none;
       same += (one - a) * is_same;
       same_count += is_same;

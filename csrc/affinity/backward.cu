@@ -1,14 +1,15 @@
-// Gradients of affinity_from_attention, to the attention and to weight and bias.
+// Gradients of affinity_from_attention with respect to attention, weight and bias.
 //
 // Threads: a block owns tiles of 32 x 32 pairs and their mirror images; a thread owns 16 bytes of a row of
-// either tile. backward_attention_kernel takes one pair of tiles and all maps, backward_weight_kernel four
-// pairs of tiles and up to 16 maps, whose sums stay in registers. add_partials_kernel takes a block per map.
+// either tile. A block of backward_attention_kernel processes one pair of tiles and all maps, a block of
+// backward_weight_kernel four pairs of tiles and up to 16 maps, whose sums stay in registers.
+// add_partials_kernel has one block per map.
 // Reads: gradient and affinity of the tiles, once for all maps; for the weight also the attention, each entry
-// once, with a window only vectors with a pair in it.
+// once; with a window, only vectors with a pair in it.
 // Writes: grad_attention [B, K, N, N], zeros outside the window; partial [parts, K + 1], then grad_weight [K
 // + 1]. Slower: transposing every map's gradient; only the gradient that all maps share is transposed,
-// through shared memory. Sums are formed per block, then in a second launch over the blocks, always in the
-// same order: no atomics.
+// through shared memory. Sums are accumulated per block, then over the blocks in a second launch, always in
+// the same order: no atomics.
 #include "affinity/affinity.cuh"
 
 namespace afa {
@@ -16,8 +17,9 @@ namespace {
 
 constexpr int kGroup = static_cast<int>(kAffinityGroup);
 
-// The loss's gradient to sum_k weight_k S_k at the tile's pairs: (dA_ij + dA_ji) A_ij (1 - A_ij), 0 outside.
-// Symmetric, so that the mirrored tile's is its transpose. Of all threads of a block of kTileThreads<V>.
+// The loss's gradient with respect to sum_k weight_k S_k at the tile's pairs: (dA_ij + dA_ji) A_ij (1 -
+// A_ij), 0 outside. It is symmetric, so that of the mirrored tile is its transpose. Called by all
+// kTileThreads<V> threads of a block.
 template <typename T, int V, bool kPairs, typename Sum>
 __device__ void gradient_tile(const AffinityParams& p, const TilePair& t, Places& places,
                               Sum (&tile)[kTile][kTile + 1]) {
@@ -68,7 +70,7 @@ __device__ void gradient_tile(const AffinityParams& p, const TilePair& t, Places
   __syncthreads();
 }
 
-// Every pair of tiles, since the maps' gradients are written outside of a window too.
+// Visits all pairs of tiles, because the maps' gradients are also written outside a window.
 template <typename T, int V, bool kPairs>
 __global__ void __launch_bounds__(kTileThreads<V>, min_blocks<T>((V > 1 ? 4 : 2) * (256 / kTileThreads<V>)))
     backward_attention_kernel(const __grid_constant__ AffinityParams p) {
@@ -122,8 +124,8 @@ __global__ void __launch_bounds__(kTileThreads<V>, min_blocks<T>((V > 1 ? 4 : 2)
   }
 }
 
-// Blocks of 256 threads, or twice as many of 128, that an SM shall hold at least: what a window or single
-// values need more of registers costs warps.
+// Minimum number of resident blocks per SM, for 256 threads (twice as many for 128): a window or single
+// values need more registers, which costs warps.
 constexpr int weight_blocks(int threads, bool pairs, bool wide) {
   if (pairs && wide) return threads < 256 ? 3 : 2;
   return (wide ? 3 : 1) * (256 / threads);
@@ -167,14 +169,15 @@ __global__ void __launch_bounds__(kTileThreads<V>,
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
         const int row = own_row<V>(n);
-        // Dense, every entry counts, even without a gradient. Outside a window it may hold anything.
+        // In the dense layout all entries are used, even without a gradient. Entries outside a window are
+        // undefined.
         reads[n] = !kPairs && t.row + row < nodes && t.column + column < nodes;
         reads_mirror[n] = !kPairs && t.column + row < nodes && t.row + column < nodes;
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           gradient[n][e] = tile[row][column + e];
           mirrored[n][e] = t.row == t.column ? Sum{0} : tile[column + e][row];
-          bias_sum += gradient[n][e] / 2 + mirrored[n][e] / 2;  // each pair is met in both of its entries
+          bias_sum += gradient[n][e] / 2 + mirrored[n][e] / 2;  // each pair occurs in both of its entries
           reads[n] = reads[n] || (kPairs && gradient[n][e] != 0);
           reads_mirror[n] = reads_mirror[n] || (kPairs && mirrored[n][e] != 0);
         }
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(kTileThreads<V>,
         Vec<T, V> value[kAtOnce][kCount], mirror_value[kAtOnce][kCount];
 #pragma unroll
         for (int m = 0; m < kAtOnce; ++m) {
-          const int k = k0 + m0 + m < maps ? k0 + m0 + m : maps - 1;  // the last again: not stored
+          const int k = k0 + m0 + m < maps ? k0 + m0 + m : maps - 1;  // past the end: the last, not stored
 #pragma unroll
           for (int n = 0; n < kCount; ++n) {
             value[m][n] = load_if<V>(reads[n], here[n] + k * plane);

@@ -14,13 +14,13 @@ __device__ inline Sum sigmoid(Sum x) {
   return 1 / (1 + exp(-x));
 }
 
-// Blocks of 256 threads, or twice as many of 128, that an SM shall hold at least: what a window or single
-// values need more of registers costs warps.
+// Minimum number of resident blocks per SM, for 256 threads (twice as many for 128): a window or single
+// values need more registers, which costs warps.
 constexpr int forward_blocks(int threads, int at_once, bool pairs, bool wide) {
   return (!wide || (pairs && at_once > 2) ? 3 : (pairs || at_once > 2 ? 4 : 5)) * (256 / threads);
 }
 
-// kAtOnce maps are read before the first of them is needed. kPairs: any layout of pairs; else rows of N
+// kAtOnce maps are read before the first of them is needed. kPairs: any layout of pairs; otherwise rows of N
 // without a window.
 template <typename T, int V, int kAtOnce, bool kPairs>
 __global__ void __launch_bounds__(kTileThreads<V>,
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kTileThreads<V>,
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int row = own_row<V>(n);
-      // Past the edge the last row or vector is read again: what comes of it is not stored.
+      // Past the edge the last row or vector is read again; its result is not stored.
       auto from = [&](int first_row, int first_column) {
         const int i = first_row + row, j = first_column + column;
         return source + static_cast<int64_t>(i < nodes ? i : nodes - 1) * nodes + (j < nodes ? j : nodes - V);

@@ -1,9 +1,8 @@
-// affinity_labels: 1 where two tokens have the same class, 0 where different, 255 where neither counts.
+// affinity_labels: 1 if two tokens have the same class, 0 if they have different classes, 255 if ignored.
 //
-// Threads: a thread owns 16 labels that follow one another in memory, or one where a node has fewer pairs or
-// the tensor does not begin at a multiple of 16 bytes. Reads: tokens [B, h, w]. Writes: labels, as pairs, in
-// vectors of 16 bytes. Slower: a division per label, and a branch per token, which makes the reads wait for
-// each other.
+// Threads: a thread owns 16 consecutive labels, or one label if a node has fewer pairs or the tensor is not
+// aligned to 16 bytes. Reads: tokens [B, h, w]. Writes: labels, as pairs, in vectors of 16 bytes. Slower: a
+// division per label, and a branch per token, which serializes the reads.
 #include <type_traits>
 
 #include "affinity/affinity.h"
@@ -13,9 +12,9 @@
 namespace afa {
 namespace {
 
-constexpr int kLabels = 16;  // that a thread writes at once
+constexpr int kLabels = 16;  // per thread
 
-// Below it a node's number is held in 32 bits.
+// Node numbers below this limit are stored in 32 bits.
 #ifdef AFA_CUDA_ON_HOST
 constexpr int64_t kNarrow = 60;
 #else
@@ -28,10 +27,10 @@ __device__ inline bool within(Index i, Index end) {
   return static_cast<std::make_unsigned_t<Index>>(i) < static_cast<std::make_unsigned_t<Index>>(end);
 }
 
-// A thread writes L labels that follow one another in memory: those of one node's pairs, and of the next
-// one's where its own end. Only the first one's pair is found by division. All tokens are read without a
-// branch, the image's first in place of none, so that the reads don't wait for each other. Index holds a
-// node's number; with L > 1 a node has at least L pairs.
+// A thread writes L consecutive labels: those of one node's pairs and, after its last pair, those of the next
+// node. Only the first label's pair is computed by division. All tokens are read without branches (the
+// image's first token if there is none), so that the reads are independent. Index is the type of a node's
+// number; with L > 1 a node has at least L pairs.
 template <typename Index, bool kWindowed, int L>
 __global__ void __launch_bounds__(kThreads) labels_kernel(const __grid_constant__ AffinityLabelParams p) {
   const PairLayout& pairs = p.pairs;

@@ -1,11 +1,11 @@
-// affinity_loss and its gradient: the means of 1 - A over the same pairs and of A over the different ones.
+// affinity_loss and its gradient: means of 1 - A over pairs of the same class and of A over the other pairs.
 //
-// Threads: a block owns kLossBlock pairs that follow one another, a thread vectors of 16 bytes of affinities,
-// a block's width apart. add_losses_kernel is one block over all blocks' sums. In loss_backward_kernel a
-// thread owns one vector. Reads: affinity and labels, each once; backward only labels and sums. Writes:
-// partial [blocks, 4], then sums [3]; backward grad_affinity. Not taken: a counter that the last block
-// resets, in place of the second launch. It needs an atomic and a cleared word for each stream, and saves 3
-// us at most. Sums are always formed in the same order.
+// Threads: a block owns kLossBlock consecutive pairs, a thread vectors of 16 bytes of affinities with a
+// stride of the block's width. add_losses_kernel is one block that adds all blocks' sums. In
+// loss_backward_kernel a thread owns one vector. Reads: affinity and labels, each once; backward only labels
+// and sums. Writes: partial [blocks, 4], then sums [3]; backward grad_affinity. Rejected: a counter that the
+// last block resets, instead of the second launch. It needs an atomic and a zeroed word per stream, and saves
+// at most 3 us. Sums are always accumulated in the same order.
 #include "affinity/affinity.cuh"
 
 namespace afa {
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kSumThreads) loss_kernel(const __grid_constant
     Sum same = 0, different = 0;
     int same_count = 0, different_count = 0;
     auto add = [&](Sum a, uint8_t label) {
-      // Products, not choices: a NaN counts whatever its label, as in the definition.
+      // Products, not selections: a NaN propagates whatever its label is, as in the definition.
       const int is_same = label == 1 ? 1 : 0, is_different = label == 0 ? 1 : 0;
       same += (1 - a) * static_cast<Sum>(is_same);
       different += a * static_cast<Sum>(is_different);

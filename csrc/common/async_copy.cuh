@@ -1,8 +1,8 @@
-// Copies from global to shared memory that run beside the thread's own work (cp.async, sm_80 and later). A
-// thread's copies since its last commit form a group; after wait_async<N>() all of its groups but the last N
-// have arrived, for itself: others see them after a barrier. On the CPU (AFA_CUDA_ON_HOST) a copy is made by
-// the wait that it may be left to, and until then its place holds NaN, so that a missing wait or barrier
-// shows.
+// Asynchronous copies from global to shared memory (cp.async, sm_80 and later). A thread's copies since its
+// last commit form a group. After wait_async<N>() all of its groups except the last N are complete and
+// visible to the thread itself; other threads see them after a barrier. On the CPU (AFA_CUDA_ON_HOST) a copy
+// is performed as late as its wait allows, and its destination is NaN until then, which reveals a missing
+// wait or barrier.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -10,7 +10,7 @@
 namespace afa {
 namespace {
 
-// `bytes` is 4 or 16, and both addresses are multiples of it. Those of 16 pass L1 by.
+// `bytes` is 4 or 16, and both addresses are multiples of it. Copies of 16 bytes bypass L1.
 template <int BYTES>
 __device__ inline void copy_async(void* to, const void* from) {
   static_assert(BYTES == 4 || BYTES == 16, "cp.async moves 4 or 16 bytes here");

@@ -1,5 +1,5 @@
-// What every .cu file needs: the launch macro, types, grid sizes. No torch header, so that these files
-// compile fast and also run on a CPU under a small shim of the CUDA runtime (AFA_CUDA_ON_HOST).
+// Common definitions of all .cu files: the launch macro, types, grid sizes. No torch headers, so that these
+// files compile fast and also run on a CPU with a small shim of the CUDA runtime (AFA_CUDA_ON_HOST).
 #pragma once
 
 #ifdef AFA_CUDA_ON_HOST
@@ -10,9 +10,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 // Every kernel is launched through one of these; a template's name goes in parentheses: AFA_LAUNCH((f<float,
-// 4>), ...). SHARED: with so many bytes of dynamic shared memory. COOPERATIVE: the same, with all blocks
-// running at once, so that they can meet at grid_sync(); no more blocks than resident_blocks says. It is true
-// if the kernel was launched, and false if the driver does not grant the launch (see cooperative_granted).
+// 4>), ...). SHARED: with this many bytes of dynamic shared memory. COOPERATIVE: the same, with all blocks
+// resident at once, so that they can synchronize at grid_sync(); at most resident_blocks blocks. Its value is
+// true if the kernel was launched, and false if the driver refused the launch (see cooperative_granted).
 #define AFA_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define AFA_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
@@ -47,7 +47,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Blocks in x and in y, as many of them as a grid can hold: kernels stride over the rest.
+// Blocks in x and in y, limited to the maximum grid size: kernels loop over the rest with a grid stride.
 inline dim3 block_grid(int64_t x, int64_t y = 1) {
   return dim3(static_cast<unsigned>(x < kMaxGridX ? x : kMaxGridX),
               static_cast<unsigned>(y < kMaxGridY ? y : kMaxGridY));
@@ -71,7 +71,7 @@ __device__ inline int64_t item_stride() {
   return static_cast<int64_t>(gridDim.x) * blockDim.x;
 }
 
-// The type sums are formed in.
+// Accumulation type.
 template <typename T>
 struct SumOf {
   using type = float;
@@ -81,8 +81,8 @@ struct SumOf<double> {
   using type = double;
 };
 
-// The least blocks an SM shall hold, for __launch_bounds__: half as many where values take two registers. It
-// gives the compiler the registers that this leaves; without it, it aims at more warps and spills.
+// Minimum number of resident blocks per SM for __launch_bounds__: half as many if values need two registers.
+// It limits the registers to what this allows; without it, the compiler aims for more warps and spills.
 template <typename T>
 constexpr int min_blocks(int blocks) {
   return sizeof(T) == 8 ? blocks / 2 : blocks;
@@ -97,7 +97,7 @@ __device__ inline T from_sum(Sum value) {
   return static_cast<T>(value);
 }
 
-// Calls f with a value of the C++ type that `kind` stands for.
+// Calls f with a value of the C++ type of `kind`.
 template <typename F>
 void with_type(Kind kind, const F& f) {
   switch (kind) {
@@ -126,9 +126,9 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t share
   return resident_blocks_of(reinterpret_cast<const void*>(kernel), threads, shared_bytes);
 }
 
-// A device may offer cooperative launches and still refuse one, under MPS or in a green context that leaves a
-// process part of its SMs. Such a refusal is cleared and false is returned: the caller launches once per step
-// instead. Any other error stays for launch_error.
+// A device that supports cooperative launches can still refuse one, under MPS or in a green context that
+// gives a process only part of its SMs. This error is cleared and false is returned: the caller then launches
+// once per step. All other errors are left for launch_error.
 inline bool cooperative_granted(cudaError_t status) {
   const bool refused = status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorNotSupported ||
                        status == cudaErrorNotPermitted;
@@ -139,7 +139,7 @@ inline bool cooperative_granted(cudaError_t status) {
 #ifdef AFA_CUDA_ON_HOST
 using ::cuda_on_host::grid_sync;
 #else
-// All threads of the grid of a cooperative launch meet here; what they wrote before, all see after.
+// Synchronizes all threads of a cooperative launch: writes before it are visible to all threads after it.
 __device__ inline void grid_sync() {
   cooperative_groups::this_grid().sync();
 }

@@ -10,8 +10,8 @@
 namespace afa {
 namespace {
 
-// What was asked about a device: of a kernel with so many threads and bytes of shared memory, or, with kernel
-// null, the attribute of this number.
+// Key of a query about a device: a kernel with this number of threads and bytes of shared memory or, if
+// kernel is null, the attribute with this number.
 struct Question {
   int device;
   const void* kernel;
@@ -25,8 +25,8 @@ struct Question {
 std::mutex asking;
 std::map<Question, int64_t> answers;
 
-// The driver's answers don't change, and a question costs a microsecond or more, as much as a launch. `ask`
-// returns a negative number where the driver gives no answer, which is then asked again the next time.
+// The driver's answers don't change, and a query takes a microsecond or more, as much as a launch. `ask`
+// returns a negative number if the driver fails; the query is then repeated the next time.
 template <typename F>
 int64_t asked_once(const Question& question, const F& ask) {
   const std::lock_guard<std::mutex> lock(asking);
@@ -34,7 +34,7 @@ int64_t asked_once(const Question& question, const F& ask) {
   if (known != answers.end()) return known->second;
   const int64_t answer = ask();
   if (answer < 0) {
-    cudaGetLastError();  // so that the next launch isn't blamed
+    cudaGetLastError();  // clears the error, so that it isn't reported for the next launch
     return 0;
   }
   return answers[question] = answer;
@@ -78,7 +78,7 @@ void allow_shared_of(const void* kernel, size_t bytes) {
   if (bytes <= kFreeBytes) return;
   asked_once({current_device(), kernel, kAllowed, bytes}, [&]() -> int64_t {
     const auto wanted = static_cast<int>(bytes);
-    // A launch with too much then reports it.
+    // A launch with too much shared memory reports the error.
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, wanted) == cudaSuccess
                ? 1
                : -1;

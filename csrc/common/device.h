@@ -1,4 +1,4 @@
-// What the host asks of the current CUDA device, each answer remembered by device and kernel.
+// Queries about the current CUDA device; answers are cached by device and kernel.
 #pragma once
 
 #include <cstddef>
@@ -8,16 +8,16 @@
 
 namespace afa {
 
-// What heuristics.h knows of it; zeros where there is no device, as in a CPU build.
+// The properties used by heuristics.h; zeros if there is no device, as in a CPU build.
 Gpu current_gpu();
 
 // Only in builds with CUDA:
-// The most shared memory that one block may have, in bytes.
+// The maximum shared memory of one block, in bytes.
 int64_t shared_bytes_of_block();
-// Lets a kernel be launched with this much dynamic shared memory, for which beyond 48 KiB it has to be asked.
+// Allows launches of a kernel with this much dynamic shared memory; required above 48 KiB.
 void allow_shared_of(const void* kernel, size_t bytes);
-// How many blocks of a kernel the device runs at once in a cooperative launch; 0 if not one fits, or if it
-// has no such launches.
+// The number of blocks of a kernel that the device can run at once in a cooperative launch; 0 if none fits,
+// or if the device does not support such launches.
 int64_t resident_blocks_of(const void* kernel, int threads, size_t shared_bytes);
 
 }  // namespace afa

@@ -1,6 +1,6 @@
-// The neighbourhoods that PAR and the random walks share, in a form that fits a kernel's arguments.
-// Plain C++ without a standard-library template: included by CUDA sources and by the files compiled once per
-// SIMD level (an inline function from such a header could otherwise be kept in its AVX-512 form for all).
+// The neighborhoods used by PAR and the random walks, small enough to be kernel arguments.
+// Plain C++ without standard-library templates: included by CUDA sources and by the files compiled once per
+// SIMD level (otherwise the linker could keep the AVX-512 version of an inline function for all levels).
 #pragma once
 
 #include <cstdint>
@@ -18,15 +18,16 @@ enum class Kind : int32_t { f32, f64, f16, bf16 };
 constexpr int kMaxDilations = 32;
 constexpr int kMaxRadius = 63;
 constexpr int kMaxRuns = 2 * kMaxRadius + 2;
-// A larger dilation reaches the border of any image from everywhere, so that capping it changes nothing.
+// A larger dilation reaches the border of any image from every pixel, so capping it does not change the
+// result.
 constexpr int64_t kMaxReach = int64_t{1} << 28;
 
-// `count` neighbours in one row: (dy, dx), (dy, dx + step), ...
+// `count` neighbors in one row: (dy, dx), (dy, dx + step), ...
 struct Run {
   int32_t dy, dx, step, count;
 };
 
-// Neighbours in order; the k-th of `size` belongs to the k-th plane of the weights.
+// Ordered neighbors; the k-th of `size` corresponds to the k-th plane of the weights.
 struct Stencil {
   int32_t runs = 0;
   int32_t size = 0;

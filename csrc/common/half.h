@@ -1,6 +1,6 @@
-// float16 and bfloat16 for the hot CPU files: widened to float and narrowed to the nearest even by integer
-// operations on vectors, so that a tensor of these types needs no float copy, at any SIMD level. Include only
-// from files compiled per SIMD level.
+// float16 and bfloat16 for the performance-critical CPU files: widened to float, and rounded to nearest even,
+// by integer operations on vectors, so that tensors of these types need no float copy at any SIMD level.
+// Include only from files compiled per SIMD level.
 #pragma once
 
 #include "common/geometry.h"
@@ -17,7 +17,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type sums are formed in.
+// Accumulation type.
 template <typename T>
 struct SumOf {
   using type = float;
@@ -48,8 +48,8 @@ inline Words as_words(SumVec<float> v) {
 inline SumVec<float> widened(BFloat16, Words bits) {
   return as_floats(bits << 16);
 }
-// The exponent is moved from bias 15 to 127; infinities and NaN keep theirs full; subnormals are rebuilt by a
-// float subtraction, as they have no leading one.
+// The exponent bias changes from 15 to 127; infinities and NaN keep an exponent of all ones; subnormals are
+// converted by a float subtraction, as they have no leading one.
 inline SumVec<float> widened(Half, Words bits) {
   const Words magnitude = (bits & 0x7fff) << 13;
   const Words exponent = magnitude & 0x0f800000;
@@ -76,7 +76,7 @@ inline Words narrowed(Half, SumVec<float> v) {
   return result | ((words >> 16) & 0x8000);
 }
 
-// One vector of T as the type sums are formed in.
+// One vector of T, converted to the accumulation type.
 inline SumVec<float> load_wide(const float* p) {
   return load<float>(p);
 }
@@ -102,7 +102,7 @@ inline void store_narrow(T* p, SumVec<float> v) {
   __builtin_memcpy(p, &bits, sizeof bits);
 }
 
-// At most the first `count` lanes; the others are 0.
+// Only the first `count` lanes; the others are 0.
 template <typename T>
 inline SumVec<T> load_wide_first(const T* p, int64_t count) {
   if (count >= kLanes<Sum<T>>) return load_wide(p);
@@ -129,7 +129,7 @@ inline double widen_one(const double* p) {
   return *p;
 }
 
-// Calls f with a value of the type that `kind` stands for.
+// Calls f with a value of the type of `kind`.
 template <typename F>
 inline void with_type(Kind kind, const F& f) {
   switch (kind) {

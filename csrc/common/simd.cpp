@@ -31,7 +31,7 @@ SimdLevel choose() {
       if (usable) return level;
       throw std::runtime_error(std::string("AFA_EXT_SIMD=") + wanted + ": " +
                                (simd_compiled(level) ? "this processor lacks these instructions"
-                                                     : "this build does not hold that level") +
+                                                     : "this build does not contain that level") +
                                "; unset it or choose baseline");
     }
   }

@@ -1,13 +1,13 @@
-// Which instruction set the hot files run with. They are compiled once per level, inside a namespace of that
-// name, and AFA_SIMD_CALL picks one at run time.
+// Selection of the instruction set for the performance-critical files. They are compiled once per level, in a
+// namespace with the level's name, and AFA_SIMD_CALL selects one at run time.
 #pragma once
 
 namespace afa {
 
 enum class SimdLevel { baseline, avx2, avx512 };
 
-// The best level that was compiled and that this processor has, unless AFA_EXT_SIMD names another.
-// Throws if AFA_EXT_SIMD names an unknown level, or one that this build or processor lacks.
+// The best compiled level that this processor supports, unless AFA_EXT_SIMD selects another one.
+// Throws if AFA_EXT_SIMD is an unknown level, or one that this build or processor does not support.
 SimdLevel simd_level();
 const char* simd_name(SimdLevel level);
 bool simd_compiled(SimdLevel level);

@@ -55,7 +55,7 @@ void check_shape(const Tensor& t, const char* name, const char* layout,
 
 void check_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
   AFA_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), name,
-            " must be on the device of ", other_name, ", got another");
+            " must be on the device of ", other_name, ", got another device");
 }
 
 void check_like(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
@@ -114,7 +114,7 @@ Tensor contiguous_as(const Tensor& t, ScalarType type) {
 CudaScope::CudaScope(const Tensor& t) {
   guard_.emplace(t.get_device_index());
   AFA_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-            "this torch has no CUDA support, so that no CUDA tensor can reach afa_ext");
+            "this torch has no CUDA support, so afa_ext can't be called with CUDA tensors");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
 }
 

@@ -1,5 +1,5 @@
-// What the host side of every operator needs of torch, through its stable ABI: checks, types, allocation,
-// the device guard with the stream, and loops over torch's own threads.
+// The parts of torch used by the host code of all operators, through its stable ABI: checks, types,
+// allocation, the device guard with the stream, and loops on torch's thread pool.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -26,8 +26,8 @@ namespace afa {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws what Python sees as a RuntimeError; the message is the parts alone (torch's own macro puts the
-// source file's path in front).
+// Throws an exception that Python sees as a RuntimeError; the message consists only of the parts (torch's
+// macro prepends the path of the source file).
 #define AFA_CHECK(condition, ...)                        \
   do {                                                   \
     if (!(condition)) ::afa::throw_message(__VA_ARGS__); \
@@ -43,27 +43,27 @@ template <typename... Parts>
 std::string shape_string(const Tensor& t);
 const char* type_name(ScalarType type);
 
-// Checks the number of dimensions and each size; -1 accepts any. `layout` is how the error names the shape.
+// Checks the number of dimensions and each size; -1 accepts any. `layout` is the shape in the error message.
 void check_shape(const Tensor& t, const char* name, const char* layout, std::initializer_list<int64_t> sizes);
 void check_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name);
-// Checks that t lies on the device of `other` and has its type.
+// Checks that t has the device and the type of `other`.
 void check_like(const Tensor& t, const char* name, const Tensor& other, const char* other_name);
-// The type as the kernels know it; an error that names the argument if they don't.
+// The type for the kernels; throws an error with the argument's name if it is not supported.
 Kind kind_of(const Tensor& t, const char* name);
 
-// The type sums are formed in: float64 for float64, float32 for all others.
+// The accumulation type: float64 for float64, float32 for all others.
 ScalarType sum_type(const Tensor& t);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
-// The same, and on the CPU, where the system gives them on request, in pages of 2 MiB: a large tensor is
-// fresh memory each time, and a fault for each 4 KiB of it costs several times what writing it does.
+// The same, and on the CPU in pages of 2 MiB if the system supports it: a large tensor is new memory each
+// time, and a page fault for every 4 KiB costs several times as much as writing to it.
 Tensor empty_in_huge_pages(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
-// A contiguous tensor of this type; t itself where it is one already.
+// A contiguous tensor of this type; t itself if it already is one.
 Tensor contiguous_as(const Tensor& t, ScalarType type);
 
-// While it lives, this thread takes denormal numbers as 0 (x86). A multiply-add with one takes over a hundred
-// cycles, and softmax weights of far neighbours are denormal in half a percent of PAR's cases: that doubled
-// its time. What is lost is under 1.2e-38.
+// During its lifetime, this thread flushes denormal numbers to 0 (x86). A multiply-add with a denormal takes
+// over a hundred cycles, and half a percent of PAR's softmax weights, those of distant neighbors, are
+// denormal: that doubled its time. The error is below 1.2e-38.
 class FlushDenormals {
  public:
 #ifdef __SSE2__
@@ -93,7 +93,7 @@ void parallel_rows(int64_t items, int64_t work, const F& f) {
   });
 }
 
-// Makes the tensor's device current for this scope, and gives torch's current stream on it as a handle.
+// Makes the tensor's device current for this scope, and returns torch's current stream on it as a handle.
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& t);

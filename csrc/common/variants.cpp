@@ -14,7 +14,7 @@ const KernelVariants*& list() {
   return first;
 }
 
-// Forces what AFA_EXT_VARIANTS asks for.
+// Forces the variants in AFA_EXT_VARIANTS.
 void read_environment() {
   const char* text = std::getenv("AFA_EXT_VARIANTS");
   std::istringstream entries(text == nullptr ? "" : text);
@@ -62,7 +62,7 @@ int KernelVariants::find(const char* variant) const {
 }
 
 int KernelVariants::pick(int by_rule) const {
-  // A wrong setting throws again at the next call: a static that throws is not initialized.
+  // An invalid setting throws at every call: a static whose initialization throws stays uninitialized.
   [[maybe_unused]] static const bool read = (read_environment(), true);
   const int forced = forced_.load(std::memory_order_relaxed);
   const int variant = forced >= 0 ? forced : by_rule;

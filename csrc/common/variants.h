@@ -1,6 +1,6 @@
-// Overrides of the rules in heuristics.h: by the environment variable AFA_EXT_VARIANTS, such as
-// "par_ring=stack2,walk_step=tiled128", or by afa_ext._C.force_variant, which tests and benchmarks/tune.py
-// use.
+// Overrides of the rules in heuristics.h by the environment variable AFA_EXT_VARIANTS, such as
+// "par_ring=stack2,walk_step=tiled128", or by afa_ext._C.force_variant, which is used by tests and by
+// benchmarks/tune.py.
 #pragma once
 
 #include <atomic>
@@ -8,7 +8,7 @@
 
 namespace afa {
 
-// The variants of one kernel. Declare it at namespace scope, in the .cpp file that fills the kernel's
+// The variants of one kernel. Define it at namespace scope in the .cpp file that fills the kernel's
 // parameters.
 class KernelVariants {
  public:
@@ -17,10 +17,10 @@ class KernelVariants {
   KernelVariants(const KernelVariants&) = delete;
   KernelVariants& operator=(const KernelVariants&) = delete;
 
-  // The number of the variant to launch: the forced one, or else the rule's. From any thread. Throws where
-  // AFA_EXT_VARIANTS names an unknown kernel or variant.
+  // The number of the variant to launch: the forced one or, by default, the rule's. Thread-safe. Throws if
+  // AFA_EXT_VARIANTS has an unknown kernel or variant.
   int pick(int by_rule) const;
-  // -1 takes a forced variant back.
+  // -1 resets a forced variant.
   void force(int variant) const { forced_.store(variant, std::memory_order_relaxed); }
   int find(const char* variant) const;  // its number, or -1
 

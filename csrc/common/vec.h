@@ -1,5 +1,6 @@
-// Short vectors for the hot CPU files, by the compiler's vector extension: the same source serves SSE2, AVX2,
-// AVX-512 and Arm. Include only from files compiled per SIMD level (AFA_SIMD is the level's namespace).
+// Short vectors for the performance-critical CPU files, with the compiler's vector extension: one source for
+// SSE2, AVX2, AVX-512 and Arm. Include only from files compiled per SIMD level (AFA_SIMD is the level's
+// namespace).
 #pragma once
 
 #include <cmath>
@@ -65,8 +66,8 @@ inline void store_first(T* p, typename Vec<T>::type v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
 
-// The larger of each lane; b where either is NaN. The compiler makes two instructions of the comparison, not
-// one.
+// The larger value of each lane; b if either is NaN. The compiler generates two instructions for the
+// comparison, not one.
 template <typename V>
 inline V larger(V a, V b) {
   return a > b ? a : b;
@@ -82,13 +83,11 @@ inline Vec<float>::type larger(Vec<float>::type a, Vec<float>::type b) {
 }
 #endif
 
-// exp(x) for x <= 0, below -87 taken as exp(-87); NaN stays NaN. Relative error under 2e-7 (range reduction
-// by ln 2 in two parts, then a degree-6 Taylor polynomial on |r| <= ln(2)/2, whose remainder is
-// under 1.2e-7).
+// exp(x) for x <= 0, clamped to exp(-87) below -87; NaN stays NaN. Relative error below 2e-7 (range reduction
+// by ln 2 in two parts, then a degree-6 Taylor polynomial on |r| <= ln(2)/2 with a remainder below 1.2e-7).
 inline typename Vec<float>::type exp_nonpositive(typename Vec<float>::type x) {
   using V = typename Vec<float>::type;
-  // Adding 1.5 * 2^23 rounds to an integer n, which then lies in the low bits; with 127, as a float's
-  // exponent.
+  // Adding 1.5 * 2^23 rounds to an integer n in the low bits; n + 127 is the exponent of a float.
   constexpr float kRound = 12582912.0f + 127;
   x = larger(V{} - 87.0f, x);  // in this order, so that a NaN passes
   const V shifted = x * 1.44269504088896341f + kRound;
@@ -113,8 +112,8 @@ inline typename Vec<double>::type exp_nonpositive(typename Vec<double>::type x) 
   return x;
 }
 
-// Through an array, as the compiler makes one instruction of a loop over memory, but not over a vector's
-// lanes.
+// Uses an array, because the compiler turns a loop over memory into one instruction, but not a loop over a
+// vector's lanes.
 inline typename Vec<float>::type square_root(typename Vec<float>::type x) {
   float lanes[kLanes<float>];
   store<float>(lanes, x);

@@ -1,4 +1,4 @@
-// Vectors of up to 16 bytes in device code, moved in one access each; and whether an address allows them.
+// Vectors of up to 16 bytes in device code, each moved in one access, and checks of their alignment.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct alignas(sizeof(T) * V) Vec {
   T at[V];
 };
 
-// Integers of a vector's size, which the compiler moves in one access whatever the type they hold.
+// Integers of a vector's size, which the compiler moves in one access for all value types.
 template <int kBytes>
 struct Raw;
 template <>

@@ -10,7 +10,7 @@
 namespace afa {
 namespace {
 
-// An axis with its tables, for the CPU kernels.
+// An axis and its tables, for the CPU kernels.
 struct AxisTables {
   std::vector<int32_t> left, right;
   std::vector<float> narrow;
@@ -104,7 +104,7 @@ const int64_t* pointer(const std::optional<Tensor>& t) {
   return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
 }
 
-// Bytes stay bytes; any other type becomes that of the sums.
+// Bytes stay bytes; all other types are converted to the accumulation type.
 Tensor readable_images(const Tensor& images, ScalarType type) {
   return contiguous_as(images, images.scalar_type() == ScalarType::Byte ? ScalarType::Byte : type);
 }
@@ -134,14 +134,15 @@ void choose_cpu(const ChoiceParams& p) {
   });
 }
 
-// What a batch's maps, PAR's copies of them and its weights may take on CUDA, where nobody on the host knows
-// how many of all classes are present: with more, images are taken a few at a time, at least one.
+// Memory limit for a batch's maps, PAR's copies of them and its weights on CUDA, where the host does not know
+// how many classes are present. Beyond it the batch is processed a few images at a time, at least one.
 #ifndef AFA_LABEL_SCRATCH_BYTES  // the tests build with little, so that small batches are split too
 #define AFA_LABEL_SCRATCH_BYTES (int64_t{1} << 30)
 #endif
 constexpr int64_t kScratchBytes = AFA_LABEL_SCRATCH_BYTES;
 
-// How many images that is. The maps are there three times while PAR passes from one copy to the other.
+// The number of images at a time. Three copies of the maps exist while PAR alternates between its two
+// buffers.
 int64_t images_at_once(int64_t batch, int64_t maps, int64_t planes, const Region& whole, const Tensor& like) {
   const int64_t bytes = (3 * maps + planes) * whole.small_height * whole.small_width *
                         (sum_type(like) == ScalarType::Double ? 8 : 4);
@@ -209,8 +210,8 @@ class HostClasses {
     }
   }
 
-  // The CAMs in a form the kernels read. Planes they can't read as they lie (half precision, strided rows)
-  // are copied, but only the present ones.
+  // The CAMs in a layout that the kernels can read. Other planes (half precision, strided rows) are copied,
+  // but only those of present classes.
   Tensor readable_cams(const Tensor& cams) {
     const ScalarType type = sum_type(cams);
     if (cams.scalar_type() == type && (cams.stride(3) == 1 || cams.size(3) == 1)) return cams;
@@ -231,8 +232,8 @@ class HostClasses {
   std::vector<int32_t> plane_, number_, count_;
 };
 
-// The present classes of a batch, packed on the device, with what PAR needs to know: the maps in use and, if
-// asked for, each image's small size.
+// The present classes of a batch, packed on the device, with the inputs of PAR: the maps in use and, on
+// request, each image's downscaled size.
 class DeviceClasses {
  public:
   Classes classes;
@@ -301,7 +302,7 @@ struct ParSettings {
   double w1, w2;
 };
 
-// refine_labels on the CPU: every image by itself, cut to its region, since the host knows the boxes.
+// refine_labels on the CPU: one image at a time, cropped to its region, since the host knows the boxes.
 void refine_each_image(const Tensor& images, const Tensor& scores, const std::optional<Tensor>& low_scores,
                        const HostClasses& packed, const std::optional<Tensor>& weights, int64_t downscale,
                        const ParSettings& par, ChoiceParams choice) {
@@ -380,7 +381,7 @@ void refine_each_image(const Tensor& images, const Tensor& scores, const std::op
   }
 }
 
-// What both devices need of a call of pseudo_labels, once its arguments are checked.
+// The parameters of a call of pseudo_labels for both devices, after its arguments are checked.
 struct PseudoLabels {
   Region whole;
   ScoreParams score;
@@ -410,8 +411,8 @@ PseudoLabels check_pseudo_labels(const Tensor& images, const Tensor& cams, const
   call.choice.kind = kind_of_sums(cams);
   call.choice.height = height;
   call.choice.width = width;
-  // PAR is linear and takes a constant 1 to (1 + w2)^num_iter, so that the refined background is that less
-  // the refined classes, and its map need not travel along.
+  // PAR is linear and maps a constant 1 to (1 + w2)^num_iter, so the refined background is this value minus
+  // the refined classes, and its map need not be refined.
   call.choice.total = std::pow(1 + w2, static_cast<double>(num_iter));
   call.choice.map_height = call.whole.small_height;
   call.choice.map_width = call.whole.small_width;
@@ -429,7 +430,7 @@ void attach_cams(ScoreParams& p, const Tensor& cams) {
   p.cam_stride_x = cams.stride(3);
 }
 
-// The same of a call of refine_labels, without pointers.
+// The same for a call of refine_labels, without pointers.
 ChoiceParams check_refine_labels(const Tensor& images, const Tensor& scores,
                                  const std::optional<Tensor>& low_scores, const Tensor& present,
                                  const std::optional<Tensor>& class_index, const std::optional<Tensor>& box,
@@ -440,7 +441,7 @@ ChoiceParams check_refine_labels(const Tensor& images, const Tensor& scores,
   const int64_t batch = images.size(0), height = images.size(2), width = images.size(3);
   check_shape(scores, "scores", "[B, C+1, h, w]", {batch, -1, -1, -1});
   kind_of(scores, "scores");
-  AFA_CHECK(scores.size(1) >= 1, "scores must hold the background's map, got shape ", shape_string(scores));
+  AFA_CHECK(scores.size(1) >= 1, "scores must include the background map, got shape ", shape_string(scores));
   check_images(images, batch, height, width, scores, "scores");
   if (low_scores) {
     check_shape(*low_scores, "low_scores", "[B, C+1, h, w]",
@@ -451,8 +452,7 @@ ChoiceParams check_refine_labels(const Tensor& images, const Tensor& scores,
   check_settings(downscale, num_iter, max_classes, ignore_index);
   const Region whole = region_of(nullptr, 0, height, width, downscale);
   check_weights(weights, dilations, batch, whole, scores, "scores");
-  AFA_CHECK(!weights || !box,
-            "weights must not be given along with box, whose regions have weights of their own");
+  AFA_CHECK(!weights || !box, "weights and box must not be given together: each box has its own weights");
   AFA_CHECK(images.numel() == 0 || scores.numel() > 0, "scores must have at least one position, got shape ",
             shape_string(scores));
   ChoiceParams choice;

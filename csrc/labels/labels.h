@@ -1,5 +1,5 @@
-// Pseudo labels from class activation maps and images (AFA, CVPR 2022): what comes before and after PAR.
-// Resizing is bilinear with align_corners=False, as in F.interpolate, but where it says otherwise.
+// Pseudo labels from class activation maps and images (AFA, CVPR 2022): the steps before and after PAR.
+// Resizing is bilinear with align_corners=False, as in F.interpolate, unless noted otherwise.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace afa {
 
 constexpr int kMaxThresholds = 2;
 
-// Where each of `to` samples along one axis falls among `from`; the tables, of `to` entries, are for the CPU.
+// Positions of `to` samples along one axis of `from` samples; the tables, with `to` entries, are for the CPU.
 struct Axis {
   int64_t from = 0, to = 0;
   const int32_t* left = nullptr;
@@ -19,7 +19,7 @@ struct Axis {
   const void* weight = nullptr;  // the share of `right`, in the type sums are formed in
 };
 
-// The part of an image that is refined, in pixels, and its size when PAR sees it.
+// The part of an image that is refined, in pixels, and its size in PAR.
 struct Region {
   int64_t y = 0, x = 0, height = 0, width = 0, small_height = 0, small_width = 0;
 };
@@ -32,7 +32,7 @@ struct Classes {
   const int32_t* count = nullptr;   // [B]; -1: more than `most`, and the image is ignored as a whole
 };
 
-// CUDA: fills what Classes points to, from the flags of presence, and what PAR needs to know of the images.
+// CUDA: computes the arrays of Classes, and the inputs of PAR, from the flags of present classes.
 struct PackParams {
   int64_t batch = 0, classes = 0, most = 0, thresholds = 0, height = 0, width = 0, downscale = 1;
   bool background_map = false;           // maps 0 to thresholds - 1 are the background's
@@ -46,7 +46,7 @@ struct PackParams {
   int64_t* extent = nullptr;  // [B, 2]: the region's small height and width; or null
 };
 
-// Images as PAR compares them: shrunken, and bytes over 255.
+// Images as inputs of PAR: downscaled, and bytes divided by 255.
 struct ShrinkParams {
   Kind kind = Kind::f32;     // float32 or float64: of `out`, and of `in` where that is not bytes
   bool bytes = false;        // `in` is uint8
@@ -71,8 +71,8 @@ struct ScoreParams {
   Axis rows, columns;
 };
 
-// Maps of PAR from scores on any grid over the image: enlarged to the image, cut to the region and resized to
-// its small size with align_corners=True, in one step.
+// Maps of PAR from scores on any grid over the image: upsampled to the image, cropped to the region and
+// resized to its downscaled size with align_corners=True, in one step.
 struct PlaceParams {
   Kind kind = Kind::f32;  // of the scores; CPU and maps: the type sums are formed in
   int64_t batch = 0, thresholds = 0, planes = 0, height = 0, width = 0, downscale = 1;
@@ -89,12 +89,12 @@ struct PlaceParams {
   const void* column_weight = nullptr;
 };
 
-// Labels from refined maps: enlarged, the best of background and classes for each threshold, and what they
-// agree on.
+// Labels from refined maps: upsampling, the maximum of background and classes for each threshold, and the
+// combination of the thresholds.
 struct ChoiceParams {
   Kind kind = Kind::f32;  // of the maps
   int64_t batch = 0, thresholds = 0, height = 0, width = 0;
-  bool background_map = false;  // else the background is `total` less the classes
+  bool background_map = false;  // otherwise the background is `total` minus the classes
   double total = 1;
   const void* maps = nullptr;  // [B, maps, map_height, map_width]
   int64_t map_height = 0, map_width = 0;
@@ -116,7 +116,7 @@ struct Tap {
   T weight;
 };
 
-// In T throughout, as F.interpolate computes it, so that both round alike.
+// All operations are in T, as in F.interpolate, so that both round the same way.
 template <typename T>
 AFA_HOST_DEVICE inline Tap<T> tap(const Axis& axis, int64_t i) {
   const T scale = static_cast<T>(axis.from) / static_cast<T>(axis.to);
@@ -132,8 +132,8 @@ struct FourTaps {
   T weight[4];
 };
 
-// Pixel i of `to`, which span `from` pixels from `start` on with align_corners=True, among the `grid` samples
-// that cover the `size` pixels of the image.
+// Position of pixel i of `to` in the `grid` samples that cover the `size` pixels of the image. The `to`
+// pixels cover `from` pixels starting at `start`, with align_corners=True.
 template <typename T>
 AFA_HOST_DEVICE inline FourTaps<T> place_taps(int64_t i, int64_t from, int64_t to, int64_t start,
                                               int64_t grid, int64_t size) {
@@ -179,14 +179,14 @@ AFA_HOST_DEVICE inline Region region_of(const int64_t* box, int64_t b, int64_t h
 
 }  // namespace
 
-// CPU, rows `begin` to `end`: of the planes * rows.to; of the B * rows.to; of the maps * map_height of one
-// image; of the B * height. `scratch` holds as many doubles as the function below says.
+// CPU, rows `begin` to `end` of, in this order: planes * rows.to; B * rows.to; maps * map_height of one
+// image; B * height. The function below returns the number of doubles in `scratch`.
 AFA_SIMD_DECLARE(void shrink_rows(const ShrinkParams& p, int64_t begin, int64_t end))
 AFA_SIMD_DECLARE(void label_score_rows(const ScoreParams& p, int64_t begin, int64_t end, double* scratch))
 AFA_SIMD_DECLARE(void label_place_rows(const PlaceParams& p, int64_t begin, int64_t end, double* scratch))
 AFA_SIMD_DECLARE(void label_choice_rows(const ChoiceParams& p, int64_t begin, int64_t end, double* scratch))
 
-constexpr int64_t kRowSlack = 16;  // rows in scratch are read and written by whole vectors
+constexpr int64_t kRowSlack = 16;  // rows in scratch are read and written in whole vectors
 inline int64_t score_scratch(const ScoreParams& p) {
   return 2 * p.classes.most * (p.columns.to + kRowSlack);
 }

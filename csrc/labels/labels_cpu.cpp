@@ -1,9 +1,9 @@
 // Pseudo labels on the CPU; compiled once per SIMD level.
 //
-// Everything goes row by row with vectors along x. Halving and doubling, the published case, are written out:
-// their weights are constants, where the general case looks up its samples in a table. A label row is made
-// from the rows of the small maps in buffers that stay in the first-level cache: the enlarged maps,
-// thresholds * classes * H * W values, are never written.
+// All loops run row by row with vectors along x. Downscaling and upsampling by 2, the published case, have
+// their own code with constant weights; the general case looks up its samples in a table. A label row is
+// computed from the rows of the small maps in buffers that stay in the L1 cache: the upsampled maps,
+// thresholds * classes * H * W values, are never stored.
 #include "common/vec.h"
 #include "labels/labels.h"
 
@@ -12,7 +12,7 @@ namespace AFA_SIMD {
 namespace {
 
 template <typename T>
-struct IntOf;  // as wide as T, so that choices are selected by the comparison's own mask
+struct IntOf;  // as wide as T, so that choices are selected by the comparison's mask
 template <>
 struct IntOf<float> {
   using type = int32_t;
@@ -27,7 +27,7 @@ inline T value_of(In in) {
   return sizeof(In) == 1 ? static_cast<T>(in) / 255 : static_cast<T>(in);
 }
 
-// One row of a shrunken plane from the two rows it lies between; `weight` is the share of `second`.
+// One row of a downscaled plane from the two rows that it is between; `weight` is that of `second`.
 template <typename T, typename In>
 void shrink_row(const Axis& columns, const In* first, const In* second, T weight, T* out) {
   const T rest = 1 - weight, half = static_cast<T>(0.5);
@@ -63,7 +63,7 @@ void shrink(const ShrinkParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// The softmax over the background's score and the present classes, without the background's own share.
+// The softmax over the background score and the present classes, without the background's value.
 template <typename T>
 void score_rows(const ScoreParams& p, int64_t begin, int64_t end, T* scratch) {
   using V = typename Vec<T>::type;
@@ -130,7 +130,7 @@ void place_rows(const PlaceParams& p, int64_t begin, int64_t end, T* scratch) {
   }
 }
 
-// `in` has one more value on each side, which repeats the border's.
+// `in` has one more value on each side, which replicates the border's value.
 template <typename T>
 void enlarge_row(const Axis& columns, const T* in, T* out) {
   const T near = static_cast<T>(0.75), far = static_cast<T>(0.25);
@@ -198,7 +198,7 @@ void choice_rows(const ChoiceParams& p, int64_t begin, int64_t end, T* scratch) 
       } else {
         for (int64_t x = 0; x < width; ++x) background[x] = static_cast<T>(p.total);
       }
-      const bool given = p.background_map;  // else it is what the classes leave
+      const bool given = p.background_map;  // otherwise `total` minus the classes
       for (int64_t j = 0; j < count; ++j) {
         enlarged((j + extra) * p.thresholds + t);
         const Int number = p.classes.number[b * p.classes.most + j];

@@ -1,9 +1,9 @@
-// Pseudo labels on CUDA. Packing: a block an image, which lists its present classes on the device, so that
-// the host need not know them. Shrinking, scores and choices: a thread owns one pixel of the result
-// (shrinking: four in a row) and samples what it needs; a pixel's four samples lie in rows its neighbours
-// read too, which L1 serves. Where they lie in a plane is worked out once, in 32 bits if the plane allows.
-// The scores read each present CAM once from memory, the choices each small map once, and nothing of the size
-// of the enlarged maps is stored. A class that is absent costs none of these kernels anything.
+// Pseudo labels on CUDA. Packing: one block per image lists its present classes on the device, so the host
+// need not know them. Downscaling, scores and choices: a thread owns one pixel of the result (downscaling:
+// four in a row) and reads its samples; the neighboring threads read the same rows, from L1. A pixel's
+// offsets in a plane are computed once, in 32 bits if the plane allows. The scores read each present CAM once
+// from memory, the choices each small map once, and nothing of the size of the upsampled maps is stored.
+// Absent classes are skipped at no cost.
 #include "labels/labels.h"
 
 #include <cstring>
@@ -13,9 +13,9 @@
 namespace afa {
 namespace {
 
-constexpr int kKept = 4;    // classes whose scores a thread keeps rather than sampling them twice
-constexpr int kPixels = 4;  // in a row, that a thread shrinks
-// Offsets below it are held in 32 bits.
+constexpr int kKept = 4;    // classes whose scores a thread keeps instead of sampling them twice
+constexpr int kPixels = 4;  // in a row, per thread of the downscaling kernel
+// Offsets below this limit are stored in 32 bits.
 #ifdef AFA_CUDA_ON_HOST
 constexpr int64_t kNarrow = 300;
 #else
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   }
 }
 
-// A byte over 255, rounded as the quotient is, in three operations.
+// A byte divided by 255, correctly rounded, in three operations.
 template <typename T>
 __device__ inline T over_255(T x) {
   const T inverse = T{1} / T{255}, quotient = x * inverse;
@@ -74,12 +74,12 @@ __device__ inline T value_of(In in) {
   return sizeof(In) == 1 ? over_255(to_sum<T>(in)) : to_sum<T>(in);
 }
 
-// The bilinear sample between two rows and two columns, whose four values lie at the same places in every
+// The bilinear sample between two rows and two columns; the offsets of the four values are the same in every
 // plane.
 template <typename T, typename Index>
 struct Sampler {
   Index above_left, above_right, below_left, below_right;
-  T across, down;  // the shares of the right column and of the lower row
+  T across, down;  // weights of the right column and of the lower row
 
   __device__ Sampler(const Tap<T>& y, const Tap<T>& x, int64_t stride_y, int64_t stride_x)
       : above_left(static_cast<Index>(y.left * stride_y + x.left * stride_x)),
@@ -104,7 +104,7 @@ struct Eight {
   In at[8];
 };
 
-// Eight values from an address that is a multiple of their size, or of 16 bytes.
+// Eight values from an address that is aligned to their total size, or to 16 bytes.
 template <typename In>
 __device__ inline Eight<In> load_eight(const In* from) {
   Eight<In> result;
@@ -120,7 +120,7 @@ __device__ inline Eight<In> load_eight(const In* from) {
   return result;
 }
 
-// Four to one that is a multiple of 16 bytes.
+// Four values to an address that is aligned to 16 bytes.
 template <typename T>
 __device__ inline void store_four(T* to, const T (&value)[4]) {
   uint4 bits[sizeof(T) / 4];
@@ -128,8 +128,8 @@ __device__ inline void store_four(T* to, const T (&value)[4]) {
   for (int n = 0; n < static_cast<int>(sizeof(T) / 4); ++n) reinterpret_cast<uint4*>(to)[n] = bits[n];
 }
 
-// kHalves: the columns are halved exactly and in step with eight of them, so that a thread reads them as
-// vectors: each pixel lies halfway between two columns.
+// kHalves: the columns are downscaled by exactly 2 and aligned to eight of them, so that a thread reads
+// vectors: each pixel is halfway between two columns.
 template <typename T, typename In, bool kHalves>
 __global__ void __launch_bounds__(kThreads) shrink_kernel(const __grid_constant__ ShrinkParams p) {
   const int64_t groups = (p.columns.to + kPixels - 1) / kPixels, items = p.rows.to * groups;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<In>(sizeof(Index) == 8 ? 
       const int64_t y = pixel / width, x = pixel - y * width;
       const Sampler<T, Index> sample(tap<T>(p.rows, y), tap<T>(p.columns, x), p.cam_stride_y, p.cam_stride_x);
       auto score = [&](int j) { return sample(cams + planes[j] * p.cam_stride_c); };
-      T top = 0, sum = 0;  // of the classes: the largest score, and the sum of exponentials relative to it
+      T top = 0, sum = 0;  // the classes' largest score, and the sum of exponentials relative to it
       auto add = [&](int j, T value) {
         if (j == 0 || value > top) {
           sum = (j == 0 ? 0 : sum * exp(top - value)) + 1;
@@ -267,7 +267,7 @@ template <typename T, typename Index>
 __global__ void __launch_bounds__(kThreads, min_blocks<T>(5))
     choice_kernel(const __grid_constant__ ChoiceParams p) {
   [[maybe_unused]] constexpr int kAtOnce =
-      sizeof(Index) == 8 ? 1 : 4;  // classes: more need registers that aren't there
+      sizeof(Index) == 8 ? 1 : 4;  // classes: more would need too many registers
   const int64_t pixels = p.height * p.width, map_pixels = p.map_height * p.map_width;
   const int64_t most = p.classes.most, extra = p.background_map ? 1 : 0;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(5))
   }
 }
 
-// Calls f with an integer that holds offsets up to `last`, forwards or backwards.
+// Calls f with an integer type for offsets up to `last`, forward or backward.
 template <typename F>
 void with_index(int64_t last, const F& f) {
   last<kNarrow && last> - kNarrow ? f(int32_t{}) : f(int64_t{});
@@ -340,7 +340,7 @@ const char* launch_shrink(const ShrinkParams& p, void* stream) {
     };
     const bool in_step = p.columns.from == 2 * p.columns.to && p.columns.to % kPixels == 0 &&
                          p.in_stride_y % 8 == 0 && p.in_stride_p % 8 == 0;
-    // Up to 2^20 columns, float32 holds their places exactly.
+    // Up to 2^20 columns, their positions are exact in float32.
     if (p.box == nullptr && p.downscale == 2 && in_step && p.columns.from <= int64_t{1} << 20 &&
         divides(p.in, kVector) && divides(p.out, 16)) {
       AFA_LAUNCH((shrink_kernel<T, In, true>), grid, kThreads, stream, p);

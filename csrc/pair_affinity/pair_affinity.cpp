@@ -8,7 +8,7 @@
 namespace afa {
 namespace {
 
-// Of planes [B, C, h, w] or, without channels, [B, h, w].
+// For planes [B, C, h, w] or, without channels, [B, h, w].
 PairAffinityParams make_params(const Tensor& planes, int64_t radius) {
   PairAffinityParams p;
   p.stencil = window_stencil(radius, "disc");
@@ -20,7 +20,7 @@ PairAffinityParams make_params(const Tensor& planes, int64_t radius) {
   return p;
 }
 
-// The multiply-adds of one row of nodes, for sharing rows out to threads; `entry` is one pair's.
+// The multiply-adds of one row of nodes, for distributing rows to threads; `entry` is the cost of one pair.
 int64_t row_work(const PairAffinityParams& p, int64_t entry) {
   return p.stencil.size * p.width * entry;
 }

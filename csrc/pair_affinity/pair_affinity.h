@@ -1,8 +1,8 @@
-// Windowed affinities of neighbouring nodes: from a boundary map (IRN) and from features (PSA).
+// Windowed affinities of neighboring nodes: from a boundary map (IRN) and from features (PSA).
 //
-// Planes by offset: A[b, k, y, x] is the affinity of node (y, x) and the node that the window's offset k
-// leads to from there; 0 where that leaves the grid. A is symmetric, A[k] at a node is A[K - 1 - k] at its
-// k-th neighbour, so that only the half of the window after its centre is computed.
+// Planes by offset: A[b, k, y, x] is the affinity of node (y, x) and node (y, x) + offset k of the window; 0
+// if that is outside the grid. A is symmetric: A[k] at a node equals A[K - 1 - k] at its k-th neighbor, so
+// only the half of the window after its center is computed.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace afa {
 
 struct PairAffinityParams {
-  Stencil stencil;        // the window's offsets, each with its sign turned, in the order of the window
+  Stencil stencil;        // the window's offsets with inverted signs, in the order of the window
   Kind kind = Kind::f32;  // of all tensors
   int64_t batch = 0, channels = 0, height = 0, width = 0;
   const void* in = nullptr;        // [B, h, w] boundary map, or [B, C, h, w] features; contiguous
@@ -24,9 +24,9 @@ struct PairAffinityParams {
 
 namespace {
 
-// f(y, x) for the grid points on the way from (0, 0) to (dy, dx), dy >= 0: those of the box around the
-// segment whose distance from the line is under 1. In each row they are adjacent, and the first tried is
-// always one.
+// f(y, x) for the grid points on the path from (0, 0) to (dy, dx), dy >= 0: those in the bounding box of the
+// segment whose distance from its line is less than 1. They are adjacent in each row, and the first point
+// tested is always one of them.
 template <typename F>
 AFA_HOST_DEVICE inline void each_path_point(int64_t dy, int64_t dx, const F& f) {
   const int64_t length = dy * dy + dx * dx;  // squared, as are the distances times the length
@@ -44,8 +44,8 @@ AFA_HOST_DEVICE inline void each_path_point(int64_t dy, int64_t dx, const F& f) 
 
 }  // namespace
 
-// Rows `begin` to `end` of the batch's B * h rows; float32 and float64. A row also writes what it mirrors
-// into later rows. `scratch` holds K * (w + kFactorSlack) values.
+// Rows `begin` to `end` of the batch's B * h rows; float32 and float64. A row also writes its mirrored
+// entries in later rows. `scratch` has K * (w + kFactorSlack) values.
 constexpr int64_t kFactorSlack = 16;
 AFA_SIMD_DECLARE(void edge_affinity_rows(const PairAffinityParams& p, int64_t begin, int64_t end))
 AFA_SIMD_DECLARE(void feature_affinity_rows(const PairAffinityParams& p, int64_t begin, int64_t end))

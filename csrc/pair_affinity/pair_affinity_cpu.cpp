@@ -1,8 +1,8 @@
 // Windowed affinities on the CPU; compiled once per SIMD level. A thread owns rows of nodes; the loops run
 // along x. Each pair is computed once, by the row of its upper node, and written twice.
 //
-// Features: four channels at a time are added to a row of sums, and channels pass in blocks whose rows stay
-// in the first-level cache while the offsets pass. Which thread computes a row changes no sum.
+// Features: four channels at a time are added to a row of sums. Channels are processed in blocks whose rows
+// stay in the L1 cache during the loop over offsets. Sums don't depend on the thread that computes a row.
 #include "common/vec.h"
 #include "pair_affinity/pair_affinity.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kChannelBlock = 32;
 
-// f(k, dy, dx, first x, end x): the nodes of a row for which x + dx lies in the grid (none: end = first).
+// f(k, dy, dx, first x, end x): the nodes of a row for which x + dx is in the grid (none: end = first).
 template <typename F>
 inline void each_offset(const PairAffinityParams& p, const F& f) {
   int64_t k = 0;
@@ -29,8 +29,8 @@ inline void each_offset(const PairAffinityParams& p, const F& f) {
   }
 }
 
-// The same for pairs whose upper (or, in one row, left) node lies in row y: offsets after the window's
-// centre.
+// The same for pairs whose upper (or, in the same row, left) node is in row y: offsets after the window's
+// center.
 template <typename F>
 inline void each_pair(const PairAffinityParams& p, int64_t y, const F& f) {
   each_offset(p, [&](int64_t k, int64_t dy, int64_t dx, int64_t first, int64_t end) {
@@ -38,7 +38,7 @@ inline void each_pair(const PairAffinityParams& p, int64_t y, const F& f) {
   });
 }
 
-// The centre is 1, what leaves the grid 0.
+// Sets the center to 1 and entries outside the grid to 0.
 template <typename T>
 inline void fill_border(const PairAffinityParams& p, T* out, int64_t y) {
   each_offset(p, [&](int64_t k, int64_t dy, int64_t, int64_t first, int64_t end) {
@@ -54,7 +54,7 @@ inline void fill_border(const PairAffinityParams& p, T* out, int64_t y) {
   });
 }
 
-// Copies affinities [first, end) of row y to its pairs' other ends.
+// Copies affinities [first, end) of row y to the other ends of their pairs.
 template <typename T>
 inline void mirror(const PairAffinityParams& p, T* out, int64_t k, int64_t y, int64_t dy, int64_t dx,
                    int64_t first, int64_t end) {
@@ -71,8 +71,7 @@ void edge_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
     const T* edge = static_cast<const T*>(p.in) + b * nodes + y * p.width;
     T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
     fill_border(p, out, y);
-    // The rows that paths from row y meet. Two comparisons a point, which a NaN needs, take 1.6 times as
-    // long.
+    // The rows on paths from row y. Two comparisons per point, which a NaN needs, take 1.6 times as long.
     const int64_t reach = p.stencil.run[0].dy < 0 ? -p.stencil.run[0].dy : p.stencil.run[0].dy;
     const int64_t seen = (y + reach < p.height ? reach + 1 : p.height - y) * p.width;
     int has_nan = 0;
@@ -124,7 +123,7 @@ void add_distances(const T* a, const T* b, int64_t stride, int64_t channels, T* 
   }
 }
 
-// exp(-value / channels), by vectors.
+// exp(-value / channels), vectorized.
 template <typename T>
 void exponentials(T* values, int64_t count, T scale) {
   using V = typename Vec<T>::type;
@@ -153,11 +152,11 @@ void feature_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
         add_distances(here, here + dy * p.width + dx, nodes, block, sum, first, last);
       });
       // The distance of a node to itself: 0, or NaN.
-      T* centre = out + (p.stencil.size / 2 * p.height + y) * p.width;
+      T* center = out + (p.stencil.size / 2 * p.height + y) * p.width;
       if (c == 0) {
-        for (int64_t x = 0; x < p.width; ++x) centre[x] = 0;
+        for (int64_t x = 0; x < p.width; ++x) center[x] = 0;
       }
-      add_distances(here, here, nodes, block, centre, 0, p.width);
+      add_distances(here, here, nodes, block, center, 0, p.width);
     }
     T* own = out + (p.stencil.size / 2 * p.height + y) * p.width;
     for (int64_t x = 0; x < p.width; ++x) own[x] += 1;
@@ -169,11 +168,11 @@ void feature_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is that of both its entries. `slope`
-// holds the factors of one row of nodes, [K, length], 0 where there is no neighbour: the loop over vectors
-// of nodes needs no border case but for the ends of memory. The centre's row, which no difference meets,
-// holds what the sums start from: 0, or NaN where any factor of the node is NaN or infinite (0 times it, as
-// in the definition).
+// dA_k / df = -A_k / C * sign(f - f_k) at each node; a pair's gradient is the sum over both its entries.
+// `slope` has the factors of one row of nodes, [K, length], 0 if there is no neighbor: the loop over vectors
+// of nodes has no special case at borders, except at the ends of memory. The center's row, which has no
+// difference, has the initial values of the sums: 0, or NaN if any factor of the node is NaN or infinite (0
+// times it, as in the definition).
 template <typename T>
 void feature_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t end, T* slope) {
   using V = typename Vec<T>::type;
@@ -205,7 +204,7 @@ void feature_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t e
       for (int64_t x = 0; x < p.width; x += kLanes<T>) {
         const int64_t count = p.width - x < kLanes<T> ? p.width - x : kLanes<T>;
         const bool whole = count == kLanes<T>;
-        const V centre = whole ? load<T>(features + plane + x) : load_first<T>(features + plane + x, count);
+        const V center = whole ? load<T>(features + plane + x) : load_first<T>(features + plane + x, count);
         V sum = load<T>(start + x);
         const T* weight = slope + x;
         for (int r = 0; r < p.stencil.runs; ++r) {
@@ -218,7 +217,7 @@ void feature_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t e
           const int64_t at = plane + x + dy * p.width - half;
           const bool safe = at >= 0 && at + run.count + kLanes<T> <= size;
           for (int64_t j = 0; j < run.count; ++j, weight += length) {
-            V other = centre;
+            V other = center;
             if (safe) {
               other = load<T>(features + at + j);
             } else {
@@ -228,7 +227,7 @@ void feature_backward_rows(const PairAffinityParams& p, int64_t begin, int64_t e
               }
             }
             const V factor = load<T>(weight), nothing = {};
-            sum += (centre > other ? factor : nothing) - (centre < other ? factor : nothing);
+            sum += (center > other ? factor : nothing) - (center < other ? factor : nothing);
           }
         }
         T* out = static_cast<T*>(p.out) + plane + x;

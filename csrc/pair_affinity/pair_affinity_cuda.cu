@@ -1,9 +1,9 @@
-// Windowed affinities on CUDA. A thread owns a node and up to eight of the offsets after the window's centre:
-// it writes each pair's two entries, and the zeros of the two planes at its own node. Edges: the points of
-// the eight paths are found once a block, and kept in shared memory as what is to be added to a node's place.
-// Features: a channel is read once for the node and once for each of the eight. Backward: a thread owns eight
-// channels of a node and gathers over the window, so that no atomics are needed; what the gradients of a pair
-// come to is found once for the eight.
+// Windowed affinities on CUDA. A thread owns a node and up to eight of the offsets after the window's center:
+// it writes both entries of each pair, and the zeros of both planes at its node. Edges: the points of the
+// eight paths are computed once per block, and stored in shared memory as offsets from a node's index.
+// Features: a channel is read once for the node and once for each of the eight neighbors. Backward: a thread
+// owns eight channels of a node and gathers over the window, so no atomics are needed; the gradient factor of
+// a pair is computed once for the eight channels.
 #include "common/cuda.cuh"
 #include "pair_affinity/pair_affinity.h"
 
@@ -11,13 +11,13 @@ namespace afa {
 namespace {
 
 constexpr int kOffsets = 8, kChannels = 8;
-// Of a path: those of the box around the segment nearer than 1 to the line, at most three for each of the
-// longer side's steps.
+// Points of a path: those in the bounding box of the segment at a distance less than 1 from its line, at most
+// three per step along the longer side.
 constexpr int kMaxPoints = 3 * (kMaxRadius + 1);
 
 struct Offset {
   int dy, dx;
-  int64_t step;  // from a node to its neighbour
+  int64_t step;  // from a node to its neighbor
 };
 
 __device__ Offset offset_of(const PairAffinityParams& p, int64_t k) {
@@ -29,7 +29,7 @@ __device__ Offset offset_of(const PairAffinityParams& p, int64_t k) {
   return {-run.dy, dx, -run.dy * p.width + dx};
 }
 
-// How far the grid goes on from a node to each side, as far as a window can reach.
+// The distance from a node to the grid's borders, limited to the reach of a window.
 class Room {
  public:
   __device__ Room(const PairAffinityParams& p, int64_t y, int64_t x)
@@ -58,8 +58,8 @@ __device__ void each_node(const PairAffinityParams& p, const F& f) {
   }
 }
 
-// Writes a node's entry of an offset, at `forth`, and the one at the pair's other end; `back` is the node's
-// entry of the opposite offset, which is 0 if the node is nobody's other end.
+// Writes a node's entry of an offset, at `forth`, and the entry at the pair's other end; `back` is the node's
+// entry of the opposite offset, which is 0 if the node is not the other end of any pair.
 template <typename T, typename Sum>
 __device__ void write_pair(const Room& room, const Offset& offset, T* forth, T* back, Sum value) {
   const bool has_other = room.holds(offset.dy, offset.dx);
@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(8))
   __shared__ int64_t points[kOffsets][kMaxPoints];
   __shared__ int counts[kOffsets];
   __shared__ Offset offsets[kOffsets];
-  const int64_t nodes = p.height * p.width, centre = p.stencil.size / 2;
-  const int64_t groups = centre / kOffsets + 1;
+  const int64_t nodes = p.height * p.width, center = p.stencil.size / 2;
+  const int64_t groups = center / kOffsets + 1;
   for (int64_t index = blockIdx.y; index < p.batch * groups; index += gridDim.y) {
-    const int64_t b = index / groups, first = index % groups * kOffsets + centre;
+    const int64_t b = index / groups, first = index % groups * kOffsets + center;
     const int64_t left = p.stencil.size - first;
     const int count = static_cast<int>(left < kOffsets ? left : kOffsets);
     const int thread = static_cast<int>(threadIdx.x);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(8))
       T *forth = out + first * nodes + node, *back = out + (p.stencil.size - 1 - first) * nodes + node;
       const Sum own = to_sum<Sum>(*here);
       for (int i = 0; i < count; ++i, forth += nodes, back -= nodes) {
-        if (forth == back) {  // the centre
+        if (forth == back) {  // the center
           *forth = from_sum<T>(Sum{1});
           continue;
         }
@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
     feature_affinity_kernel(const __grid_constant__ PairAffinityParams p) {
   using Sum = typename SumOf<T>::type;
   __shared__ Offset offsets[kOffsets];
-  const int64_t nodes = p.height * p.width, centre = p.stencil.size / 2;
-  const int64_t groups = centre / kOffsets + 1;
+  const int64_t nodes = p.height * p.width, center = p.stencil.size / 2;
+  const int64_t groups = center / kOffsets + 1;
   for (int64_t index = blockIdx.y; index < p.batch * groups; index += gridDim.y) {
-    const int64_t b = index / groups, first = index % groups * kOffsets + centre;
+    const int64_t b = index / groups, first = index % groups * kOffsets + center;
     const int64_t left = p.stencil.size - first;
     const int count = static_cast<int>(left < kOffsets ? left : kOffsets);
     const int thread = static_cast<int>(threadIdx.x);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
     T* out = static_cast<T*>(p.out) + b * p.stencil.size * nodes;
     each_node(p, [&](int64_t node, const Room& room) {
       Sum sum[kOffsets] = {};
-      int64_t other[kOffsets];  // the node itself where there is none, and at the centre
+      int64_t other[kOffsets];  // the node itself if there is none, and at the center
 #pragma unroll
       for (int i = 0; i < kOffsets; ++i) {
         other[i] = 0;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(4))
 #pragma unroll
       for (int i = 0; i < kOffsets; ++i, forth += nodes, back -= nodes) {
         if (i >= count) break;
-        if (i == 0 && first == centre) {
+        if (i == 0 && first == center) {
           *forth = from_sum<T>(1 + sum[0]);  // 1, or NaN
         } else {
           write_pair(room, offsets[i], forth, back, exp(-sum[i] / static_cast<Sum>(p.channels)));
@@ -185,12 +185,12 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(3))
       Sum start = 0;  // NaN where any slope is NaN or infinite: 0 times it, as in the definition
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) value[c] = c < count ? to_sum<Sum>(here[c * nodes]) : Sum{0};
-      // Of offset k: this node's entry, and the opposite one of the node k leads to.
+      // For offset k: this node's entry, and the opposite entry of node + offset k.
       const T* grad = static_cast<const T*>(p.grad) + pairs + node;
       const T* opposite = grad + (p.stencil.size - 1) * nodes;
       const T* affinity = static_cast<const T*>(p.affinity) + pairs + node;
       for (int r = 0; r < p.stencil.runs; ++r) {
-        const Run run = p.stencil.run[r];  // its offsets, the signs turned back, go from left to right
+        const Run run = p.stencil.run[r];  // its offsets, with signs inverted back, are from left to right
         int dx = -run.dx;
         int64_t other = -run.dy * p.width + dx;
         for (int j = 0; j < run.count; ++j, ++dx, ++other) {

@@ -12,7 +12,7 @@
 namespace afa {
 namespace {
 
-// w2 * softmax over all neighbours of -(p / ((sigma_p + 1e-8) * w1))^2 with p = d (edge) or sqrt(2) * d
+// w2 * softmax over all neighbors of -(p / ((sigma_p + 1e-8) * w1))^2 with p = d (edge) or sqrt(2) * d
 // (corner).
 void position_weights(const std::vector<int64_t>& dilations, double w1, double w2, ParAffinityParams& p) {
   const double count = 8.0 * static_cast<double>(dilations.size());
@@ -41,7 +41,7 @@ void position_weights(const std::vector<int64_t>& dilations, double w1, double w
   }
 }
 
-// The ring of neighbors, once weights and planes are checked against it.
+// The ring of neighbors, after weights and planes are checked against it.
 Stencil checked_ring(const std::vector<int64_t>& dilations, const Tensor& weights,
                      std::initializer_list<std::pair<const Tensor&, const char*>> planes) {
   const Stencil stencil = ring_stencil(dilations);
@@ -54,7 +54,7 @@ Stencil checked_ring(const std::vector<int64_t>& dilations, const Tensor& weight
   return stencil;
 }
 
-// Checks the images and fills in what both devices need; the weights [B, K, H, W] of `type`.
+// Checks the images and sets the parameters for both devices; the weights [B, K, H, W] have `type`.
 Tensor check_images(const Tensor& images, const std::vector<int64_t>& dilations, ScalarType type,
                     ParAffinityParams& p) {
   check_shape(images, "images", "[B, 3, H, W]", {-1, -1, -1, -1});

@@ -1,4 +1,4 @@
-// Pixel-adaptive refinement (PAR; AFA, CVPR 2022, section 3.3) and its older sibling PAMR ("Single-Stage
+// Pixel-adaptive refinement (PAR; AFA, CVPR 2022, section 3.3) and its predecessor PAMR ("Single-Stage
 // Semantic Segmentation from Image Labels", CVPR 2020, section 3.3).
 #pragma once
 
@@ -19,13 +19,13 @@ struct ParAffinityParams {
   int64_t image_pad = 0;
   const int64_t* extent = nullptr;  // CUDA: [B, 2], see par_affinity_within
   void* weights = nullptr;          // [B, K, H, W] contiguous
-  // PAR: logit -(difference / ((sigma + 1e-8) * w1))^2, sigma over the neighbours. PAMR: -|difference| /
-  // (1e-8 + 0.1 * sigma), sigma over the neighbours and, once a dilation, the centre. Both the mean over the
-  // channels.
+  // PAR: logit -(difference / ((sigma + 1e-8) * w1))^2, sigma over the neighbors. PAMR: -|difference| /
+  // (1e-8 + 0.1 * sigma), sigma over the neighbors and the center, counted once per dilation. Both are
+  // averaged over the channels.
   bool pamr = false;
   double w1 = 0;
-  // PAR: w2 * softmax(position logits), the same for a dilation's four edge and for its four corner
-  // neighbours.
+  // PAR: w2 * softmax(position logits); equal for a dilation's four edge neighbors and for its four corner
+  // neighbors.
   double edge[kMaxDilations] = {};
   double corner[kMaxDilations] = {};
   float edge32[kMaxDilations] = {}, corner32[kMaxDilations] = {};  // CUDA: the same for sums in float32

@@ -1,10 +1,10 @@
 // PAR's and PAMR's affinity on the CPU; compiled once per SIMD level.
 //
-// One vector of pixels at a time. For each colour channel the neighbours are read once, as differences to the
-// centre, into a local array (K * 64 bytes) that two more passes take from the first-level cache: the
-// variance (the mean first, as a sum of squares alone loses the small deviations that matter) and the logits,
-// themselves a local array that the softmax then works on. Sums run in four strands, so that they don't wait
-// for each other. Reads the image, writes K weights a pixel.
+// Processes one vector of pixels at a time. For each color channel the neighbors are read once, as
+// differences from the center, into a local array (K * 64 bytes), which two more passes read from the L1
+// cache: the variance (computed after the mean, as a plain sum of squares loses the small deviations that
+// matter) and the logits, which are a local array, too, and the softmax's input. Each sum uses four
+// independent accumulators. Reads the image, writes K weights per pixel.
 #include "common/vec.h"
 #include "par/par.h"
 
@@ -13,9 +13,9 @@ namespace AFA_SIMD {
 namespace {
 
 constexpr int kRing = 8;
-constexpr int kMaxNeighbours = kRing * kMaxDilations;
+constexpr int kMaxNeighbors = kRing * kMaxDilations;
 
-// Sum of f(k) over the neighbours.
+// Sum of f(k) over the neighbors.
 template <typename V, typename F>
 inline V sum_over(int size, const F& f) {
   V a = {}, b = {}, c = {}, d = {};
@@ -45,21 +45,21 @@ inline void pixels(const ParAffinityParams& p, int64_t b, int64_t y, int64_t x, 
                    int64_t count) {
   using V = typename Vec<T>::type;
   const int size = p.stencil.size;
-  const T centres = PAMR ? static_cast<T>(size / kRing) : T{0};  // how often sigma counts the centre
-  const T count_of_sigma = static_cast<T>(size) + centres;
+  const T centers = PAMR ? static_cast<T>(size / kRing) : T{0};  // count of the center in sigma
+  const T count_of_sigma = static_cast<T>(size) + centers;
   const V one_over_count = V{} + T{1} / count_of_sigma;
-  V logit[kMaxNeighbours], difference[kMaxNeighbours];
+  V logit[kMaxNeighbors], difference[kMaxNeighbors];
   for (int64_t c = 0; c < p.channels; ++c) {
     const T* plane = static_cast<const T*>(p.images) + b * p.image_stride_b + c * p.image_stride_c + x;
-    const V centre = load<T>(plane + y * p.image_stride_y);
+    const V center = load<T>(plane + y * p.image_stride_y);
     const V mean = one_over_count * sum_over<V>(size, [&](int k) {
-                     return difference[k] = load<T>(plane + offset[k]) - centre;
+                     return difference[k] = load<T>(plane + offset[k]) - center;
                    });
     V squares = sum_over<V>(size, [&](int k) {
       const V deviation = difference[k] - mean;
       return deviation * deviation;
     });
-    if (PAMR) squares += centres * (mean * mean);
+    if (PAMR) squares += centers * (mean * mean);
     const V sigma = square_root(squares / (V{} + (count_of_sigma - 1)));
     const V scale = PAMR ? T{1} / (static_cast<T>(1e-8) + static_cast<T>(0.1) * sigma)
                          : T{1} / ((sigma + static_cast<T>(1e-8)) * static_cast<T>(p.w1));
@@ -89,7 +89,7 @@ inline void pixels(const ParAffinityParams& p, int64_t b, int64_t y, int64_t x, 
 
 template <typename T, bool PAMR>
 void rows(const ParAffinityParams& p, int64_t begin, int64_t end) {
-  int64_t offset[kMaxNeighbours];
+  int64_t offset[kMaxNeighbors];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / p.height, y = item % p.height;
     int k = 0;

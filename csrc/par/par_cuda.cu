@@ -1,14 +1,14 @@
 // PAR's and PAMR's affinity on CUDA: a thread owns one pixel.
 //
-// par_rings_kernel, for six dilations and values whose sums are float32: a channel's differences to the
-// centre are read once into registers and passed over three times there: their mean, the deviations from it
-// (a sum of squares alone would lose the small ones that matter), the logits, which are registers too. The
-// image is read K times a pixel and channel, from L1, at places clamped to it; the K weights are written
-// once, coalesced.
+// par_rings_kernel, for six dilations and accumulation in float32: a channel's differences from the center
+// are read once into registers, and three passes over them compute their mean, the deviations from it (a
+// plain sum of squares would lose the small ones that matter), and the logits, also in registers. The image
+// is read K times per pixel and channel, from L1, at clamped coordinates; the K weights are written once,
+// coalesced.
 //
-// par_affinity_kernel, for the rest: four passes over the neighbours: mean and variance for each channel, the
-// largest logit with the sum of exponentials (rescaled as the largest grows), the weights, from logits formed
-// again: a half-precision store could not hold them.
+// par_affinity_kernel, for all other cases: four passes over the neighbors: mean and variance of each
+// channel, the largest logit with the sum of exponentials (rescaled when the largest changes), and the
+// weights, from recomputed logits, which could not be stored in half precision.
 #include "common/cuda.cuh"
 #include "par/par.h"
 
@@ -20,7 +20,7 @@ struct Pixel {
 };
 
 template <typename F>
-__device__ void each_neighbour(const ParAffinityParams& p, const Pixel& at, const F& f) {
+__device__ void each_neighbor(const ParAffinityParams& p, const Pixel& at, const F& f) {
   int k = 0;
   for (int r = 0; r < p.stencil.runs; ++r) {
     const Run run = p.stencil.run[r];
@@ -30,27 +30,26 @@ __device__ void each_neighbour(const ParAffinityParams& p, const Pixel& at, cons
   }
 }
 
-// What a difference in this channel is multiplied by.
+// The factor of a difference in this channel.
 template <bool PAMR, typename Sum, typename T>
 __device__ Sum inverse_scale(const ParAffinityParams& p, const T* plane, const Pixel& at) {
   Sum mean = 0, squares = 0;
-  each_neighbour(p, at, [&](int, int64_t index) { mean += to_sum<Sum>(plane[index]); });
-  const Sum centre = PAMR ? to_sum<Sum>(plane[at.y * p.image_stride_y + at.x]) : Sum{0};
-  const Sum centres =
-      PAMR ? static_cast<Sum>(p.stencil.size / 8) : Sum{0};  // how often sigma counts the centre
-  const Sum count = static_cast<Sum>(p.stencil.size) + centres;
-  mean = (mean + centres * centre) / count;
-  each_neighbour(p, at, [&](int, int64_t index) {
+  each_neighbor(p, at, [&](int, int64_t index) { mean += to_sum<Sum>(plane[index]); });
+  const Sum center = PAMR ? to_sum<Sum>(plane[at.y * p.image_stride_y + at.x]) : Sum{0};
+  const Sum centers = PAMR ? static_cast<Sum>(p.stencil.size / 8) : Sum{0};  // count of the center in sigma
+  const Sum count = static_cast<Sum>(p.stencil.size) + centers;
+  mean = (mean + centers * center) / count;
+  each_neighbor(p, at, [&](int, int64_t index) {
     const Sum deviation = to_sum<Sum>(plane[index]) - mean;
     squares += deviation * deviation;
   });
-  squares += centres * (centre - mean) * (centre - mean);
+  squares += centers * (center - mean) * (center - mean);
   const Sum sigma = sqrt(squares / (count - 1));
   if (PAMR) return 1 / (static_cast<Sum>(1e-8) + static_cast<Sum>(0.1) * sigma);
   return 1 / ((sigma + static_cast<Sum>(1e-8)) * static_cast<Sum>(p.w1));
 }
 
-// Read as the type of the sums: GeForce GPUs convert doubles at a 64th of the rate of a float's operation.
+// Read in the accumulation type: GeForce GPUs convert doubles at 1/64 of the rate of float operations.
 template <typename Sum>
 __device__ Sum position_weight(const ParAffinityParams& p, bool corner, int ring) {
   if constexpr (sizeof(Sum) == sizeof(double)) {
@@ -60,7 +59,7 @@ __device__ Sum position_weight(const ParAffinityParams& p, bool corner, int ring
   }
 }
 
-constexpr int kChannelsKept = 4;  // their scales stay in registers; those of more channels are formed again
+constexpr int kChannelsKept = 4;  // their scales stay in registers; with more channels they are recomputed
 
 template <typename Sum, bool PAMR>
 __device__ Sum distance(Sum step) {
@@ -81,20 +80,20 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
       const int64_t y = pixel / p.width, x = pixel - y * p.width;
       if (y >= height || x >= width) continue;
       const Pixel here = {y, x, height, width};
-      Sum scale[kChannelsKept], centre[kChannelsKept];
+      Sum scale[kChannelsKept], center[kChannelsKept];
 #pragma unroll
       for (int c = 0; c < kChannelsKept; ++c) {
         if (c >= p.channels) break;
         const T* plane = image + c * p.image_stride_c;
         scale[c] = inverse_scale<PAMR, Sum>(p, plane, here);
-        centre[c] = to_sum<Sum>(plane[y * p.image_stride_y + x]);
+        center[c] = to_sum<Sum>(plane[y * p.image_stride_y + x]);
       }
       auto logit = [&](int64_t at) {
         Sum total = 0;
 #pragma unroll
         for (int c = 0; c < kChannelsKept; ++c) {
           if (c >= p.channels) break;
-          const Sum step = (to_sum<Sum>(image[c * p.image_stride_c + at]) - centre[c]) * scale[c];
+          const Sum step = (to_sum<Sum>(image[c * p.image_stride_c + at]) - center[c]) * scale[c];
           total += distance<Sum, PAMR>(step);
         }
         for (int64_t c = kChannelsKept; c < p.channels; ++c) {
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
         return -total / static_cast<Sum>(p.channels);
       };
       Sum top = 0, sum = 0;
-      each_neighbour(p, here, [&](int k, int64_t at) {
+      each_neighbor(p, here, [&](int k, int64_t at) {
         const Sum value = logit(at);
         if (k == 0 || value > top) {
           sum = (k == 0 ? 0 : sum * exp(top - value)) + 1;
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
           sum += exp(value - top);
         }
       });
-      each_neighbour(p, here, [&](int k, int64_t at) {
+      each_neighbor(p, here, [&](int k, int64_t at) {
         const bool corner = k % 8 == 0 || k % 8 == 2 || k % 8 == 5 || k % 8 == 7;
         const Sum position = position_weight<Sum>(p, corner, k / 8);
         weights[k * pixels + pixel] = from_sum<T>(exp(logit(at) - top) / sum + position);
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(PAMR ? 6 : 8))
 constexpr int kRings = 6, kRing = 8;
 constexpr int64_t kMaxPlane = int64_t{1} << 29;  // pixels whose indices and bytes fit 32 bits
 
-// What the kernel needs of ParAffinityParams, as it needs it.
+// The part of ParAffinityParams that the kernel uses, in the form it needs.
 struct RingParams {
   const void* images;
   void* weights;
@@ -139,7 +138,7 @@ struct RingParams {
   int32_t channels, height, width, image_stride_y;
   int32_t dilation[kRings] = {};
   float edge[kRings] = {}, corner[kRings] = {};
-  float gain;  // makes of scaled differences such whose logits are to the base 2, the mean over the channels
+  float gain;  // factor of scaled differences for logits to the base 2 and the mean over the channels
   float w1;
 };
 
@@ -161,7 +160,7 @@ RingParams ring_params(const ParAffinityParams& p) {
   return q;
 }
 
-// 2 to a power of at most 0; under the smallest normal number, 0.
+// 2^x for x <= 0; 0 if the result is below the smallest normal number.
 __device__ inline float exp2_of(float power) {
 #ifdef __CUDA_ARCH__
   float result;
@@ -172,7 +171,7 @@ __device__ inline float exp2_of(float power) {
 #endif
 }
 
-// Sum of f(k) over the neighbours, in four strands.
+// Sum of f(k) over the neighbors, with four independent accumulators.
 template <typename F>
 __device__ inline float sum_over(const F& f) {
   float strand[4] = {};
@@ -181,7 +180,7 @@ __device__ inline float sum_over(const F& f) {
   return (strand[0] + strand[1]) + (strand[2] + strand[3]);
 }
 
-// Hides from the compiler that the value stays the same.
+// Prevents the compiler from assuming that the value stays the same.
 __device__ inline int again(int value) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+r"(value));
@@ -189,9 +188,9 @@ __device__ inline int again(int value) {
   return value;
 }
 
-// The neighbours' places in a plane of the image, borders replicated.
-__device__ inline void find_neighbours(const RingParams& p, int y, int x, int height, int width,
-                                       uint32_t (&at)[kRings * kRing]) {
+// The neighbors' offsets in a plane of the image, with replicated borders.
+__device__ inline void find_neighbors(const RingParams& p, int y, int x, int height, int width,
+                                      uint32_t (&at)[kRings * kRing]) {
   const uint32_t stride = static_cast<uint32_t>(p.image_stride_y);
 #pragma unroll
   for (int i = 0; i < kRings; ++i) {
@@ -219,24 +218,24 @@ __global__ void __launch_bounds__(kThreads, 4) par_rings_kernel(const __grid_con
       const int y = static_cast<int>(pixel / static_cast<uint32_t>(p.width));
       const int x = static_cast<int>(pixel - static_cast<uint32_t>(y) * static_cast<uint32_t>(p.width));
       if (y >= height || x >= width) continue;
-      float logit[kSize] = {};  // to the base 2, their signs turned
+      float logit[kSize] = {};  // to the base 2, with inverted signs
       const T* plane = image;
 #pragma unroll 1
       for (int c = 0; c < p.channels; ++c, plane += p.image_stride_c) {
-        const float centre = to_sum<float>(plane[y * p.image_stride_y + x]);
-        uint32_t at[kSize];  // found again for each channel: kept, they would take the registers of a block
-        find_neighbours(p, again(y), again(x), height, width, at);
+        const float center = to_sum<float>(plane[y * p.image_stride_y + x]);
+        uint32_t at[kSize];  // recomputed for each channel: keeping them would cost the registers of a block
+        find_neighbors(p, again(y), again(x), height, width, at);
         float difference[kSize];
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) difference[k] = to_sum<float>(plane[at[k]]) - centre;
-        constexpr float centres = PAMR ? kRings : 0;  // how often sigma counts the centre
-        constexpr float count = kSize + centres;
+        for (int k = 0; k < kSize; ++k) difference[k] = to_sum<float>(plane[at[k]]) - center;
+        constexpr float centers = PAMR ? kRings : 0;  // count of the center in sigma
+        constexpr float count = kSize + centers;
         const float mean = sum_over([&](int k) { return difference[k]; }) * (1 / count);
         float squares = sum_over([&](int k) {
           const float deviation = difference[k] - mean;
           return deviation * deviation;
         });
-        if (PAMR) squares += centres * (mean * mean);
+        if (PAMR) squares += centers * (mean * mean);
         const float sigma = sqrtf(squares * (1 / (count - 1)));
         const float scale = p.gain / (PAMR ? 1e-8f + 0.1f * sigma : (sigma + 1e-8f) * p.w1);
 #pragma unroll

@@ -21,7 +21,7 @@ bool is_default_ring(const Stencil& stencil) {
   return same;
 }
 
-// Whether launch_par_ring takes it.
+// Whether launch_par_ring supports it.
 bool fits_ring(const StencilParams& p, const RingCall& call) {
   constexpr int64_t kLimit = int64_t{1} << 31;
   return p.kind != Kind::f64 && p.height * p.width < kLimit && p.classes < kLimit &&

@@ -1,13 +1,13 @@
 // Steps of a stencil with PAR's default neighbors on CUDA.
 //
-// A block owns a tile of 32 columns and a part of the classes: those whose number among the active ones
-// leaves blockIdx.y when divided by gridDim.y. A thread owns 1, 2 or 4 pixels of a column and holds their 48
-// weights each in registers for all classes (and all steps, where a cooperative launch has a block for every
-// tile). Class after class, the tile's values with a halo of 24 come into shared memory by asynchronous
-// copies, one or two classes ahead; these copies clamp at borders, so that what follows has one path: each
-// value that a thread's pixels read is read once, at an offset known to the compiler. Slower was a thread for
-// each pixel and four classes that reads neighbors and weights from global memory (stencil_cuda.cu does so
-// for any neighbors).
+// A block owns a tile of 32 columns and a part of the classes: the active class number n with
+// n % gridDim.y == blockIdx.y. A thread owns 1, 2 or 4 pixels of a column and keeps the 48 weights of each in
+// registers for all classes (and for all steps, if a cooperative launch has a block for every tile). For one
+// class after another, asynchronous copies load the tile's values with a halo of 24 into shared memory, one
+// or two classes ahead. The copies clamp at borders, so the rest of the code has no special cases: each value
+// that a thread's pixels need is read once, at an offset known to the compiler. Slower: a thread per pixel
+// and four classes that reads neighbors and weights from global memory (stencil_cuda.cu does this for any
+// neighbors).
 #include <type_traits>
 #include <utility>
 
@@ -19,25 +19,25 @@
 namespace afa {
 namespace {
 
-// The active classes of an image in order, found 32 at a time by a ballot, so that absent ones cost a warp
-// nothing. All lanes of a warp go through the same classes together.
+// Iterates over the active classes of an image in order, 32 at a time with a ballot, so that a warp skips
+// absent classes at no cost. All lanes of a warp have the same class.
 class ActiveClasses {
  public:
-  // Those of this block's part.
+  // The classes of this block's part.
   __device__ ActiveClasses(const bool* class_mask, int classes)
       : mask_(class_mask), classes_(classes), lane_(static_cast<int>(threadIdx.x) % 32) {
     look();
     pass(blockIdx.y);
   }
 
-  // The class at hand; the number of classes where none is left.
+  // The current class; the number of classes if none is left.
   __device__ int current() const {
     return bits_ == 0 ? classes_ : base_ + __ffs(static_cast<int>(bits_)) - 1;
   }
   __device__ void next() { pass(gridDim.y); }
 
  private:
-  // Passes over so many active classes.
+  // Skips this many active classes.
   __device__ void pass(unsigned count) {
     for (unsigned i = 0; i < count && bits_ != 0; ++i) {
       bits_ &= bits_ - 1;
@@ -47,7 +47,7 @@ class ActiveClasses {
       }
     }
   }
-  // Moves on to the first 32 classes from base_ on that hold an active one.
+  // Advances to the next group of 32 classes, starting at base_, that has an active one.
   __device__ void look() {
     for (; base_ < classes_; base_ += 32) {
       const int c = base_ + lane_;
@@ -75,7 +75,7 @@ struct RingTile {
   static constexpr int kBytes = kStages * kFloats * 4;
 };
 
-// The products with one value, of all pixels that read it.
+// The products of one value with the weights of all pixels that read it.
 template <int STACK, int VALUE, int... PIXEL>
 __device__ inline void add_value(const float* at, const float (&weight)[STACK][kRingSize],
                                  float (&sum)[STACK], std::integer_sequence<int, PIXEL...>) {
@@ -84,7 +84,7 @@ __device__ inline void add_value(const float* at, const float (&weight)[STACK][k
   const float value = at[offset];
   (
       [&] {
-        constexpr int k = Table::kValues.neighbour[VALUE][PIXEL];
+        constexpr int k = Table::kValues.neighbor[VALUE][PIXEL];
         if constexpr (k >= 0) sum[PIXEL] += weight[PIXEL][k] * value;
       }(),
       ...);
@@ -96,14 +96,14 @@ __device__ inline void add_values(const float* at, const float (&weight)[STACK][
   (add_value<STACK, VALUE>(at, weight, sum, std::make_integer_sequence<int, STACK>{}), ...);
 }
 
-// Where a tile lies.
+// Position of a tile.
 struct Tile {
   int b, y, x;        // image, first pixel
   int height, width;  // of its image
 };
 
-// The same number, which the compiler takes for another each time: what depends on it is formed where it is
-// needed, not kept in registers that the weights take.
+// Returns the same number, but the compiler can't assume so: values that depend on it are recomputed where
+// they are needed, instead of occupying registers that the weights need.
 __device__ inline int formed_here(int i) {
 #ifndef AFA_CUDA_ON_HOST
   asm volatile("" : "+r"(i));
@@ -111,8 +111,8 @@ __device__ inline int formed_here(int i) {
   return i;
 }
 
-// Begins to copy a class's values, with the halo: a warp takes a row of 20 pieces of four. `plane` is of
-// floats, or, where the masks come in a narrower type, of T, which the threads widen themselves.
+// Starts the copy of a class's values, including the halo: a warp copies a row of 20 vectors of four. `plane`
+// has floats or, if the masks have a narrower type, values of T, which the threads convert themselves.
 template <typename T, int STACK>
 __device__ inline void fill(float* stage, const void* plane, bool wide, int stride, const Tile& tile) {
   using Shape = RingTile<STACK>;
@@ -121,7 +121,7 @@ __device__ inline void fill(float* stage, const void* plane, bool wide, int stri
   const int column = formed_here(tile.x - kRingReach + 4 * lane),
             top = formed_here(tile.y - kRingReach + warp);
   float* to = stage + warp * Shape::kPitch + 4 * lane;
-  [[maybe_unused]] constexpr int kUnrolled = STACK == 4 ? 5 : 2;  // more doesn't leave enough registers
+  [[maybe_unused]] constexpr int kUnrolled = STACK == 4 ? 5 : 2;  // more would need too many registers
   const auto each_row = [&](const auto& f) {
 #pragma unroll kUnrolled
     for (int row = 0; row < Shape::kRows; row += Shape::kWarps) {
@@ -148,7 +148,7 @@ __device__ inline void fill(float* stage, const void* plane, bool wide, int stri
   }
 }
 
-// Writes a thread's values of a class, those inside the image.
+// Writes a thread's values of a class that are inside the image.
 template <typename T, int STACK>
 __device__ inline void store(void* plane, bool wide, int stride, int y, int x, const Tile& tile,
                              const float (&value)[STACK]) {
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(RingTile<STACK>::kThreads, RingTile<STACK>::kB
       const int y = tile.y + row, x = tile.x + lane;
 
       const bool* const mask = p.class_mask == nullptr ? nullptr : p.class_mask + tile.b * p.classes;
-      // One more class begins to come into a stage; a group of copies even where there is none.
+      // Start copying one more class into a stage; commit a group of copies even if there is none.
       ActiveClasses asked(mask, classes);
       const auto ask = [&](int stage) {
         if (asked.current() < classes) {
@@ -212,11 +212,11 @@ __global__ void __launch_bounds__(RingTile<STACK>::kThreads, RingTile<STACK>::kB
         store<T, STACK>(to, wide_out, stride, y, x, tile, value);
       };
 
-      __syncthreads();  // all are done with the tile before
+      __syncthreads();  // all threads are done with the previous tile
 #pragma unroll 1
       for (int stage = 0; stage + 1 < Shape::kStages; ++stage) ask(stage);
       if (t == first_step || tiles > static_cast<int>(gridDim.x)) {
-        // Pixels past the image take its last one's weights: nothing is written for them.
+        // Pixels outside the image use the weights of its last pixel; they are not written.
         const T* const weights =
             static_cast<const T*>(p.weights) + tile.b * p.weight_stride_b + clamped(x, stride);
 #pragma unroll
@@ -229,7 +229,8 @@ __global__ void __launch_bounds__(RingTile<STACK>::kThreads, RingTile<STACK>::kB
       int stage = 0;
       for (ActiveClasses active(mask, classes); active.current() < classes; active.next()) {
         wait_async<Shape::kStages - 2>();
-        __syncthreads();  // all have this class's values, and are done with those of the class before
+        __syncthreads();  // all threads see this class's values, and are done with those of the previous
+                          // class
         ask(stage == 0 ? Shape::kStages - 1 : stage - 1);
         float sum[STACK] = {};
         add_values<STACK>(

@@ -54,7 +54,7 @@ void attach(const ActivePlanes& active, StencilParams& p) {
   p.active_begin = active.begin.data();
 }
 
-// The multiply-adds of one image row, for sharing rows out to threads.
+// The multiply-adds of one image row, for distributing rows to threads.
 int64_t row_work(const StencilParams& p) {
   return p.active_begin[p.batch] * p.stencil.size * p.width / std::max<int64_t>(p.batch, 1);
 }
@@ -94,7 +94,7 @@ ScalarType type_of(const StencilParams& p) {
   return p.kind == Kind::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Room for grouped planes; see launch_stencil_group, whose limits are checked here.
+// Allocates grouped planes and checks the limits of launch_stencil_group.
 Tensor empty_grouped(const StencilParams& p, const Tensor& like) {
   AFA_CHECK(p.height <= INT32_MAX && p.width <= INT32_MAX && p.height * p.width <= UINT32_MAX,
             "maps on CUDA must be smaller than 2^31 in height and width and 2^32 in pixels, got ", p.height,
@@ -120,7 +120,7 @@ Tensor grouped(const char* op, StencilParams p, const Tensor& source,
   return out;
 }
 
-// Steps or adjoint steps from `source` to `out`, both contiguous and of the weights' type.
+// Steps or adjoint steps from `source` to `out`, both contiguous and in the weights' type.
 void general_steps(const char* op, StencilParams& p, bool adjoint, const Tensor& source, const Tensor& out,
                    [[maybe_unused]] const CudaScope& scope) {
   const Tensor last = grouped(op, p, source, scope);
@@ -171,7 +171,7 @@ std::optional<Tensor> dense_mask(const std::optional<Tensor>& class_mask) {
   return torch::stable::contiguous(*class_mask);
 }
 
-// Steps or adjoint steps of planes [B, C, H, W], checks included.
+// Steps or adjoint steps of planes [B, C, H, W], including checks.
 Tensor steps_cuda(const char* op, const Stencil& stencil, const Tensor& weights, const Tensor& planes,
                   int64_t steps, const std::optional<Tensor>& class_mask, const std::optional<Tensor>& extent,
                   bool zero_masked, StepsCuda run) {
@@ -233,8 +233,8 @@ ActivePlanes::ActivePlanes(int64_t batch, int64_t classes, const std::optional<T
 }
 
 PaddedPlanes::PaddedPlanes(const Tensor& like, const ActivePlanes& active, int64_t reach) {
-  // x = 0 starts a cache line. Rows are an odd number of lines apart, so that neighbouring classes never
-  // share a cache set.
+  // x = 0 is aligned to a cache line. The row stride is an odd number of lines, so that neighboring classes
+  // never share a cache set.
   constexpr int64_t kLine = 16;
   const Sizes s = sizes_of(like);
   const int64_t pad = std::min(reach, s.width - 1);
@@ -255,7 +255,7 @@ void PaddedPlanes::fill(const Tensor& source, const ActivePlanes& active) {
 }
 
 Stencil ring_stencil(const std::vector<int64_t>& dilations) {
-  AFA_CHECK(!dilations.empty() && dilations.size() <= kMaxDilations, "dilations must hold 1 to ",
+  AFA_CHECK(!dilations.empty() && dilations.size() <= kMaxDilations, "dilations must have 1 to ",
             kMaxDilations, " integers, got ", dilations.size());
   Stencil stencil;
   for (int64_t dilation : dilations) {
@@ -305,7 +305,7 @@ Tensor stencil_propagate_cpu(const char* op, const Stencil& stencil, const Tenso
     if (steps > 1) second.emplace(planes, active, stencil.reach_x);
     first.fill(contiguous_as(planes, type), active);
     for (int64_t t = 0; t < steps; ++t) {
-      p.upwards = t % 2 == 1;  // begins with the rows and weights that the last step left in the cache
+      p.upwards = t % 2 == 1;  // starts with the rows and weights that the last step left in the cache
       p.in = t % 2 == 0 ? first.planes : second->planes;
       p.out = t + 1 == steps ? whole_planes(out) : (t % 2 == 0 ? second->planes : first.planes);
       step_cpu(p);

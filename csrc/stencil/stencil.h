@@ -1,6 +1,6 @@
-// out[c, y, x] = sum_k weights[k, y, x] * in[c, clamp(y + dy_k), clamp(x + dx_k)], repeated: the one
-// computation under PAR (rings of neighbours, borders replicated) and under the windowed random walks (whose
-// weights are 0 where a neighbour would lie outside, so that the clamped value doesn't matter).
+// out[c, y, x] = sum_k weights[k, y, x] * in[c, clamp(y + dy_k), clamp(x + dx_k)], repeated: the computation
+// of both PAR (rings of neighbors, replicated borders) and the windowed random walks (whose weights are 0 if
+// a neighbor is outside the grid, so that the clamped value doesn't matter).
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,12 @@ struct Planes {
   void* data = nullptr;
   int64_t plane_stride = 0;
   int64_t row_stride = 0;
-  int64_t pad = 0;  // columns before x = 0 and after x = W - 1 that hold the border's value (CPU only)
-  // CPU only: row y of an image's n active planes lie side by side, so that a tile's rows share pages and
-  // differ in their cache sets; plane_stride is the length of one row, plane_stride * n that of all.
+  int64_t pad = 0;  // columns before x = 0 and after x = W - 1 that have the border's value (CPU only)
+  // CPU only: rows y of an image's n active planes are adjacent, so that a tile's rows share pages and have
+  // different cache sets; plane_stride is the length of one row, plane_stride * n that of all.
   bool by_row = false;
-  bool wide = false;     // CUDA only: of the type sums are formed in, not of the weights'
-  bool grouped = false;  // CUDA only: kGroup classes of a pixel lie side by side, see launch_stencil_group
+  bool wide = false;     // CUDA only: in the accumulation type, not in the weights' type
+  bool grouped = false;  // CUDA only: kGroup classes of a pixel are adjacent, see launch_stencil_group
 };
 
 struct StencilParams {
@@ -36,7 +36,7 @@ struct StencilParams {
   void* grad_weights = nullptr;           // [B, K, H, W] contiguous, in the type sums are formed in
   const bool* class_mask = nullptr;       // CUDA: [B, C] on the device, or null for all
   bool zero_masked = true;                // CUDA: false leaves the output of classes that are off undefined
-  const int64_t* extent = nullptr;        // CUDA, steps alone: [B, 2], see stencil_propagate
+  const int64_t* extent = nullptr;        // CUDA, only steps: [B, 2], see stencil_propagate
   const int64_t* active = nullptr;        // CPU: the active planes, in order
   const int64_t* active_begin = nullptr;  // CPU: [B + 1] where each image's begin
   void* spare[2] = {};                    // CUDA: as large as `in`, what step t writes for step t + 1
@@ -44,11 +44,11 @@ struct StencilParams {
   bool upwards = false;                   // CPU: stencil_step takes the last row first
 };
 
-// CPU: rows `begin` to `end` of the batch's B * H rows, float32 and float64. The planes stencil_step and
-// stencil_weight_grad read are by row, padded by min(reach_x, W - 1) columns, and followed by kSlack readable
-// elements. stencil_weight_grad takes the incoming gradient as `out`. `offsets` holds K elements, `scratch`
-// 4 * (W + 2 * reach_x) values.
-constexpr int64_t kSlack = 16;  // a vector's worth: short rows are read by whole vectors
+// CPU: rows `begin` to `end` of the batch's B * H rows, float32 and float64. The planes that stencil_step and
+// stencil_weight_grad read are stored by row, padded by min(reach_x, W - 1) columns, and followed by kSlack
+// readable elements. In stencil_weight_grad, `out` is the incoming gradient. `offsets` has K elements,
+// `scratch` 4 * (W + 2 * reach_x) values.
+constexpr int64_t kSlack = 16;  // one vector: short rows are read in whole vectors
 AFA_SIMD_DECLARE(void stencil_step(const StencilParams& p, int64_t begin, int64_t end, int64_t* offsets))
 AFA_SIMD_DECLARE(void stencil_adjoint(const StencilParams& p, int64_t begin, int64_t end, void* scratch))
 AFA_SIMD_DECLARE(void stencil_weight_grad(const StencilParams& p, int64_t begin, int64_t end))
@@ -56,10 +56,9 @@ AFA_SIMD_DECLARE(void stencil_weight_grad(const StencilParams& p, int64_t begin,
 // CUDA: return nullptr, or an error's text. Step t reads `in` (t = 0) or spare[(t - 1) % 2] and writes `out`
 // (the last) or spare[t % 2]; spare[(steps - 1) % 2] may be `out`, spare[1] may be `in`.
 //
-// `in` is grouped and wide but for launch_stencil_group, which makes it so from planes: [B, ceil(C / kGroup),
-// H, W, kGroup], 0 for classes that class_mask leaves out. `out` is grouped if it says so;
-// stencil_weight_grad takes the incoming gradient as `out`, grouped. H and W are below 2^31, H * W below
-// 2^32.
+// `in` is grouped and wide, except in launch_stencil_group, which converts planes to this layout: [B,
+// ceil(C / kGroup), H, W, kGroup], 0 for classes that class_mask excludes. `out` is grouped if out.grouped is
+// set; in stencil_weight_grad it is the incoming gradient, grouped. H and W are below 2^31, H * W below 2^32.
 constexpr int kGroup = 4;
 const char* launch_stencil_group(const StencilParams& p, void* stream);
 const char* launch_stencil_step(const StencilParams& p, void* stream);

@@ -1,20 +1,20 @@
 // The stencil on the CPU; compiled once per SIMD level.
 //
-// A tile is up to four vectors of one row. Its classes pass in blocks of up to six or seven, whose sums stay
-// in registers, so that a weight is loaded once for a block while the tile's weights stay in the first-level
-// cache for all blocks. The planes carry replicated columns on both sides, which leaves no border case in the
-// loops; a row that is no multiple of the vector's length ends with an overlapping vector, and only rows
-// shorter than one vector take the path by elements. Every pixel is the same sequence of operations whatever
-// the tile or thread, so results don't depend on the number of threads.
+// A tile is up to four vectors of one row. Its classes are processed in blocks of up to six or seven, whose
+// sums stay in registers, so that a weight is loaded once per block; the tile's weights stay in the L1 cache
+// for all blocks. The planes have replicated columns on both sides, so the loops have no border cases. If a
+// row's length is not a multiple of the vector length, its last vector overlaps the previous one; only rows
+// shorter than one vector are processed by element. Every pixel is computed by the same sequence of
+// operations in any tile or thread, so results don't depend on the number of threads.
 //
-// The limit is loads: one a multiply-add, and most of them cross a cache line and so count twice. From the
-// first-level cache alone the core it was tuned on (AVX-512) reaches 42e9 multiply-adds a second, 60e9 if
-// none crossed; benchmarks/par_kernel.py measures that limit where it runs. PAR's six dilations read 13 rows
-// a class, which come from the second level: 26e9 at 64x64 with 21 classes. Masks beyond that level reach
-// about 20e9, and with three classes or fewer the stream of weights, 4 bytes for as many multiply-adds as
-// there are classes, is the limit. No faster: weights packed by row or by tile (within 5%), copied for each
-// tile, or prefetched by hand; wider tiles with fewer classes. Aligned loads with permutes gain 12% in the
-// first-level cache, which is not what binds.
+// Loads are the bottleneck: one per multiply-add, and most of them cross a cache line and so count twice.
+// From the L1 cache, the core that it was tuned on (AVX-512) reaches 42e9 multiply-adds per second, and 60e9
+// without such crossings; benchmarks/par_kernel.py measures this limit on the current machine. PAR's six
+// dilations read 13 rows per class, from the L2 cache: 26e9 at 64x64 with 21 classes. Larger masks reach
+// about 20e9. With three classes or fewer the limit is reading the weights, 4 bytes for one multiply-add per
+// class. Not faster: weights packed by row or by tile (within 5%), copied for each tile, or prefetched
+// explicitly; wider tiles with fewer classes. Aligned loads with permutes gain 12% if the data is in the L1
+// cache, which is not the usual case.
 #include "common/vec.h"
 #include "stencil/stencil.h"
 
@@ -25,7 +25,7 @@ namespace {
 constexpr int kClassBlock = AFA_VECTOR_REGISTERS == 32 ? 7 : 6;
 constexpr int kAdjointBlock = 4;
 
-// An active plane: its row 0, and from there to the next row.
+// An active plane: its row 0 and its row stride.
 template <typename T>
 struct Plane {
   T* first;
@@ -34,7 +34,7 @@ struct Plane {
   T* row(int64_t y) const { return first + y * row_stride; }
 };
 
-// Plane i of the active ones; image b's.
+// The i-th active plane, which belongs to image b.
 template <typename T>
 inline Plane<T> plane_of(const StencilParams& p, const Planes& planes, int64_t b, int64_t i) {
   T* data = static_cast<T*>(planes.data);
@@ -43,23 +43,22 @@ inline Plane<T> plane_of(const StencilParams& p, const Planes& planes, int64_t b
   return {data + (before * p.height + i - before) * planes.plane_stride, count * planes.plane_stride};
 }
 
-// The widest tile: sums take at most seven eighths of the registers.
+// The widest tile: sums use at most 7/8 of the registers.
 constexpr int most_vectors(int classes) {
   return AFA_VECTOR_REGISTERS * 7 / 8 / classes < 4 ? AFA_VECTOR_REGISTERS * 7 / 8 / classes : 4;
 }
 
-// Where the inner loop finds a tile: `weights` and `source` (class 0 of the block, row 0) point at the tile's
-// x.
+// A tile for the inner loop: `weights` and `source` (class 0 of the block, row 0) point to the tile's x.
 template <typename T>
 struct Tile {
   const T* weights;
   int64_t weight_stride;
-  const int64_t* offsets;  // of the neighbours, from x in row 0
+  const int64_t* offsets;  // of the neighbors, from x in row 0
   int size;
   const T* source;
   int64_t class_stride;
   T* target[kClassBlock];
-  int64_t count;  // pixels, where fewer than a vector
+  int64_t count;  // number of pixels if less than a vector
 };
 
 template <typename T, int CLASSES, int VECTORS, bool PARTIAL>
@@ -105,7 +104,7 @@ inline void sum_classes(const Tile<T>& t, int64_t classes, int64_t vectors) {
   if constexpr (CLASSES > 1) sum_classes<T, CLASSES - 1>(t, classes, vectors);
 }
 
-// A tile of `vectors` whole vectors from x, or of the whole row (0 vectors) where that is shorter than one.
+// A tile of `vectors` whole vectors from x, or of the whole row (0 vectors) if it is shorter than a vector.
 template <typename T>
 inline void tile_of_all_classes(const StencilParams& p, int64_t b, int64_t y, int64_t x, int64_t vectors,
                                 const int64_t* offsets) {
@@ -173,8 +172,8 @@ void step_rows(const StencilParams& p, int64_t begin, int64_t end, int64_t* offs
   }
 }
 
-// Row y of the adjoint gathers from every row that step reads row y from: one row inside, several at the
-// borders. Sums run over x beyond both ends; what lies there belongs to the border columns.
+// Row y of the adjoint gathers from all rows whose step reads row y: one row inside, several at the borders.
+// Sums run over x beyond both ends; the values there are added to the border columns.
 template <typename T>
 void adjoint_rows(const StencilParams& p, int64_t begin, int64_t end, T* scratch) {
   const int64_t reach = p.stencil.reach_x < p.width ? p.stencil.reach_x : p.width - 1;

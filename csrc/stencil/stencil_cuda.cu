@@ -1,12 +1,12 @@
-// The stencil on CUDA: steps, adjoint and the gradient of the weights. All gather, so that no atomics are
-// needed and results are the same every time; sums are formed and, between steps, kept in float32 (float64
-// for float64).
+// The stencil on CUDA: steps, adjoint and the gradient of the weights. All kernels gather, so no atomics are
+// needed and results are reproducible. Sums are in float32 (float64 for float64), also between steps.
 //
-// step, adjoint: any neighbours. A thread owns one pixel and 4, 8 or 12 classes; values lie in groups of four
-// classes a pixel, so that any neighbour is a 16-byte load, coalesced over the warp, and one weight and one
-// offset serve all classes of the thread.
+// step, adjoint: any neighbors. A thread owns one pixel and 4, 8 or 12 classes. Values are stored in groups
+// of four classes per pixel, so that every neighbor is a 16-byte load, coalesced over the warp, and one
+// weight and one offset are used for all classes of the thread.
 //
-// weight gradient: a thread owns one pixel and eight neighbours; it reads a class's gradient once for these.
+// weight gradient: a thread owns one pixel and eight neighbors; it reads a class's gradient once for all
+// eight.
 #include "stencil/steps.cuh"
 
 namespace afa {
@@ -18,7 +18,7 @@ struct alignas(16) Four {
   Sum of[kGroup];
 };
 
-// By 16-byte accesses, which the compiler doesn't make of the structure by itself.
+// With 16-byte accesses, which the compiler doesn't generate from the structure by itself.
 __device__ inline Four<float> load(const Four<float>* from) {
   const float4 v = *reinterpret_cast<const float4*>(from);
   return {{v.x, v.y, v.z, v.w}};
@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(kThreads) group_kernel(const __grid_constant__
   }
 }
 
-// Calls f with where the neighbours of a run lie in their row, one after the other; those of a pixel near a
-// border are clamped.
+// Calls f with the positions of a run's neighbors in their row, in order; near a border they are clamped.
 template <typename F>
 __device__ inline void each_of_run(const Run& run, int x, int width, bool inside, const F& f) {
   int at = x + run.dx;
@@ -87,7 +86,8 @@ __device__ inline void each_of_run(const Run& run, int x, int width, bool inside
   }
 }
 
-// One step. KEPT: a thread has one pixel, whose weights lie in shared memory from `kept` on, kThreads apart.
+// One step. KEPT: a thread has one pixel, whose weights are in shared memory from `kept` with stride
+// kThreads.
 template <typename T, bool ADJOINT, int GROUPS, bool KEPT = false>
 __device__ inline void gather_step(const StencilParams& p, const void* in, void* out, bool grouped_out,
                                    [[maybe_unused]] const T* kept = nullptr) {
@@ -98,7 +98,7 @@ __device__ inline void gather_step(const StencilParams& p, const void* in, void*
   const int64_t groups = groups_of(p), sets = (groups + GROUPS - 1) / GROUPS;
   for (int64_t index = blockIdx.y; index < p.batch * sets; index += gridDim.y) {
     const int64_t b = index / sets, first = index % sets * GROUPS;
-    // A group without an active class is computed as another one again, and not written.
+    // A group without active classes repeats another group, and its result is not written.
     int64_t group[GROUPS], some = -1;
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
@@ -144,7 +144,7 @@ __device__ inline void gather_step(const StencilParams& p, const void* in, void*
             });
             continue;
           }
-          // The pixels that read this one: in the interior one, at a border those that are clamped to it.
+          // The pixels that read this one: one in the interior, all pixels clamped to it at a border.
           const Range ys = clamp_preimage(y, run.dy, height);
           for (int64_t reader = ys.begin; reader < ys.end; ++reader) {
             to_row(static_cast<int>(reader));
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(stencil_blocks_per_sm(
   }
 }
 
-// All steps, where the grid has a thread for each pixel and group of classes: it reads its weights once.
+// All steps, if the grid has a thread for each pixel and group of classes: it reads its weights once.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, min_blocks<T>(stencil_blocks_per_sm(1)))
     stencil_kept_kernel(const __grid_constant__ StencilParams p) {
@@ -216,25 +216,25 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(stencil_blocks_per_sm(
   }
 }
 
-constexpr int kNeighbours = 8;  // a thread, of weight_grad_kernel
+constexpr int kNeighbors = 8;  // per thread of weight_grad_kernel
 
 template <typename Sum>
 __global__ void __launch_bounds__(kThreads) weight_grad_kernel(const __grid_constant__ StencilParams p) {
   const auto pixels = static_cast<uint32_t>(p.height * p.width);
   const auto stride = static_cast<uint32_t>(p.width);
-  const int64_t groups = groups_of(p), parts = (p.stencil.size + kNeighbours - 1) / kNeighbours;
+  const int64_t groups = groups_of(p), parts = (p.stencil.size + kNeighbors - 1) / kNeighbors;
   for (int64_t index = blockIdx.y; index < p.batch * parts; index += gridDim.y) {
-    const int64_t b = index / parts, begin = index % parts * kNeighbours;
+    const int64_t b = index / parts, begin = index % parts * kNeighbors;
     for (int64_t item = first_item(); item < pixels; item += item_stride()) {
       const auto pixel = static_cast<uint32_t>(item);
       const uint32_t y = pixel / stride, x = pixel - y * stride;
-      // Where the neighbours lie. Past the last, the last again.
-      uint32_t source[kNeighbours];
+      // The neighbors' positions; past the last neighbor, its position is repeated.
+      uint32_t source[kNeighbors];
       int r = 0;
       int64_t j = begin;
       while (p.stencil.run[r].count <= j) j -= p.stencil.run[r++].count;
 #pragma unroll
-      for (int i = 0; i < kNeighbours; ++i) {
+      for (int i = 0; i < kNeighbors; ++i) {
         const Run run = p.stencil.run[r];
         source[i] = static_cast<uint32_t>(clamp_index(int64_t{y} + run.dy, p.height)) * stride +
                     static_cast<uint32_t>(clamp_index(int64_t{x} + run.dx + j * run.step, p.width));
@@ -243,14 +243,14 @@ __global__ void __launch_bounds__(kThreads) weight_grad_kernel(const __grid_cons
           j = 0;
         }
       }
-      Sum sum[kNeighbours] = {};
+      Sum sum[kNeighbors] = {};
       for (int64_t g = 0; g < groups; ++g) {
         if (!is_group_active(p, b, g)) continue;
         const int64_t plane = (b * groups + g) * pixels;
         const Four<Sum> grad = load(static_cast<const Four<Sum>*>(p.out.data) + plane + pixel);
         const Four<Sum>* in = static_cast<const Four<Sum>*>(p.in.data) + plane;
 #pragma unroll
-        for (int i = 0; i < kNeighbours; ++i) {
+        for (int i = 0; i < kNeighbors; ++i) {
           const Four<Sum> value = load(in + source[i]);
 #pragma unroll
           for (int c = 0; c < kGroup; ++c) sum[i] += grad.of[c] * value.of[c];
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) weight_grad_kernel(const __grid_cons
       }
       Sum* to = static_cast<Sum*>(p.grad_weights) + (b * p.stencil.size + begin) * pixels + pixel;
 #pragma unroll
-      for (int i = 0; i < kNeighbours; ++i) {
+      for (int i = 0; i < kNeighbors; ++i) {
         if (begin + i < p.stencil.size) to[i * int64_t{pixels}] += sum[i];
       }
     }
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) weight_grad_kernel(const __grid_cons
 
 // ---- launches
 
-// Whether stencil_kept_kernel was launched: where all its blocks run at once.
+// Launches stencil_kept_kernel if all its blocks can run at once; returns whether it did.
 template <typename T>
 bool launch_kept(const StencilParams& p, void* stream) {
   const int64_t columns = ceil_div(p.height * p.width, kThreads),
@@ -332,7 +332,7 @@ const char* launch_stencil_adjoint(const StencilParams& p, void* stream) {
 }
 
 const char* launch_stencil_weight_grad(const StencilParams& p, void* stream) {
-  const dim3 grid = grid_for(p.height * p.width, p.batch * ceil_div(p.stencil.size, kNeighbours));
+  const dim3 grid = grid_for(p.height * p.width, p.batch * ceil_div(p.stencil.size, kNeighbors));
   if (p.kind == Kind::f64) {
     AFA_LAUNCH((weight_grad_kernel<double>), grid, kThreads, stream, p);
   } else {

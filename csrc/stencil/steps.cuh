@@ -1,4 +1,4 @@
-// What the kernels that repeat a stencil share.
+// Common code of the kernels that repeat a stencil.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -7,7 +7,7 @@
 namespace afa {
 namespace {
 
-// What step t reads and writes.
+// The planes that step t reads and writes.
 __device__ inline const void* source_of(const StencilParams& p, int t) {
   return t == 0 ? p.in.data : p.spare[(t - 1) % 2];
 }

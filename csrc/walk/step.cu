@@ -1,9 +1,9 @@
-// One step of the walk on CUDA, from the affinity itself: no transition is written.
+// One step of the walk on CUDA, computed from the affinity without storing a transition.
 //
-// walk_step_tiled_kernel: tiles of entries (tiles.cuh) and beside them the sources' scores, one source's
-// classes together. A thread adds up eight classes for four targets: 48 bytes from shared memory for 32
-// multiply-adds. One class is 1 everywhere, so that its sum is the column's.
-// walk_step_kernel: where that does not fit, a thread owns one target of up to eight classes.
+// walk_step_tiled_kernel: shared memory has tiles of entries (tiles.cuh) and the sources' scores, with the
+// classes of a source adjacent. A thread sums eight classes for four targets: 48 bytes from shared memory for
+// 32 multiply-adds. An extra class is 1 everywhere, so that its sum is the column sum.
+// walk_step_kernel: if the tiles do not fit, a thread owns one target of up to eight classes.
 #include "walk/tiles.cuh"
 
 namespace afa {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(5))
   }
 }
 
-// Blocks an SM shall hold: as many as leave the registers that the compiler needs.
+// Resident blocks per SM: as many as the registers that the compiler needs allow.
 template <typename T>
 constexpr int step_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -63,9 +63,9 @@ __device__ inline void add_four(float (&sum)[4], float4 value) {
   sum[2] += value.z;
   sum[3] += value.w;
 }
-// The scores of the sources of run r, as [group of sources][source][class], those of classes that are off, or
-// whose source lies outside the grid, 0. `scores` is the first class's plane. A thread takes four sources of
-// four classes at a time; `four` and `group` say which first, and `lanes` threads share the work.
+// The scores of the sources of run r, as [group of sources][source][class]; 0 for inactive classes and for
+// sources outside the grid. `scores` is the first class's plane. A thread loads four sources of four classes
+// at a time, starting with `four` and `group`; `lanes` threads share the work.
 __device__ inline void stage_scores(const WalkParams& walk, const WalkTiles& s, const WalkPiece& piece, int r,
                                     int four, int group, int lanes, const float* scores, uint32_t on,
                                     float* staged) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kTileThreads, step_blocks<T>())
           }
         }
       }
-      // The strands' sums, [strand][class][target], are added up in order.
+      // The partial sums, [part][class][target], are added in order.
       __syncthreads();
       const int targets = 4 * s.groups;
       float* const mine = shared + (strand * s.slots() + set * kStepClasses) * targets + 4 * group;

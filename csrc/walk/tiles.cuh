@@ -1,10 +1,10 @@
-// What the walk's kernels share: the power of an entry, a target's sources, and tiles of entries in shared
-// memory. Nothing outside the window is read.
+// Common code of the walk's kernels: the power of an entry, a target's sources, and tiles of entries in
+// shared memory. Entries outside the window are not read.
 //
-// Entries that a target gathers from a dense affinity, or from one by node, lie a row apart from each other.
-// A tiled kernel therefore reads them along the targets: a block owns a piece of a row of targets and stages,
-// for some rows of sources at a time, the entries to these targets, in tiles of 4 x 4, raised to the power, 0
-// outside the window.
+// In a dense affinity, or in one by node, the entries that a target gathers are a row apart. A tiled kernel
+// therefore reads them along the targets: a block owns a segment of a row of targets and stages, for some
+// rows of sources at a time, the entries to these targets in tiles of 4 x 4, raised to the power, 0 outside
+// the window.
 #pragma once
 
 #include "common/vectors.cuh"
@@ -32,7 +32,7 @@ __device__ Sum raised_derivative(const WalkParams& p, Sum value) {
                            : outer * power_of(value, p.power - 1);
 }
 
-// A power known to the compiler, 1 or 2; 0: that of p.
+// A power known at compile time, 1 or 2; 0: the power in p.
 template <int POWER>
 struct Power {
   template <typename Sum>
@@ -92,22 +92,22 @@ __device__ void each_node(const WalkParams& p, const F& f) {
 
 constexpr int kStepClasses = 8;  // of a thread in a step
 constexpr int kTileThreads = 224;
-// How a tiled kernel shares its work out to blocks and threads. A group: four nodes side by side, from
-// an x that four divides.
+// How a tiled kernel distributes its work to blocks and threads. A group: four adjacent nodes, the first x is
+// a multiple of four.
 struct WalkTiles {
   int rows;                // of sources, at once
   int groups;              // of targets of a block
   int reach;               // groups of sources on each side of a group of targets
-  int sets;                // threads a group and row: one for eight classes, or one for each target
-  int classes;             // of a pass, but for the last, the ones; the transition has none
-  int64_t across, passes;  // blocks side by side in a row of targets; passes over the classes
+  int sets;                // threads per group and row: one for eight classes, or one for each target
+  int classes;             // per pass, without the last one, which is all ones; 0 for the transition
+  int64_t across, passes;  // blocks per row of targets; passes over the classes
   bool wide;               // whether four entries can be read at once
   bool wide_scores;        // and four scores
 
   AFA_HOST_DEVICE int threads() const { return groups * sets * rows; }
   AFA_HOST_DEVICE int sources() const { return groups + 2 * reach; }  // groups of them
-  // Tiles of 4 x 4 entries from one group of sources, and that group's scores. Four more values a group: its
-  // neighbours' lie in other banks.
+  // Tiles of 4 x 4 entries from one group of sources, and that group's scores. Four more values per group, so
+  // that neighboring groups use different banks.
   AFA_HOST_DEVICE int tiles() const { return 2 * reach + 1; }
   AFA_HOST_DEVICE int entry_pitch() const { return 16 * tiles() + 4; }
   AFA_HOST_DEVICE int slots() const { return kStepClasses * sets; }
@@ -119,13 +119,13 @@ struct WalkTiles {
   }
 };
 
-// One block's piece of a row of targets.
+// One block's segment of a row of targets.
 struct WalkPiece {
   int64_t b;
   int y, x;         // the first target
   int targets;      // groups of them
-  int first, end;   // the runs of the stencil whose sources lie in the grid: from `first`, under `end`
-  int left, right;  // the groups of sources that lie in the grid: from `left`, under `right`
+  int first, end;   // the runs of the stencil whose sources are in the grid: [first, end)
+  int left, right;  // the groups of sources that are in the grid: [left, right)
 };
 
 __device__ inline WalkPiece piece_of(const WalkParams& walk, const WalkTiles& s, int64_t b, int64_t item) {
@@ -158,12 +158,12 @@ __device__ float4 load_four(const T* at) {
   return make_float4(to_sum<float>(four.at[0]), to_sum<float>(four.at[1]), to_sum<float>(four.at[2]),
                      to_sum<float>(four.at[3]));
 }
-// The entries of the runs from `first` under `end`, as tiles[row][group of sources][group of targets][source]
-// [target]. A thread's place in a tile stays the same from group to group.
+// The entries of the runs [first, end), as tiles[row][group of sources][group of targets][source][target]. A
+// thread's position in a tile is the same for all groups.
 template <typename T, int POWER>
 __device__ void stage_entries(const WalkParams& walk, const WalkTiles& s, const WalkPiece& piece, int first,
                               int end, const int* first_of_run, float* staged, Power<POWER>) {
-  // A team of threads, one for each place, has a row, or a share of it where there are more teams than rows.
+  // A team of threads, one for each position, has a row, or a part of it if there are more teams than rows.
   const int in_group = 4 * s.tiles(), most = s.threads() / in_group,
             team = static_cast<int>(threadIdx.x) / in_group;
   const int rows = most < s.rows ? most : s.rows, shares = most / rows, share = team / rows;
@@ -181,7 +181,7 @@ __device__ void stage_entries(const WalkParams& walk, const WalkTiles& s, const 
   for (int row_of_tiles = team - share * rows; first + row_of_tiles < end; row_of_tiles += rows) {
     const int r = first + row_of_tiles;
     const int half = walk.stencil.run[r].dx, sy = piece.y + walk.stencil.run[r].dy;
-    // The source is in the window of the tile's target t where from - t <= all.
+    // The source is in the window of the tile's target t if from - t <= all.
     const unsigned from = half + 4 * (s.reach - tile) + i, all = 2 * half;
     const int64_t row = piece.b * nodes + int64_t{sy} * width;
     const T* at = static_cast<const T*>(walk.affinity) +
@@ -216,7 +216,7 @@ __device__ void stage_entries(const WalkParams& walk, const WalkTiles& s, const 
   }
 }
 
-// Tiles for `sets` threads a group and row, at most `threads` in all. False where that doesn't fit.
+// Tiles for `sets` threads per group and row, at most `threads` in total. False if that doesn't fit.
 bool find_tiles(const WalkParams& walk, int sets, int classes, int threads, WalkTiles& s) {
   const int64_t in_row = ceil_div(walk.width, 4);
   if (walk.kind == Kind::f64 || walk.height * walk.width > int64_t{1} << 28) return false;
@@ -227,7 +227,7 @@ bool find_tiles(const WalkParams& walk, int sets, int classes, int threads, Walk
   s.reach = (walk.stencil.reach_x + 3) / 4;
   s.classes = classes;
   s.sets = sets;
-  // As many rows as there are threads and shared memory for, shared out evenly to the rounds.
+  // As many rows as threads and shared memory allow, distributed evenly over the rounds.
   int64_t most = threads / (s.groups * s.sets);
   s.rows = 1;
   const int64_t in_row_bytes = s.shared() * int64_t{sizeof(float)};
@@ -237,9 +237,9 @@ bool find_tiles(const WalkParams& walk, int sets, int classes, int threads, Walk
   s.rows = static_cast<int>(ceil_div(walk.stencil.runs, ceil_div(walk.stencil.runs, most)));
   const int64_t bytes = walk.kind == Kind::f32 ? 16 : 8;
   s.wide = walk.layout == Layout::dense && walk.width % 4 == 0 && aligned(walk.affinity, bytes);
-  return s.threads() >= 4 * s.tiles();  // stage_entries has a thread for each place in a group's tiles
+  return s.threads() >= 4 * s.tiles();  // stage_entries has a thread for each position in a group's tiles
 }
-// A block for each piece of a row of targets, a second dimension for images and passes.
+// A block for each segment of a row of targets, a second dimension for images and passes.
 dim3 tile_grid(const WalkParams& walk, const WalkTiles& s) {
   return block_grid(walk.height * s.across, walk.batch * s.passes);
 }

@@ -1,17 +1,18 @@
 // The walk's transition on CUDA: forward, backward, transposed.
 //
-// walk_transition_tiled_kernel: an entry is read once, in tiles (tiles.cuh); its power waits in the result
-// for the column's sum. A thread owns a target and some rows of its window. walk_transition_kernel: for
-// planes by offset, where a warp's entries lie side by side, and for what does not fit the tiles (float64,
-// wide windows). A thread owns one target and walks along the window's rows with one pointer. So does the
-// backward pass. walk_transpose_kernel: a thread owns the entries of one row of the window.
+// walk_transition_tiled_kernel: an entry is read once, in tiles (tiles.cuh); its power is stored in the
+// result until the column sum is known. A thread owns a target and some rows of its window.
+// walk_transition_kernel: for planes by offset, where a warp's entries are adjacent, and for cases that do
+// not fit the tiles (float64, wide windows). A thread owns one target and moves along the window's rows with
+// one pointer, as in the backward pass. walk_transpose_kernel: a thread owns the entries of one row of the
+// window.
 #include "walk/tiles.cuh"
 
 namespace afa {
 namespace {
 
-// value * factor as a product in double would be rounded, or nearly: the factor as the sum of two floats. One
-// beyond a float's range stands beside values so small that they can be scaled up.
+// value * factor, rounded (almost) like a product in double: the factor is the sum of two floats. A factor
+// beyond a float's range only occurs with values so small that they can be scaled up.
 class Factor {
  public:
   __device__ explicit Factor(double factor) : scale_(factor > 1e38 ? 0x1p64f : 1.0f) {
@@ -42,9 +43,8 @@ inline __device__ DoubleFactor factor_for(double, double factor) {
   return DoubleFactor(factor);
 }
 
-// A column's sum, as exact as one in double: an error that a column shares would grow with every step of a
-// long walk. For floats it carries what each addition lost (Kahan), as GeForce GPUs add doubles at a 64th of
-// the rate.
+// A column's sum, as exact as in double: an error common to a column would grow with every step of a long
+// walk. For floats it uses Kahan summation, as GeForce GPUs add doubles at 1/64 of the rate.
 template <typename Sum>
 class ColumnSum {
  public:
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(6))
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
     each_node(p, [&](const Node& node) {
       const Sum* const grad = static_cast<const Sum*>(p.in) + b * p.stencil.size * nodes + node.index;
-      // The gradient lies where the entry does, but for by_offset, which is a way to read only.
+      // The gradient has the index of the entry, except for by_offset, which is only a layout for reading.
       const bool in_place = p.layout != Layout::by_offset;
       with_power(p, [&](auto power) {
         Sum sum = 1, dot = 0;
@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(6))
   }
 }
 
-// Entry k of a target is entry K - 1 - k of the source; as k grows by one, the source moves one to the left.
+// Entry k of a target is entry K - 1 - k of the source; if k increases by one, the source moves one to the
+// left.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) walk_transpose_kernel(const __grid_constant__ WalkParams p) {
   const int64_t nodes = p.height * p.width;
@@ -163,8 +164,8 @@ __global__ void __launch_bounds__(kThreads) walk_transpose_kernel(const __grid_c
     });
   }
 }
-// The transition, from entries that are not already side by side for neighbouring targets: a thread owns a
-// target and some rows of its window.
+// The transition, from entries that are not adjacent for neighboring targets: a thread owns a target and some
+// rows of its window.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 3)
     walk_transition_tiled_kernel(const __grid_constant__ WalkParams p, const __grid_constant__ WalkTiles s) {
@@ -182,8 +183,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
       const bool mine = x < width;
       float* const out =
           static_cast<float*>(p.out) + b * p.stencil.size * nodes + int64_t{piece.y} * width + x;
-      // The last source of a run, to the right of the target, by row, column and tile as one; and the target
-      // in its tile.
+      // The last source of a run, to the right of the target, as one index of row, column and tile; and the
+      // target in its tile.
       const float* const tiles = entries + (target / 4 + 2 * s.reach) * 16 + target % 4;
       ColumnSum<float> sum;
       for (int first = piece.first; first < piece.end; first += s.rows) {
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(kTileThreads, 3)
         for (int i = 0; i < s.rows; ++i) total += sums[i * targets + target];
       }
       if (!mine) continue;
-      // Each thread goes over the rows it wrote, and over those whose sources lie outside the grid.
+      // Each thread processes the rows it wrote, and those whose sources are outside the grid.
       const Factor factor(p.normalize ? 1 / total : 1);
       for (int r = 0; r < p.stencil.runs; ++r) {
         const bool outside = r < piece.first || r >= piece.end;

@@ -23,7 +23,7 @@ bool by_offset(const Tensor& affinity) {
          affinity.stride(0) == affinity.size(1) * affinity.size(2);
 }
 
-// The affinity as p.layout has it, of `type`.
+// The affinity in p.layout and `type`.
 Tensor laid_out(const WalkParams& p, const Tensor& affinity, ScalarType type) {
   const Tensor memory = p.layout == Layout::by_offset ? torch::stable::transpose(affinity, 1, 2) : affinity;
   return contiguous_as(memory, type);
@@ -75,7 +75,7 @@ void classes_last(const ActivePlanes& active, const Tensor& planes, const Tensor
   });
 }
 
-// The window, once transition and planes are checked against it.
+// The window, after transition and planes are checked against it.
 Stencil checked_window(int64_t radius, const std::string& window, const Tensor& transition,
                        std::initializer_list<std::pair<const Tensor&, const char*>> planes) {
   const Stencil stencil = window_stencil(radius, window);

@@ -1,10 +1,10 @@
 // The transition matrix of a windowed random walk: from an affinity to the weights of a stencil, and back.
 //
-// The transition is stored by target: T[b, k, y, x] is the probability mass that node (y, x) takes from the
-// node that reaches it by the window's offset k, and 0 where that node lies outside the grid.
+// The transition is stored by target: T[b, k, y, x] is the weight that node (y, x) gives to the node that
+// reaches it by the window's offset k, and 0 if that node is outside the grid.
 //
-// A single step needs no transition: walk_step reads the window of the affinity once, for the sums of the
-// columns and for the scores they divide.
+// A single step needs no transition: walk_step reads the window of the affinity once, for both the column
+// sums and the scores.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 namespace afa {
 
-// How an affinity lies in memory: [B, N, N]; [B, N, K], one node's window together; [B, K, N], one offset's.
+// Memory layout of an affinity: [B, N, N]; [B, N, K], contiguous by node; [B, K, N], contiguous by offset.
 enum class Layout : int32_t { dense, by_node, by_offset };
 
 struct WalkParams {
@@ -25,7 +25,7 @@ struct WalkParams {
   Layout layout = Layout::dense;
   const void* affinity = nullptr;
   double power = 1;
-  int32_t whole_power = 1;  // power where it is a small integer, else 0
+  int32_t whole_power = 1;  // power if it is a small integer, otherwise 0
   bool normalize = false;   // divide a column by its sum + eps
   double eps = 0;
   const void* in = nullptr;  // [B, K, h, w]: transition (transpose), its gradient (backward)
@@ -61,7 +61,7 @@ AFA_HOST_DEVICE inline int64_t affinity_index(const WalkParams& p, int64_t b, in
   }
 }
 
-// Where the entry's gradient goes: by_offset is a way to read only.
+// Index of the entry's gradient: by_offset is only a layout for reading.
 AFA_HOST_DEVICE inline int64_t gradient_index(const WalkParams& p, int64_t b, int64_t source, int64_t target,
                                               int64_t k) {
   const int64_t nodes = p.height * p.width;
@@ -86,7 +86,7 @@ AFA_SIMD_DECLARE(void walk_transition_rows(const WalkParams& p, int64_t begin, i
 AFA_SIMD_DECLARE(void walk_transition_backward_rows(const WalkParams& p, int64_t begin, int64_t end,
                                                     void* scratch))
 AFA_SIMD_DECLARE(void walk_transpose_rows(const WalkParams& p, int64_t begin, int64_t end))
-// `scratch` holds kStepLanes values for each of at most (2r + 1) * (2r + kStepLanes) sources.
+// `scratch` has kStepLanes values for each of at most (2r + 1) * (2r + kStepLanes) sources.
 constexpr int64_t kStepLanes = 16;
 AFA_SIMD_DECLARE(void walk_step_rows(const WalkStepParams& p, int64_t begin, int64_t end, void* scratch))
 

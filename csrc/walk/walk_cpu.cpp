@@ -1,11 +1,11 @@
 // The walk's transition and its single step on the CPU; compiled once per SIMD level. A thread owns rows of
 // target nodes: it reads each affinity entry of their windows once (those of one source are adjacent, and
-// stay in the first-level cache while the offsets pass), so that the N x N matrix is touched only inside the
-// window, and nothing is shared.
+// stay in the L1 cache during the loop over offsets), so the N x N matrix is read only inside the window, and
+// threads share nothing.
 //
-// step: a vector of targets walks over all sources within reach. The entries of one source are adjacent, so
-// that they are raised and summed by vectors; they wait in the first-level cache while the classes pass in
-// blocks that fit the registers, a multiply-add for each source and class.
+// step: the loop for a vector of targets runs over all sources within reach. The entries of one source are
+// adjacent, so they are raised to the power and summed as vectors. They stay in the L1 cache while the
+// classes are processed in blocks that fit the registers, with one multiply-add per source and class.
 #include <cmath>
 
 #include "common/vec.h"
@@ -22,7 +22,7 @@ inline double power_of(double value, double power) {
   return ::pow(value, power);
 }
 
-// Raises values to the power, by vectors where it is a whole number.
+// Raises values to the power, vectorized if it is a small integer.
 template <typename T>
 inline typename Vec<T>::type raised_lanes(const WalkParams& p, typename Vec<T>::type value) {
   if (p.whole_power > 0) return whole_power(value, p.whole_power);
@@ -52,10 +52,10 @@ inline T raised_derivative(const WalkParams& p, T value) {
                            : outer * power_of(value, p.power - 1);
 }
 
-// f(k, source row, dx, first x, end x): the targets of row y whose k-th source lies in the grid (none: end =
+// f(k, source row, dx, first x, end x): the targets of row y whose k-th source is in the grid (none: end =
 // first).
 template <typename F>
-inline void each_neighbour(const WalkParams& p, int64_t y, const F& f) {
+inline void each_neighbor(const WalkParams& p, int64_t y, const F& f) {
   int64_t k = 0;
   for (int r = 0; r < p.stencil.runs; ++r) {
     const Run& run = p.stencil.run[r];
@@ -72,7 +72,7 @@ inline void each_neighbour(const WalkParams& p, int64_t y, const F& f) {
   }
 }
 
-// Columns are summed and divided in double: an error they share would grow with every step of a long walk.
+// Columns are summed and divided in double: a common error would grow with every step of a long walk.
 template <typename T>
 void transition_rows(const WalkParams& p, int64_t begin, int64_t end, double* sum) {
   const T* affinity = static_cast<const T*>(p.affinity);
@@ -81,7 +81,7 @@ void transition_rows(const WalkParams& p, int64_t begin, int64_t end, double* su
     T* out = static_cast<T*>(p.out) + (b * p.stencil.size * p.height + y) * p.width;
     const int64_t plane = p.height * p.width;
     for (int64_t x = 0; x < p.width; ++x) sum[x] = p.eps;
-    each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
+    each_neighbor(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
       T* weights = out + k * plane;
       for (int64_t x = 0; x < first; ++x) weights[x] = 0;
       for (int64_t x = last; x < p.width; ++x) weights[x] = 0;
@@ -121,7 +121,7 @@ void transition_backward_rows(const WalkParams& p, int64_t begin, int64_t end, T
       dot[x] = 0;
     }
     if (p.normalize) {
-      each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
+      each_neighbor(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
         for (int64_t x = first; x < last; ++x) {
           const T value =
               raised(p, affinity[affinity_index(p, b, row * p.width + x + dx, y * p.width + x, k)]);
@@ -131,7 +131,7 @@ void transition_backward_rows(const WalkParams& p, int64_t begin, int64_t end, T
       });
       for (int64_t x = 0; x < p.width; ++x) dot[x] /= sum[x];
     }
-    each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
+    each_neighbor(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
       for (int64_t x = first; x < last; ++x) {
         const int64_t at = affinity_index(p, b, row * p.width + x + dx, y * p.width + x, k);
         out[gradient_index(p, b, row * p.width + x + dx, y * p.width + x, k)] =
@@ -148,7 +148,7 @@ void transpose_rows(const WalkParams& p, int64_t begin, int64_t end) {
     const int64_t b = item / p.height, y = item % p.height;
     const T* in = static_cast<const T*>(p.in) + b * p.stencil.size * plane;
     T* out = static_cast<T*>(p.out) + b * p.stencil.size * plane + y * p.width;
-    each_neighbour(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
+    each_neighbor(p, y, [&](int64_t k, int64_t row, int64_t dx, int64_t first, int64_t last) {
       const T* from = in + (p.stencil.size - 1 - k) * plane + row * p.width + dx;
       T* to = out + k * plane;
       for (int64_t x = 0; x < first; ++x) to[x] = 0;
@@ -179,10 +179,11 @@ inline void each_source_row(const WalkParams& p, int64_t y, int64_t x0, int64_t 
   }
 }
 
-// The powers of a run's entries from sources first to stop - 1 to the lanes' targets, `entries` at the first
-// source's first lane and `stride` a source; added to `sum` and stored one source after the other. Lanes
-// beyond `half` from the source, or not under `count`, are 0, whatever lies there. `before` and `after` are
-// the elements that may be read on each side of `entries`; `ahead` leads to what the next run reads.
+// The powers of a run's entries from sources first to stop - 1 to the lanes' targets; `entries` points to the
+// first source's first lane, `stride` is the distance between sources. They are added to `sum` and stored by
+// source. Lanes farther than `half` from the source, or not below `count`, are 0, whatever their memory
+// contains. `before` and `after` are the numbers of readable elements on each side of `entries`; `ahead` is
+// the offset of the data for the next run.
 template <typename T, typename Raise>
 inline void run_powers(const T* entries, int64_t stride, int64_t before, int64_t after, int64_t ahead,
                        int64_t first, int64_t stop, int64_t half, int64_t count, const Raise& raise,
@@ -250,7 +251,8 @@ void step_rows(const WalkStepParams& p, int64_t begin, int64_t end, T* powers) {
     const int64_t classes = p.active_begin[b + 1] - p.active_begin[b];
     if (classes == 0) continue;
     for (int64_t x = 0; x < walk.width; x += kLanes<T>) {
-      // A row that is no multiple of the vector's length ends with an overlapping vector.
+      // If the row's length is not a multiple of the vector length, its last vector overlaps the previous
+      // one.
       const int64_t last = walk.width - kLanes<T>;
       const int64_t x0 = last < 0 ? 0 : x < last ? x : last;
       const int64_t count = last < 0 ? walk.width : kLanes<T>;
@@ -258,9 +260,9 @@ void step_rows(const WalkStepParams& p, int64_t begin, int64_t end, T* powers) {
       V sum = V{} + static_cast<T>(walk.eps);
       each_source_row(
           walk, y, x0, count, [&](int64_t row, int64_t first, int64_t stop, int64_t half, int64_t k) {
-            // Targets are adjacent in a dense row, and so are the offsets that lead to them in a window. The
-            // next row of sources is fetched meanwhile: its entries lie too far apart for the processor to
-            // guess.
+            // Targets are adjacent in a dense row, and so are their offsets in a window. The next row of
+            // sources is prefetched meanwhile: the stride of its entries is too large for the hardware
+            // prefetcher.
             const int64_t stride = dense ? nodes : walk.stencil.size - 1;
             const int64_t ahead =
                 row == 0 ? 0 : (dense ? -walk.width * nodes : 2 * half + 1 - walk.width * walk.stencil.size);

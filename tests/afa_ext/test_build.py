@@ -163,7 +163,7 @@ def test_broken_library_shows_the_original_error(tmp_path):
     result = run_python(IMPORT_COPY.format(folder=str(copy_package(tmp_path, b"not a library"))))
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    assert "is there but can't be loaded" in last
+    assert "exists but can't be loaded" in last
     assert re.search(r"file too short|invalid ELF header", last)
 
 

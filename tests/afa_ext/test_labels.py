@@ -408,7 +408,7 @@ W = torch.rand(2, 48, 4, 4)
         ((IMAGES, CAMS, LABELS), {"num_iter": -1}, ValueError, "num_iter must be at least 0, got -1"),
         ((IMAGES, CAMS, LABELS), {"w1": 0}, ValueError, "w1 must be greater than 0, got 0"),
         ((IMAGES, CAMS, LABELS), {"w2": -0.1}, ValueError, "w2 must be 0 or more, got -0.1"),
-        ((IMAGES, CAMS, LABELS), {"dilations": ()}, ValueError, "dilations must hold 1 to 32 integers, got 0"),
+        ((IMAGES, CAMS, LABELS), {"dilations": ()}, ValueError, "dilations must have 1 to 32 integers, got 0"),
         ((IMAGES, CAMS, LABELS), {"weights": W[0]}, ValueError, "weights must have 4 dimensions"),
         ((IMAGES, CAMS, LABELS), {"weights": W[:1]}, ValueError, r"weights must have size 2 .*\(the batch of cams"),
         ((IMAGES, CAMS, LABELS), {"weights": W[:, :8]}, ValueError, "weights must have size 48 in dimension 1"),
@@ -468,7 +468,7 @@ SETTINGS = {
         ({"num_iter": -1}, "num_iter must be at least 0, got -1"),
         ({"max_classes": -1}, "max_classes must be at least 0, got -1"),
         ({"ignore_index": 2**31}, "ignore_index must fit 32 bits, got 2147483648"),
-        ({"dilations": []}, "dilations must hold 1 to 32"),
+        ({"dilations": []}, "dilations must have 1 to 32"),
         ({"w1": 0.0}, "w1 must be greater than 0"),
     ],
 )

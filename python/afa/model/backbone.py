@@ -1,8 +1,8 @@
 """Any timm Transformer as a backbone: feature maps, and the queries and keys of its last self-attentions.
 
-No timm code is copied or patched. Forward hooks on the linear layers that make queries and keys read both during a
-forward that asks for them; every other forward runs untouched, fused attention included. What the hooks read is
-checked once, when the backbone is made: softmax(scale * q @ k^T) @ v must give what the module itself gave.
+No timm code is copied or patched. When a forward pass requests queries and keys, forward hooks on the linear layers
+that compute them record both; every other forward pass runs unchanged, including fused attention. The recorded tensors
+are checked once, when the backbone is created: softmax(scale * q @ k^T) @ v must equal the attention module's output.
 """
 
 from __future__ import annotations
@@ -36,35 +36,35 @@ _PROBE_SIZE = 64
 
 @dataclass
 class Features:
-    """What one forward of the backbone gives."""
+    """Outputs of one forward pass of the backbone."""
 
     maps: list[Tensor]
-    """One [B, channels, h, w] a level, finest first; the last one feeds the classifier."""
+    """One [B, channels, h, w] map per level, finest first; the last one feeds the classifier."""
     queries: Tensor | None = None
-    """[B, K, N, d]: of all heads of the chosen blocks, unscaled, class and register tokens dropped."""
+    """[B, K, N, d]: all heads of the selected blocks, unscaled, without class and register tokens."""
     keys: Tensor | None = None
     """[B, K, N, d]; the raw attention logits are queries @ keys^T."""
 
 
 @dataclass
 class _Recorded:
-    """What one attention module computed with during one forward."""
+    """Intermediate results of one attention module during one forward pass."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    """Of its layers, by their names."""
+    """Outputs of its layers, by layer name."""
     rope: Tensor | None = None
-    """Rotary position embedding that turns its queries and keys."""
+    """Rotary position embedding applied to its queries and keys."""
 
 
 class Backbone(nn.Module):
-    """The timm model `name`, made with `args` and random weights (see afa.model.weights).
+    """The timm model `name`, created with `args` and random weights (see afa.model.weights).
 
-    `channels`, `reductions`: of every level, finest first (a plain ViT has one level); reductions in pixels a token.
-    `normalization`: of the images it was pretrained on.
-    `maps`: how many attention maps `queries @ keys^T` holds (heads times blocks). `head_dim`: their d.
+    `channels`, `reductions`: one per level, finest first (a plain ViT has one level); reductions in pixels per token.
+    `normalization`: of the images that the model was pretrained on.
+    `maps`: number of attention maps in `queries @ keys^T` (heads times blocks). `head_dim`: d, the size of one head.
 
-    Raises UserError when there is no such model, when its attention can't be read, or when the output stride can't
-    be had; all of it at once, before any weights are downloaded.
+    Raises UserError when the model is unknown, its attention can't be read, or the output stride is not available.
+    All of this is checked before any weights are downloaded.
     """
 
     def __init__(
@@ -81,17 +81,17 @@ class Backbone(nn.Module):
         settings = getattr(self.net, "pretrained_cfg", None)
         self.normalization = Normalization.of_timm(settings if isinstance(settings, Mapping) else None)
         info = getattr(self.net, "feature_info", None) or [{"reduction": 0, "module": ""}]
-        # Inside the levels alone: a pooling by attention at the end is not among tokens.
+        # Only inside the levels: attention pooling at the end does not relate tokens to each other.
         inside = tuple(f"{level['module']}." if level["module"] else "" for level in info)
         attentions = {path: module for path, module in _find_attentions(self.net).items() if path.startswith(inside)}
         if not attentions:
             raise UserError(
-                f"model.backbone: {name} has no self-attention that can be read (no q and k layers were found), and "
-                f"AFA learns its affinity from attention; choose a Transformer such as {WORKING}"
+                f"model.backbone: {name} has no self-attention that can be read (no q and k layers were found), but "
+                f"AFA learns affinity from attention; choose a Transformer such as {WORKING}"
             )
         if not hasattr(self.net, "forward_intermediates"):
             raise UserError(
-                f"model.backbone: timm's {name} can't give its feature maps (it has no forward_intermediates); "
+                f"model.backbone: timm's {name} can't return its feature maps (it has no forward_intermediates); "
                 f"choose a Transformer such as {WORKING}"
             )
         self.pyramid = len({level["reduction"] for level in info}) > 1
@@ -121,10 +121,11 @@ class Backbone(nn.Module):
         return paths[-count:]
 
     def forward(self, images: Tensor, record: bool = False) -> Features:
-        """Normalized images [B,3,H,W] -> feature maps, and queries and keys when `record`.
+        """Normalized images [B, 3, H, W] -> feature maps, and queries and keys if `record` is set.
 
-        A plain ViT wants sides that are multiples of its patch: others are resized to the nearest multiple. A pyramid's
-        attention shrinks its keys, which needs a side of 32 pixels in the PVTv2 family: smaller images are enlarged.
+        A plain ViT needs sides that are multiples of its patch size: other sizes are resized to the nearest multiple.
+        A pyramid's attention downsamples its keys, which needs sides of at least 32 pixels in the PVTv2 family: smaller
+        images are enlarged.
         """
         images = self._fit(images)
         if not record:
@@ -155,7 +156,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def _recording(self) -> Iterator[dict[str, _Recorded]]:
-        """Hooks that live for one forward: nothing stays on the module, so it copies and saves like any other."""
+        """Hooks for one forward pass, removed afterwards so that the module can be copied and saved as usual."""
         recorded = {path: _Recorded() for path in self.attention_paths}
         with ExitStack() as stack:
             for path in self.attention_paths:
@@ -186,7 +187,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _probe(self, output_stride: int) -> None:
-        """One small forward: measures the levels and proves that the attention read is the attention used."""
+        """Run one small forward pass to measure the levels and verify that the recorded attention is the one used."""
         was_training = self.net.training
         self.net.eval()
         side = _PROBE_SIZE
@@ -216,7 +217,7 @@ class Backbone(nn.Module):
                 if query.shape[2] != tokens or key.shape[2] != tokens or query.shape[0] != 1:
                     raise ValueError(
                         f"{path} attends from {query.shape[2]} to {key.shape[2]} tokens in {query.shape[0]} windows, "
-                        f"not among the {tokens} of the last feature map"
+                        f"not among the {tokens} tokens of the last feature map"
                     )
                 own = inputs[path].reshape(1, tokens, -1)
                 ours = (query @ key.transpose(-2, -1) * float(module.scale)).softmax(-1) @ value  # type: ignore[arg-type]
@@ -239,19 +240,20 @@ class Backbone(nn.Module):
         self.maps, self.head_dim = heads, dims.pop()
         if self.reductions[-1] != output_stride:
             raise UserError(
-                f"model.output_stride is {output_stride}, but {self.name} has {self.reductions[-1]} pixels a token and "
-                f"a plain ViT can't change that; set model.output_stride={self.reductions[-1]} or take another backbone"
+                f"model.output_stride is {output_stride}, but {self.name} has {self.reductions[-1]} pixels per token "
+                f"and a plain ViT can't change that; set model.output_stride={self.reductions[-1]} or choose another "
+                "backbone"
             )
 
 
 def create_timm(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """`timm.create_model` without its classifier; UserError for an unknown name or an argument it won't take."""
+    """`timm.create_model` without the classifier; UserError for an unknown name or an invalid argument."""
     base = name.partition(".")[0]
     if base in _MIT:
         if pretrained:
             raise UserError(
-                f"model.weights: timm has no weights of {base}; give SegFormer's own file by model.weights={base}.pth, "
-                f"or take timm's ImageNet weights of the sister network by model.backbone={_MIT[base]}"
+                f"model.weights: timm has no weights for {base}; use SegFormer's file with model.weights={base}.pth, "
+                f"or timm's ImageNet weights of the related network with model.backbone={_MIT[base]}"
             )
         name = base = _MIT[base]
         args = {"mlp_ratios": (4, 4, 4, 4), **args}
@@ -269,26 +271,27 @@ def create_timm(name: str, args: Mapping[str, Any], *, pretrained: bool = False)
     except Exception as error:
         if pretrained:
             raise UserError(
-                f"model.weights: timm's pretrained weights for {name} could not be had ({one_line(error)}); check the "
-                "network, give a file by model.weights=PATH, or start from random weights with model.weights=null"
+                f"model.weights: timm's pretrained weights for {name} could not be loaded ({one_line(error)}); check "
+                "the network connection, use a file with model.weights=PATH, or start from random weights with "
+                "model.weights=null"
             ) from error
         raise UserError(
-            f"model.backbone_args: timm can't make {name} with {dict(args)} ({one_line(error)}); correct them"
+            f"model.backbone_args: timm can't create {name} with {dict(args)} ({one_line(error)}); correct them"
         ) from error
 
 
 def _refuse_files(args: Mapping[str, Any]) -> None:
-    """UserError for arguments that make timm read or fetch files: a model file brings its own arguments along."""
+    """UserError for arguments that make timm read or download files, as a saved model stores its own arguments."""
     for key in args:
         if key in ("checkpoint_path", "cache_dir") or key.startswith("pretrained"):
             raise UserError(
-                f"model.backbone_args: {key} would make timm read other files, and is refused; give weights by "
+                f"model.backbone_args: {key} is not allowed because it makes timm read other files; give weights with "
                 "model.weights=PATH"
             )
 
 
 def _find_attentions(net: nn.Module) -> dict[str, nn.Module]:
-    """Attention modules in the order they run: those with heads and layers that make q and k."""
+    """Attention modules in execution order: modules with heads and with layers that compute q and k."""
     found = {}
     for path, module in net.named_modules():
         has_layers = any(
@@ -301,7 +304,7 @@ def _find_attentions(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def _split_heads(module: nn.Module, recorded: _Recorded) -> tuple[Tensor, Tensor, Tensor]:
-    """Recorded layer outputs [B, N, parts*heads*d] -> q, k, v, each [B, heads, N, d], as the module multiplies them."""
+    """Recorded layer outputs [B, N, parts*heads*d] -> q, k, v, each [B, heads, N, d], as used in the attention."""
     heads = int(module.num_heads)  # type: ignore[arg-type]
     outputs = recorded.outputs
 
@@ -316,7 +319,7 @@ def _split_heads(module: nn.Module, recorded: _Recorded) -> tuple[Tensor, Tensor
     elif {"q", "k", "v"} <= outputs.keys():
         (query,), (key,), (value,) = parts("q", 1), parts("k", 1), parts("v", 1)
     else:
-        raise ValueError("its layers for q, k and v are not called as modules")
+        raise ValueError("its q, k and v layers are not called as modules")
     query, key = outputs.get("q_norm", query), outputs.get("k_norm", key)
     if recorded.rope is not None:
         query, key = (_turn(module, x, recorded.rope) for x in (query, key))
@@ -331,7 +334,7 @@ def _turn(module: nn.Module, tokens: Tensor, rope: Tensor) -> Tensor:
 
 
 def _unstride(net: nn.Module, name: str, stages: list[str], output_stride: int) -> None:
-    """Set the last stages' downsampling to stride 1 until the last map has `output_stride` pixels a token."""
+    """Set the last stages' downsampling to stride 1 until the last map has `output_stride` pixels per token."""
     reductions = [level["reduction"] for level in net.feature_info]  # type: ignore[union-attr]
     if output_stride not in reductions:
         raise UserError(
@@ -343,12 +346,12 @@ def _unstride(net: nn.Module, name: str, stages: list[str], output_stride: int) 
         strided = [
             module
             for path, module in stage.named_modules()
-            # Attention has its own strided convolutions, which shrink keys and not the map.
+            # Attention has its own strided convolutions, which downsample the keys, not the map.
             if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and not path.startswith(inside)
         ]
         if len(strided) != 1 or strided[0].kernel_size != (3, 3):
             raise UserError(
                 f"model.output_stride: {name} has no overlapping patch embedding in {stages[level]} whose stride could "
-                f"be taken out; set model.output_stride={reductions[-1]}"
+                f"be set to 1; set model.output_stride={reductions[-1]}"
             )
         strided[0].stride = (1, 1)

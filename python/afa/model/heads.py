@@ -12,12 +12,13 @@ import afa_ext
 
 
 class MLPDecoder(nn.Module):
-    """All-MLP segmentation head: a linear layer a level, upsampled to the finest, concatenated, fused, predicted.
+    """All-MLP segmentation head: one linear layer per level, upsampling to the finest level, concatenation, a fusing
+    1x1 convolution, prediction.
 
-    Computed in another order than it reads, with the same result: the fusing 1x1 convolution is linear and so commutes
-    with concatenation and upsampling. Each level's linear layer and its slice of the fusing weights are multiplied
-    into one small matrix, applied at the level's own resolution, and the results are upsampled and added. At four
-    levels that is about a tenth of the multiplications, and no [B, 4*width, h, w] map.
+    The implementation reorders these steps without changing the result: the fusing convolution is linear, so it
+    commutes with concatenation and upsampling. Each level's linear layer and its slice of the fusing weights are
+    multiplied into one small matrix, which is applied at the level's own resolution; the results are upsampled and
+    added. With four levels this needs about a tenth of the multiplications and no [B, 4*width, h, w] map.
     """
 
     def __init__(self, channels: Sequence[int], num_outputs: int, width: int, dropout: float = 0.1) -> None:
@@ -30,7 +31,7 @@ class MLPDecoder(nn.Module):
         _init(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """maps: one [B, channels[i], h_i, w_i] a level, finest first -> logits [B, num_outputs, h_0, w_0]."""
+        """maps: one [B, channels[i], h_i, w_i] per level, finest first -> logits [B, num_outputs, h_0, w_0]."""
         slices = self.fuse.weight.flatten(1).chunk(len(self.linears), dim=1)
         by_size: dict[tuple[int, int], Tensor] = {}
         for level, linear, part in zip(maps, self.linears, slices, strict=True):
@@ -38,7 +39,7 @@ class MLPDecoder(nn.Module):
             weight, bias = part @ linear.weight, part @ linear.bias
             out = F.conv2d(level, weight[:, :, None, None], bias)
             size = (out.shape[2], out.shape[3])
-            # Unstrided levels share a grid: added first, they are upsampled once.
+            # Levels without a stride share a grid: they are added first and upsampled once.
             by_size[size] = by_size[size] + out if size in by_size else out
         finest = (maps[0].shape[2], maps[0].shape[3])
         fused = by_size.pop(finest)
@@ -48,7 +49,7 @@ class MLPDecoder(nn.Module):
 
 
 class SingleDecoder(nn.Module):
-    """A head on the last level alone: 3x3 convolution, norm, ReLU, dropout, prediction."""
+    """A head on the last level only: 3x3 convolution, norm, ReLU, dropout, prediction."""
 
     def __init__(self, channels: Sequence[int], num_outputs: int, width: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -66,11 +67,11 @@ class SingleDecoder(nn.Module):
 def refine_along_colors(
     logits: Tensor, images: Tensor, *, iterations: int, dilations: Sequence[int], downscale: int
 ) -> Tensor:
-    """The decoder's last step where model.refine_iterations asks for it: PAR (AFA, CVPR 2022, section 3.3) on class
-    probabilities, so that what few coarse levels say of the classes ends at the image's own edges.
+    """The decoder's optional last step, enabled by model.refine_iterations: PAR (AFA, CVPR 2022, section 3.3) on class
+    probabilities, which aligns coarse class boundaries with edges in the image.
 
-    logits [B, C, h, w], images [B, 3, H, W] of any range, as PAR knows only differences -> logits
-    [B, C, H//downscale, W//downscale], differentiable in `logits`. In float32, under autocast too.
+    logits [B, C, h, w], images [B, 3, H, W] in any range, as PAR uses only differences -> logits
+    [B, C, H//downscale, W//downscale], differentiable with respect to `logits`. Runs in float32, even under autocast.
     """
     size = [max(1, side // downscale) for side in images.shape[2:]]
     with torch.autocast(images.device.type, enabled=False):
@@ -82,11 +83,12 @@ def refine_along_colors(
 
 
 class AffinityHead(nn.Module):
-    """Affinity of token pairs, A = sigmoid(sum_k weight_k (S_k + S_k^T) + bias): a 1x1 convolution over the attention
-    maps S made symmetric (AFA, CVPR 2022, affinity from attention): `afa_ext.affinity_from_attention` of S = q k^T,
-    from q and k.
+    """Affinity of token pairs, A = sigmoid(sum_k weight_k (S_k + S_k^T) + bias): a 1x1 convolution over the
+    symmetrized attention maps S (AFA, CVPR 2022, affinity from attention). Equal to `afa_ext.affinity_from_attention`
+    of S = q k^T, but computed from q and k.
 
-    It starts as the mean over maps of the scaled attention logits, so that like tokens are already near each other.
+    The initial weights give the mean over maps of the scaled attention logits, so that similar tokens start with a
+    high affinity.
     """
 
     def __init__(self, maps: int, head_dim: int) -> None:
@@ -98,7 +100,7 @@ class AffinityHead(nn.Module):
         """queries, keys [B, K, N, d] -> [B, N, N].
 
         sum_k weight_k S_k is one product of the weighted queries of all heads with the keys of all heads, so the K
-        maps of N x N are never made.
+        maps of N x N are never stored.
         """
         batch, maps, tokens, dim = queries.shape
         weighted = queries.float() * self.weight.view(-1, 1, 1)

@@ -29,7 +29,7 @@ FORMAT = "afa-model-2"
 
 @dataclass
 class Output:
-    """What one forward computed; what was not asked for is None. float32 but under autocast."""
+    """Outputs of one forward pass; outputs that were not requested are None. float32 except under autocast."""
 
     class_logits: Tensor | None = None
     """[B, C]."""
@@ -40,14 +40,14 @@ class Output:
     affinity: Tensor | None = None
     """[B, N, N] in (0, 1), symmetric, N = h*w."""
     queries: Tensor | None = None
-    """[B, K, N, d]; with `keys` what `AFANet.affinity_head` takes."""
+    """[B, K, N, d]; `AFANet.affinity_head` takes `queries` and `keys`."""
     keys: Tensor | None = None
     """[B, K, N, d]."""
     grid: tuple[int, int] | None = None
     """Token grid (h, w) of the last feature map."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was computed, by the name of its field."""
+        """The computed outputs by field name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def split(self, count: int) -> tuple[Output, Output]:
@@ -64,15 +64,15 @@ class AFANet(nn.Module):
     def __init__(
         self, backbone: Backbone, num_classes: int, config: ModelConfig, normalization: Normalization | None = None
     ) -> None:
-        """normalization: the backbone's own if None; a saved model brings the one it was trained with."""
+        """normalization: that of the backbone if None; a saved model stores the one it was trained with."""
         super().__init__()
         if num_classes < 1:
-            raise ValueError(f"num_classes must count at least one foreground class, got {num_classes}")
+            raise ValueError(f"num_classes must be at least 1 (foreground classes), got {num_classes}")
         self.backbone = backbone
         self.num_classes = num_classes
         self.config = config
         self.normalization = normalization or backbone.normalization
-        # No bias: it would lift every pixel of a class's CAM alike.
+        # No bias: it would shift every pixel of a class's CAM equally.
         self.classifier = nn.Conv2d(backbone.channels[-1], num_classes, 1, bias=False)
         self.decoder = DECODERS[config.decoder](backbone.channels, num_classes + 1, config.decoder_width)
         self.affinity_head = AffinityHead(backbone.maps, backbone.head_dim)
@@ -80,7 +80,7 @@ class AFANet(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels a token of the last level."""
+        """Pixels per token of the last level."""
         return self.backbone.reductions[-1]
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -88,12 +88,12 @@ class AFANet(nn.Module):
         return self.normalization(images)
 
     def forward(self, images: Tensor, want: Collection[str] = ("class", "cam", "seg")) -> Output:
-        """Normalized images [B, 3, H, W] -> those outputs named in `want`, and no work for the others.
+        """Normalized images [B, 3, H, W] -> the outputs listed in `want`; the others are not computed.
 
         want: any of class, cam, seg, qk (queries and keys), affinity.
         """
         if not WANTS.issuperset(want):
-            raise ValueError(f"want must name some of {', '.join(sorted(WANTS))}, got {want!r}")
+            raise ValueError(f"want must be a subset of {', '.join(sorted(WANTS))}, got {want!r}")
         record = not {"qk", "affinity"}.isdisjoint(want)
         features = self.backbone(images, record=record)
         last = features.maps[-1]
@@ -123,10 +123,10 @@ class AFANet(nn.Module):
 
 
 def build_model(config: ModelConfig, num_classes: int, *, normalization: Normalization | None = None) -> AFANet:
-    """The model of a configuration, its backbone filled with `config.weights`; the heads are random.
+    """The model of a configuration: the backbone has the weights `config.weights`, the heads are random.
 
-    normalization: see AFANet. UserError when the backbone, its output stride, its attention blocks or its weights are
-    not available.
+    normalization: see AFANet. Raises UserError when the backbone, its output stride, its attention blocks or its
+    weights are not available.
     """
     backbone = Backbone(
         config.backbone,
@@ -135,13 +135,14 @@ def build_model(config: ModelConfig, num_classes: int, *, normalization: Normali
         attention_blocks=config.attention_blocks,
     )
     load_backbone_weights(backbone, config.weights, config.backbone_args)
-    # Convolutions and linear layers then read the same memory: about a quarter off a forward on the CPU.
+    # Convolutions and linear layers then share one memory layout, which saves about a quarter of a forward pass on the
+    # CPU.
     return AFANet(backbone, num_classes, config, normalization).to(memory_format=torch.channels_last)
 
 
 def save_model(path: str | Path, model: AFANet, config: Config, classes: Collection[str]) -> None:
-    """Write the model to a .safetensors file at once or not at all, with its configuration, class names and
-    normalization inside."""
+    """Atomically write the model to a .safetensors file, including its configuration, class names and
+    normalization."""
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -152,13 +153,13 @@ def save_model(path: str | Path, model: AFANet, config: Config, classes: Collect
         "normalization": {"mean": model.normalization.mean, "std": model.normalization.std},
     }
     with atomic_path(path) as temporary, _as_os_error():
-        # One key: safetensors writes several in random order, and equal models should be equal files.
+        # A single key: safetensors writes several keys in random order, and equal models should give equal files.
         save_file(tensors, temporary, {"afa": json.dumps(content)})
 
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own, with the system's number in its text."""
+    """Convert safetensors' own error for a full disk, which has the errno in its text, to an OSError."""
     from safetensors import SafetensorError
 
     try:
@@ -171,7 +172,7 @@ def _as_os_error() -> Iterator[None]:
 
 
 def load_classes(path: str | Path) -> list[str]:
-    """The class names in a model saved by `save_model`; none of its tensors is read."""
+    """The class names in a model saved by `save_model`, without reading its tensors."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -185,7 +186,7 @@ def load_classes(path: str | Path) -> list[str]:
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AFANet, list[str], Config]:
     """A model saved by `save_model`, in evaluation mode, with its class names and configuration.
 
-    Nothing is unpickled and nothing downloaded. UserError when the file is missing or is not such a model.
+    Nothing is unpickled or downloaded. Raises UserError when the file is missing or is not such a model.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -202,7 +203,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AF
         ) from error
     if metadata.get("format") != FORMAT:
         raise UserError(
-            f"{path} is not a model of this program (its format is {metadata.get('format')!r}, expected {FORMAT!r}); "
+            f"{path} was not saved by this program (its format is {metadata.get('format')!r}, expected {FORMAT!r}); "
             "give the model.safetensors of a run"
         )
     config = from_dict(metadata["config"], where=f"in {path}")
@@ -213,5 +214,5 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AF
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit its own configuration ({one_line(error)}); train it again") from error
+        raise UserError(f"{path} does not match its own configuration ({one_line(error)}); train it again") from error
     return model.to(device).eval(), classes, config

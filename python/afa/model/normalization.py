@@ -1,4 +1,4 @@
-"""From 8-bit images to what a backbone was pretrained on: timm keeps each model's mean and standard deviation."""
+"""Normalization of 8-bit images with the mean and standard deviation of a timm model's pretraining."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Normalization:
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] -> float32 [B, 3, H, W], channels last in memory."""
-        # One multiplication and one addition.
+        # One multiplication and one addition per value.
         scale = torch.tensor([1 / (255 * std) for std in self.std], device=images.device)
         shift = torch.tensor([-mean / std for mean, std in zip(self.mean, self.std, strict=True)], device=images.device)
         values = images.to(torch.float32, memory_format=torch.channels_last)

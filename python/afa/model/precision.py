@@ -1,4 +1,4 @@
-"""Number formats of a forward: autocast, and TF32 on a GPU."""
+"""Numeric precision of a forward pass: autocast, and TF32 on a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def precision(device: torch.device, name: str) -> Iterator[None]:
-    """Compute inside in train.precision `name`: fp32, tf32, bf16 or fp16."""
+    """Context manager that computes in train.precision `name`: fp32, tf32, bf16 or fp16."""
     half = HALF.get(name)
     if half is not None:
         with torch.autocast(device.type, half):
@@ -23,13 +23,13 @@ def precision(device: torch.device, name: str) -> Iterator[None]:
 
 
 def inference_precision(device: torch.device, name: str) -> AbstractContextManager[None]:
-    """The precision a model trained in `name` is evaluated in: its own, except float32 in place of float16."""
+    """The precision for evaluating a model trained in `name`: the same one, except float32 instead of float16."""
     return precision(device, "fp32" if name == "fp16" else name)
 
 
 @contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
-    """Let float32 matrix products and convolutions on a GPU run on its TF32 units, if enabled; put back afterwards."""
+    """Use TF32 for float32 matrix products and convolutions on a GPU, if enabled; restore the settings afterwards."""
     if not enabled:
         yield
         return

@@ -16,16 +16,16 @@ from afa.errors import UserError, one_line
 from afa.model.backbone import Backbone, create_timm
 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema", "teacher")
-"""Keys under which training scripts save the weights; the first that is there counts."""
+"""Keys under which training scripts save the weights; the first one present is used."""
 
 
 def load_backbone_weights(backbone: Backbone, weights: str | None, args: Mapping[str, Any] | None = None) -> None:
-    """Fill the backbone: 'timm', 'bundled:<name>', a .safetensors or .pth path, or null to leave it random.
+    """Load weights into the backbone: 'timm', 'bundled:<name>', a .safetensors or .pth path, or null (random weights).
 
-    Files as timm names the tensors, or as the network's authors do where timm can rename them: SegFormer's mit_b*.pth,
-    PVTv2's, DeiT's, DINOv2's and DINOv3's. Positions learned at another size are interpolated. Nothing is unpickled but
-    tensors. A classifier in the file is left out; any other missing, unexpected or wrong-shaped tensor is a UserError
-    that names them.
+    A file can use timm's tensor names, or those of the network's authors where timm can rename them: SegFormer's
+    mit_b*.pth, PVTv2's, DeiT's, DINOv2's and DINOv3's. Position embeddings of another size are interpolated. Only
+    tensors, settings and NumPy numbers are unpickled. A classifier in the file is ignored; any other missing,
+    unexpected or wrong-shaped tensor raises a UserError that lists it.
     """
     if weights is None:
         return
@@ -46,8 +46,8 @@ def _weights_path(weights: str) -> Path:
         if not path.is_file():
             there = sorted(file.stem for file in folder.glob("*.safetensors"))
             raise UserError(
-                f"model.weights: no bundled weights are named '{name}'; there "
-                + (f"are {', '.join(there)}" if there else "are none in this installation")
+                f"model.weights: unknown bundled weights '{name}'; "
+                + (f"available: {', '.join(there)}" if there else "this installation has none")
             )
         return path
     path = Path(weights).expanduser()
@@ -71,7 +71,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise UserError(
             f"{path} can't be read as weights ({one_line(error)}); it must be a .safetensors file or a torch file "
-            "holding only tensors and settings"
+            "that contains only tensors and settings"
         ) from error
     content = dict(content) if isinstance(content, dict) else {}
     for wrapper in _WRAPPERS:
@@ -81,21 +81,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         keys = ", ".join(list(map(str, content))[:8]) or "none"
         raise UserError(
-            f"{path} holds no state dict of tensors (its keys are {keys}; looked under {', '.join(_WRAPPERS)}); save "
-            "one with torch.save(model.state_dict(), ...)"
+            f"{path} contains no state dict of tensors (its keys are {keys}; searched under {', '.join(_WRAPPERS)}); "
+            "save one with torch.save(model.state_dict(), ...)"
         )
     return content
 
 
 def _harmless() -> list[Any]:
-    """What training scripts save beside the weights, and torch.load would refuse: settings and NumPy numbers."""
+    """Types that training scripts save with the weights but torch.load rejects: settings and NumPy numbers."""
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    # The function that makes a NumPy number has moved between NumPy versions.
+    # The function that creates a NumPy number has moved between NumPy versions.
     return [argparse.Namespace, np.dtype, np.float64().__reduce__()[0], *kinds]
 
 
 def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as timm has them: without the prefix a wrapping model gave them."""
+    """timm's tensor names: without the prefix that a wrapping model added."""
     for prefix in ("module.", "backbone.net.", "backbone.", "net."):
         if any(key.startswith(prefix) for key in state):
             state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
@@ -103,7 +103,7 @@ def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_timm(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published checkpoint's tensors renamed and resized by timm's own rules for the network, where it has some."""
+    """A published checkpoint's tensors, renamed and resized by timm's rules for the network, if it has any."""
     own = net.state_dict()
     if all(key in state and state[key].shape == value.shape for key, value in own.items()):
         return state
@@ -112,7 +112,7 @@ def _as_timm(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
     try:
         converted: dict[str, Tensor] = convert(dict(state), net)
-    except Exception:  # of another network: the comparison that follows says which tensors are wrong
+    except Exception:  # the file is for another network: the comparison below reports the mismatched tensors
         return state
     return converted
 
@@ -134,7 +134,7 @@ def _load_strict(backbone: Backbone, state: dict[str, Tensor], source: str) -> N
     ]
     if problems:
         raise UserError(
-            f"model.weights: {source} does not fit {backbone.name}: of its {len(own)} tensors "
+            f"model.weights: {source} does not match {backbone.name}: of its {len(own)} tensors "
             + ", ".join(problems)
             + "; "
             "give the file that belongs to this backbone, or set model.backbone and model.backbone_args to match it"

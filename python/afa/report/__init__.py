@@ -1,1 +1,1 @@
-"""The report of a run: one HTML page and the tables beside it."""
+"""The report of a run: one HTML page and its tables."""

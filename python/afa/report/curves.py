@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 20, 24
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> list[View]:
-    """One panel per loss, and the validation scores if they were measured more than once; empty without a log."""
+    """One panel per loss, and one for the validation scores if there are several evaluations; empty without a log."""
     if not log:
         return []
     panels = []
@@ -46,7 +46,7 @@ def _measured(line: Mapping[str, Any], row: str) -> bool:
 
 
 def _active(row: Mapping[str, Any], key: str) -> bool:
-    """Whether the loss was in use: before its phase there is nothing to draw, whatever stands in the log."""
+    """Whether the loss was in use: values logged before its phase are not drawn."""
     value = row.get(key)
     if not isinstance(value, int | float) or not math.isfinite(value):
         return False
@@ -54,10 +54,10 @@ def _active(row: Mapping[str, Any], key: str) -> bool:
 
 
 def _phases(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    """(phase, first iteration, last iteration) in order; each reaches to the start of the next."""
+    """(phase, first iteration, last iteration) in order; each phase extends to the start of the next."""
     spans: list[tuple[str, int, int]] = []
     for row in log:
-        if "phase" not in row:  # a measurement between two rows of losses
+        if "phase" not in row:  # an evaluation between two rows of losses
             continue
         phase, iteration = str(row["phase"]), int(row["iteration"])
         if spans and spans[-1][0] == phase:
@@ -83,7 +83,7 @@ def _panel(
 ) -> View:
     """One chart; `series` maps a CSS color variable to (iteration, value) points.
 
-    Noisy series are drawn as logged and smoothed, others as they are, with a dot at each value.
+    Noisy series are drawn both as logged and smoothed, others as logged with a dot at each value.
     """
     first, last = int(log[0]["iteration"]), int(log[-1]["iteration"])
     values = [value for points in series.values() for _, value in points]
@@ -123,7 +123,7 @@ def _panel(
                 "color": color,
                 "raw": path(points) if noisy else None,
                 "path": path(line),
-                # Several lines differ by their dashes too, for eyes that can't tell the colors apart.
+                # Lines also differ in their dashes, for readers who can't distinguish the colors.
                 "dash": f" {color[2:]}" if len(series) > 1 else "",
                 "dots": [{"x": f"{x(i):.1f}", "y": f"{y(value):.1f}"} for i, value in ([line[-1]] if noisy else line)],
                 "end": {
@@ -159,11 +159,11 @@ def _panel(
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, steps of 1, 2 or 5 times a power of ten, near `about` of them."""
+    """About `about` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
     step = (high - low) / max(about - 1, 1)
     power = 10 ** math.floor(math.log10(step))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
-    # The small allowance keeps a tick that falls on an end in spite of rounding.
+    # The small tolerance keeps a tick at either end in spite of rounding.
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
@@ -174,12 +174,12 @@ def _thin(points: Points, max_points: int = 400) -> list[tuple[float, float]]:
         return [(float(i), v) for i, v in points]
     groups = np.array_split(np.asarray(points, np.float64), max_points)
     middle = [(float(group[:, 0].mean()), float(group[:, 1].mean())) for group in groups[1:-1]]
-    # The ends stay where they are: a curve must reach the edges of its phase.
+    # The end points are kept: a curve must reach the edges of its phase.
     return [(float(points[0][0]), points[0][1]), *middle, (float(points[-1][0]), points[-1][1])]
 
 
 def _smooth(points: Points) -> list[tuple[int, float]]:
-    """Exponential mean over about a thirtieth of the run, without the pull to 0 at its start."""
+    """Exponential moving average over about a thirtieth of the run, with the bias toward 0 at the start corrected."""
     keep = 1 - 2 / (len(points) / 30 + 2)
     total = weight = 0.0
     smooth = []

@@ -1,4 +1,4 @@
-"""report.html: one page, without scripts or outside files, that shows what a run learned."""
+"""report.html: one page, without scripts or external files, that shows the results of a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_report(
 ) -> Path:
     """Write run/report.html from the evaluation and, if they exist, run/log.jsonl and run/snapshots; returns its path.
 
-    `classes` are the foreground names; `facts` are shown in the header in their order.
+    `classes` are the foreground names; `facts` are shown in the header, in the given order.
     """
     run = Path(run)
     names = ["background", *classes]
@@ -55,14 +55,14 @@ def write_report(
         examples=pictures.with_key(result.samples, names) if result.samples else None,
     )
     path = run / REPORT
-    # The templates' line breaks and indentation are for their reader.
+    # The templates' line breaks and indentation only make them easier to read.
     write_text(path, re.sub(r">\s*\n\s*<", "><", page.strip()) + "\n")
     return path
 
 
 def _confusion(result: EvalResult, names: Sequence[str]) -> dict[str, Any] | None:
     counts = result.rows[tables.final_row(result.rows)].get("confusion")
-    # Runs evaluated by an earlier version did not keep it.
+    # Runs evaluated by an earlier version did not save it.
     return tables.confusion(counts, names) if counts and result.has_masks else None
 
 
@@ -80,7 +80,7 @@ def _extremes(result: EvalResult, names: Sequence[str]) -> dict[str, Any] | None
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The rows of log.jsonl by iteration; several records of one iteration are merged, later values taking precedence.
 
-    A last line cut short by a killed run is skipped.
+    A last line that a killed run left incomplete is skipped.
     """
     path = Path(path)
     rows: dict[int, dict[str, Any]] = {}

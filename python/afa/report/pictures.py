@@ -1,4 +1,4 @@
-"""Pictures for the report: examples, the best and the worst images, and how labels grow through the phases."""
+"""Pictures for the report: examples, the best and the worst images, and how labels develop over the phases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_key(samples: Sequence[Example], names: Sequence[str]) -> View:
 
 
 def class_key(samples: Sequence[Mapping[str, Any]], keys: Sequence[str], names: Sequence[str]) -> View:
-    """The colors of the classes that the label maps `keys` of the samples show."""
+    """The colors of the classes that occur in the label maps `keys` of the samples."""
     shown = {int(label) for sample in samples for key in keys for label in np.unique(sample[key])}
     classes = [{"color": class_color(index), "name": names[index]} for index in range(1, len(names)) if index in shown]
     return {"classes": classes, "ignored": IGNORE in shown}
@@ -59,7 +59,7 @@ def _example(sample: Example, names: Sequence[str], with_truth: bool) -> View:
 
 
 def evolution(snapshots: Mapping[int, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> View | None:
-    """A card per image: its labels (downwards) at the end of each phase (to the right); None without snapshots."""
+    """A card per image: one row per kind of label, one column per phase end; None without snapshots."""
     if not snapshots:
         return None
     everything = [item for items in snapshots.values() for item in items]
@@ -82,7 +82,7 @@ def evolution(snapshots: Mapping[int, Sequence[Mapping[str, Any]]], names: Seque
 
 
 def _grown(key: str, title: str, end: int, item: Mapping[str, Any]) -> View | None:
-    """One picture of a card; None for what is not trained yet."""
+    """One picture of a card; None if that part of the network is not trained yet."""
     if item["phase"] == "classify" and key in ("walk", "prediction"):
         return None
     image = item["image"]
@@ -100,9 +100,9 @@ def _picture(picture: Picture, alt: str) -> View:
 
 
 def data_uri(picture: Picture, longest: int = 320) -> str:
-    """The picture [H, W, 3] as a `data:` address, made smaller when its longer side exceeds `longest` pixels.
+    """The picture [H, W, 3] as a `data:` URI, shrunk when its longer side exceeds `longest` pixels.
 
-    JPEG at quality 92 without chroma subsampling: a tenth of a PNG, and class borders stay sharp.
+    JPEG at quality 92 without chroma subsampling: a tenth of the size of a PNG, with sharp class borders.
     """
     image = Image.fromarray(np.ascontiguousarray(picture))
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""What a measured run leaves on disk beside its model: metrics.json, CSV tables, samples.npz and the page of them."""
+"""Files of an evaluation in the run's folder: metrics.json, CSV tables, samples.npz and report.html."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from afa.run import CLASS_TABLE, CONFUSION, EVALUATION_FILES, IMAGE_TABLE, METRI
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Machine and software, for the record beside the scores."""
+    """Hardware and software, recorded with the scores."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -43,12 +43,12 @@ def environment(device: torch.device) -> dict[str, str]:
 def save_result(
     run: str | Path, result: EvalResult, classes: list[str], config: Config, facts: Mapping[str, Any]
 ) -> Path:
-    """Write run.EVALUATION_FILES into the folder `run`, each file whole or not at all; returns the page's path.
+    """Write run.EVALUATION_FILES into the folder `run`, each file atomically; returns the path of the page.
 
-    metrics.json has everything that is a score; metrics.csv the IoU of each class by row, confusion.csv the pixels of
-    the final segmentation by true (row) and predicted class (column), images.csv each image's mean IoU over the classes
-    it shows. Without masks there are no tables. `facts` (name, seconds, environment and the like) go into metrics.json
-    as they are.
+    metrics.json has all scores, metrics.csv the IoU of each class by row of the report, confusion.csv the pixel counts
+    of the final segmentation by true (row) and predicted class (column), and images.csv each image's mean IoU over the
+    classes in it. Without masks there are no tables. `facts` (name, seconds, environment, etc.) are written to
+    metrics.json unchanged.
     """
     run = Path(run)
     names = ["background", *classes]
@@ -83,14 +83,14 @@ def save_result(
 
 
 def load_result(run: str | Path) -> tuple[EvalResult, list[str], dict[str, Any]]:
-    """What `save_result` wrote: the result, the foreground class names and the whole of metrics.json.
+    """Read the files of `save_result`: the result, the foreground class names and the contents of metrics.json.
 
-    Of the confusion matrices only the final segmentation's is kept. UserError when the run has not been measured.
+    Only the confusion matrix of the final segmentation is saved. Raises UserError when the run has not been evaluated.
     """
     run = Path(run)
     path = run / METRICS
     if not path.is_file():
-        raise UserError(f"{path} does not exist: this run has not been measured; run `afa evaluate {run}` first")
+        raise UserError(f"{path} does not exist: this run has not been evaluated; run `afa evaluate {run}` first")
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         names = metrics["classes"]
@@ -127,24 +127,24 @@ def load_result(run: str | Path) -> tuple[EvalResult, list[str], dict[str, Any]]
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
-            f"{path} or one of {', '.join(EVALUATION_FILES[1:-1])} beside it is damaged ({error!r}); run "
+            f"{path} or one of {', '.join(EVALUATION_FILES[1:-1])} next to it is damaged ({error!r}); run "
             f"`afa evaluate {run}` again"
         ) from error
     return result, names[1:], metrics
 
 
 def make_report(run: str | Path) -> Path:
-    """Write run/report.html from what is on disk."""
+    """Write run/report.html from the files in the run's folder."""
     result, classes, metrics = load_result(run)
     about = metrics.get("environment", {})
     seconds = metrics["seconds"]
     facts = {
         "Configuration": metrics.get("config", Path(run).name),
-        "Data": f"{metrics['data']}, {metrics['images']} images of '{metrics['split']}' measured",
+        "Data": f"{metrics['data']}, {metrics['images']} images of '{metrics['split']}' evaluated",
         "Classes": f"{len(classes)} and background",
         "Backbone": metrics["backbone"],
         "Training": f"{metrics['iterations']:,} iterations of {metrics['batch_size']} crops, {metrics['crop_size']} px",
-        "Time": f"{duration(seconds)} in all, {duration(result.seconds)} of it measuring",
+        "Time": f"{duration(seconds)} in total, including {duration(result.seconds)} of evaluation",
         "Hardware": about.get("hardware", "unknown"),
         "Software": ", ".join(f"{name} {about.get(name, '?')}" for name in ("torch", "timm", "python")),
         "Test time": _test_time(metrics.get("test_time", {})),
@@ -188,7 +188,7 @@ def _save_samples(path: Path, result: EvalResult) -> None:
     arrays: dict[str, np.ndarray] = {"about": np.array(json.dumps(about))}
     for index, (_, sample) in enumerate(groups):
         for key in _ARRAYS:
-            # Labels fit in a byte, and a heat map is looked at and not computed with.
+            # Labels fit in a byte; a heat map is only displayed, so half precision is enough.
             kind = np.float16 if key == "cam" else np.uint8
             arrays[f"{index}_{key}"] = np.asarray(sample[key]).astype(kind)
     with atomic_path(path) as temporary:
@@ -227,7 +227,7 @@ def _save_tables(run: Path, result: EvalResult, names: list[str]) -> None:
 
 
 def _cell(value: float) -> str:
-    """A score in a table: empty where there is none."""
+    """A table cell with a score: empty if there is none."""
     return "" if math.isnan(value) else f"{value:.6f}"
 
 
@@ -246,7 +246,7 @@ def _json_number(value: float) -> float | None:
 
 
 def _number(value: float | None) -> float:
-    """A score back from JSON, where nan is null."""
+    """A score read from JSON, where NaN is stored as null."""
     return math.nan if value is None else float(value)
 
 

@@ -1,4 +1,4 @@
-"""What the report's tiles, tables and bars show, as plain data for the templates."""
+"""The contents of the report's tiles, tables and bars, as plain data for the templates."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from afa.data.visualize import class_color
 
 ROWS = {
-    "cam": ("CAM", "where the classifier looked, cut at one threshold; uses the image-level tags"),
-    "walk": ("Walk", "the CAM spread by the learned affinity; uses the tags"),
-    "par": ("PAR label", "the CAM refined by color; what training starts from; uses the tags"),
-    "seg": ("Segmentation", "the decoder's own prediction, from the image only"),
-    "crf": ("Segmentation + CRF", "the same, its borders drawn along colors by a dense CRF"),
+    "cam": ("CAM", "class activation maps with a single threshold; uses the image-level tags"),
+    "walk": ("Walk", "the CAM propagated by the learned affinity; uses the tags"),
+    "par": ("PAR label", "the CAM refined by color; the first labels for training; uses the tags"),
+    "seg": ("Segmentation", "the decoder's prediction, from the image only"),
+    "crf": ("Segmentation + CRF", "the segmentation refined along color edges by a dense CRF"),
 }
-"""Row of the table -> its name and what it is."""
+"""Row of the table -> its name and description."""
 
 Metrics = Mapping[str, Mapping[str, Any]]
 View = dict[str, Any]
-"""What a template macro takes."""
+"""Arguments of a template macro."""
 _MAX_CLASSES = 24
 """A larger confusion matrix is not drawn: only its largest entries are listed."""
 
@@ -30,30 +30,30 @@ def final_row(metrics: Metrics) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A score, or a dash where there is none."""
+    """A score, or a dash if there is none."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def tiles(metrics: Metrics, f1: float, images: int, has_masks: bool) -> list[View]:
-    """The few numbers to see first."""
+    """The main numbers, shown at the top of the page."""
     if not has_masks:
-        rows = [("main", number(f1), "F1 of the image tags"), ("", f"{images:,}", "images, none with a mask")]
+        rows = [("main", number(f1), "F1 of the image tags"), ("", f"{images:,}", "images, all without masks")]
     else:
         last = final_row(metrics)
         best, cam = metrics[last]["miou"], metrics["cam"]["miou"]
         label = max(("cam", "walk", "par"), key=lambda row: _worst_if_nan(metrics[row]["miou"]))
         rows = [
             ("main", number(best), "mIoU of the segmentation" + (", with CRF" if last == "crf" else "")),
-            ("", f"{best - cam:+.3f}" if math.isfinite(best - cam) else "–", "over its own CAM"),
-            ("", number(metrics[label]["miou"]), f"best of its labels: {ROWS[label][0]}"),
-            ("", number(metrics[last]["pixel_acc"]), "of all pixels right"),
+            ("", f"{best - cam:+.3f}" if math.isfinite(best - cam) else "–", "gain over the CAM"),
+            ("", number(metrics[label]["miou"]), f"mIoU of the best labels: {ROWS[label][0]}"),
+            ("", number(metrics[last]["pixel_acc"]), "pixel accuracy"),
             ("", number(f1), "F1 of the image tags"),
         ]
     return [{"kind": kind, "value": value, "text": text} for kind, value, text in rows]
 
 
 def scores(metrics: Metrics) -> list[View]:
-    """One entry per row, the run's result last."""
+    """One entry per row; the run's result is last."""
     return [
         {
             "key": key,
@@ -131,7 +131,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> View:
 
 def _cell(share: float, true: str, predicted: str) -> View:
     percent = round(100 * share)
-    # The eye compares squares of lightness: the root keeps small shares visible.
+    # The square root keeps small shares visible.
     depth = round(100 * math.sqrt(share))
     return {
         "depth_class": " deepest" if depth > 83 else " deep" if depth > 65 else "",

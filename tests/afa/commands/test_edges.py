@@ -289,7 +289,9 @@ def test_a_model_file_cannot_make_timm_read_others(config: Config, tmp_path: Pat
     model = build_model(config.model, 3)
     config.model.backbone_args.update(arguments)
     save_model(tmp_path / "model.safetensors", model, config, ["a", "b", "c"])
-    with pytest.raises(UserError, match=f"{next(iter(arguments))} would make timm read other files"):
+    with pytest.raises(
+        UserError, match=f"{next(iter(arguments))} is not allowed because it makes timm read other files"
+    ):
         load_model(tmp_path / "model.safetensors")
 
 

@@ -40,7 +40,7 @@ def test_writes_weights_and_card_and_nothing_else(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["images"] == 40
     card = (tmp_path / "mini.md").read_text()
-    assert "40 images of 32 × 32" in card and "tags alone" in card
+    assert "40 images of 32 × 32" in card and "image-level tags only" in card
     with safe_open(tmp_path / "mini.safetensors", "pt") as file:
         assert file.metadata()["backbone"] == pretrain.BACKBONE
         assert all(file.get_tensor(key).dtype == torch.float16 for key in file.keys())  # noqa: SIM118

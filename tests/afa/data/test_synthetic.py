@@ -50,7 +50,7 @@ def test_same_arguments_give_the_same_files(dataset_root, tmp_path):
 
 
 def test_an_existing_folder_is_refused(dataset_root):
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         make_dataset(dataset_root, train=1, val=1, progress=False)
 
 

@@ -193,7 +193,7 @@ class TestWeights:
         images = torch.randn(1, 3, 64, 64)
         for ours, theirs in zip(source(images).maps, target(images).maps, strict=True):
             assert torch.equal(ours, theirs)
-        with pytest.raises(UserError, match=r"timm has no weights of mit_b0; give SegFormer's own file"):
+        with pytest.raises(UserError, match=r"timm has no weights for mit_b0; use SegFormer's file"):
             load_backbone_weights(target, "timm")
 
     def test_positions_learned_at_another_size_are_interpolated(self, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ class TestWeights:
     def test_missing_files(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"nowhere\.pth does not exist"):
             load_backbone_weights(pvt(), str(tmp_path / "nowhere.pth"))
-        with pytest.raises(UserError, match="no bundled weights are named 'nothing'"):
+        with pytest.raises(UserError, match="unknown bundled weights 'nothing'"):
             load_backbone_weights(pvt(), "bundled:nothing")
         (tmp_path / "half.safetensors").write_bytes(b"\x10")
         with pytest.raises(UserError, match=r"half\.safetensors can't be read"):

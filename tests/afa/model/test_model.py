@@ -56,7 +56,7 @@ def test_only_what_is_asked_for_is_computed(make: Make) -> None:
     out = model(torch.randn(1, 3, 64, 64), want=("cam",))
     assert ran == ["classifier"]
     assert out.cam is not None and out.seg_logits is None and out.affinity is None and out.class_logits is None
-    with pytest.raises(ValueError, match="want must name some of affinity, cam"):
+    with pytest.raises(ValueError, match="want must be a subset of affinity, cam"):
         model(torch.randn(1, 3, 64, 64), want=("cams",))
 
 
@@ -182,5 +182,5 @@ class TestFile:
             "normalization": {"mean": [0.5] * 3, "std": [0.5] * 3},
         }
         save_file(tensors, path, {"afa": json.dumps(content)})
-        with pytest.raises(UserError, match=r"does not fit its own configuration.*classifier\.weight"):
+        with pytest.raises(UserError, match=r"does not match its own configuration.*classifier\.weight"):
             load_model(path)

@@ -159,7 +159,7 @@ def test_page_without_log_and_samples(tmp_path: Path, result: EvalResult) -> Non
     del result.seg["confusion"]  # as of a run that an earlier version measured
     page = _Page(write_report(tmp_path, result, CLASSES).read_text(encoding="utf-8"))
     assert page.open == []
-    assert "no log of its training" in page.text
+    assert "no training log" in page.text
     assert "eval.report_images" in page.text
     assert "predicted as" not in page.text
 
@@ -316,14 +316,14 @@ def test_sections_of_a_full_run(tmp_path: Path, result: EvalResult) -> None:
     assert page.open == []
     headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert headings == [
-        *("Scores", "Training", "IoU by class", "Confusion matrix", "How the labels grow"),
+        *("Scores", "Training", "IoU by class", "Confusion matrix", "How the labels develop"),
         *("Best and worst images", "Examples"),
     ]
-    # Tiles and the marked row are of the CRF, the last row.
+    # The main tile and the highlighted row show the CRF, the last row.
     assert re.findall(r'<tr class="main">.*?<b>(.*?)</b>', text) == ["Segmentation + CRF"]
     assert '<div class="tile card main"><b>0.700</b>' in text and "+0.300" in page.text
     # One image, three phases; of the first, walk and prediction are not trained.
-    part = text.partition("How the labels grow</h2>")[2].partition("<h2>")[0]
+    part = text.partition("How the labels develop</h2>")[2].partition("<h2>")[0]
     assert part.count("not trained yet") == 2
     assert part.count("<img") == 1 + 3 * 4 - 2
     assert re.findall(r'<div class="when"><b>(.*?)</b>(.*?)</div>', part) == [

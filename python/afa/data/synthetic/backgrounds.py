@@ -1,7 +1,7 @@
 """Backgrounds: crops of photographs, and generated surfaces.
 
-Photographs come from scikit-image's and scikit-learn's own packages (no download). The train and val splits use
-different ones, and pretraining uses none: its backgrounds are all generated, by other generators than the demo's.
+Photographs come from the scikit-image and scikit-learn packages (no download). The train and val splits use different
+ones. Pretraining uses none: all its backgrounds are generated, and its generators differ from the demo's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _photograph(name: str) -> Image.Image:
 
 
 def photograph(rng: np.random.Generator, size: int, names: tuple[str, ...]) -> np.ndarray:
-    """A warped, recolored crop of one of the named photographs, uint8 [size, size, 3]."""
+    """A warped, recolored crop of one of the photographs `names`, uint8 [size, size, 3]."""
     image = _photograph(names[rng.integers(len(names))])
     side = rng.uniform(0.2, 0.9) * min(image.size)
     x, y = (rng.uniform(0, extent - side) for extent in image.size)
@@ -104,7 +104,7 @@ def warped_noise(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def patchwork(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Overlapping soft rectangles, as of a city or a shelf seen out of focus."""
+    """Overlapping soft rectangles, like a city or a shelf out of focus."""
     image = Image.new("RGB", (size, size), tuple(int(v) for v in _colors(rng, 1)[0]))
     draw = ImageDraw.Draw(image)
     for color in _colors(rng, int(rng.integers(15, 50))):
@@ -127,7 +127,7 @@ def clouds(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Occluding ellipses with a power law of sizes: the statistics of edges in photographs."""
+    """Occluding ellipses with power-law sizes, which gives the edge statistics of photographs."""
     image = Image.new("RGB", (size, size), tuple(int(v) for v in _colors(rng, 1)[0]))
     draw = ImageDraw.Draw(image)
     for color in _colors(rng, int(rng.integers(30, 120))):

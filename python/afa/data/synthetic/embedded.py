@@ -1,4 +1,4 @@
-"""The embedded data set: eight classes of objects, one to three an image, written once in PASCAL VOC's layout."""
+"""The embedded data set: eight classes of objects, one to three per image, written once in PASCAL VOC's layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .shapes import DEMO_SHAPES
 from .textures import DEMO_TEXTURES
 
 CLASSES: tuple[str, ...] = tuple(DEMO_SHAPES)
-"""Every class has an outline and a texture of its own; the colors are random."""
+"""Every class has its own outline and texture; the colors are random."""
 
 _OBJECTS = list(zip(DEMO_SHAPES.values(), DEMO_TEXTURES.values(), strict=True))
 _SPLITS = {"train": (0, TRAIN_PHOTOGRAPHS), "val": (1, VAL_PHOTOGRAPHS)}
@@ -29,7 +29,7 @@ _SHARE_OF_PHOTOGRAPHS = 0.6
 
 
 def draw_labeled(split: str, number: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image `number` of a split and its mask: [size, size, 3] and [size, size] uint8, 0 background, 1.. the classes."""
+    """Image `number` of a split and its mask: [size, size, 3] and [size, size] uint8 (0 background, classes from 1)."""
     stream, photographs = _SPLITS[split]
     rng = np.random.default_rng([seed, stream, number])
     if rng.random() < _SHARE_OF_PHOTOGRAPHS:
@@ -72,18 +72,18 @@ def make_dataset(
     seed: int = 0,
     progress: bool = True,
 ) -> None:
-    """Write the embedded data set to `root`, whole or not at all; the same arguments give the same files.
+    """Atomically write the embedded data set to `root`; the same arguments give the same files.
 
     Args:
-        train, val: images of each split.
+        train, val: number of images in each split.
         size: side of the square images, pixels.
 
     Raises:
-        FileExistsError: `root` exists already.
+        FileExistsError: `root` already exists.
     """
     root = Path(root)
     if root.exists():
-        raise FileExistsError(f"{root} exists already; remove it to make the embedded data set anew")
+        raise FileExistsError(f"{root} already exists; remove it to create the embedded data set again")
     root.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     try:

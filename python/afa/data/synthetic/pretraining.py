@@ -1,7 +1,7 @@
-"""The endless stream of tagged images that the bundled backbone is pretrained on.
+"""The endless stream of tagged images for pretraining the bundled backbone.
 
-Shapes, textures and backgrounds are all other ones than the demo's. An object has any shape with any texture, and an
-image's tags are the shapes and textures in it: no mask, box or count is kept.
+All shapes, textures and backgrounds differ from the demo's. Any shape can have any texture, and an image's tags are the
+shapes and textures in it: no mask, box or count is kept.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .textures import PRETRAIN_TEXTURES
 TAGS: tuple[str, ...] = (*PRETRAIN_SHAPES, *PRETRAIN_TEXTURES)
 
 _MIN_SHARE = 0.004
-"""A visible part smaller than this share of the image gives no tag."""
+"""An object whose visible part is smaller than this share of the image gives no tag."""
 
 
 _SHARES = np.array([[0.9, 0.1, 0.0], [0.4, 0.5, 0.1], [0.15, 0.25, 0.6]])
 """Shares of close-ups, of single large objects and of whole scenes at difficulty 0, 1 and 2.
 
-Whole scenes from the start teach a Transformer nothing for a long time: tried, the precision after 25,000 of them was
-chance, and so it was after 70,000 images that got harder by their number alone. Close-ups teach the textures within a
-few thousand.
+Whole scenes from the start teach a Transformer nothing for a long time: in experiments, the precision was at chance
+level after 25,000 scenes, and also after 70,000 images whose difficulty depended only on their number. With close-ups
+it learns the textures within a few thousand images.
 """
 HARDEST = float(len(_SHARES) - 1)
 
@@ -36,8 +36,8 @@ HARDEST = float(len(_SHARES) - 1)
 def draw_tagged(rng: np.random.Generator, size: int, difficulty: float = HARDEST) -> tuple[np.ndarray, np.ndarray]:
     """One image [size, size, 3] uint8 and its tags [len(TAGS)] float32 (0 or 1).
 
-    A close-up shows nothing but a texture and has no outline's tag. `difficulty`, from 0 to HARDEST, sets the shares of
-    the three kinds of image.
+    A close-up shows only a texture and has no outline tag. `difficulty`, from 0 to HARDEST, sets the shares of the
+    three kinds of image.
     """
     level = min(int(difficulty), len(_SHARES) - 2)
     shares = _SHARES[level] + (_SHARES[level + 1] - _SHARES[level]) * (difficulty - level)
@@ -61,8 +61,8 @@ def draw_tagged(rng: np.random.Generator, size: int, difficulty: float = HARDEST
 class TaggedStream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """Endless `(image uint8 [3, crop, crop], tags float32 [len(TAGS)])`.
 
-    Drawing costs more than a small network's step, so each drawn image is served about `reuse` times from a pool, each
-    time with another crop, flip and order of the color channels.
+    Drawing an image takes longer than a training step of a small network, so each drawn image is served about `reuse`
+    times from a pool, each time with a different crop, flip and order of the color channels.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TaggedStream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
 
     @property
     def difficulty(self) -> float:
-        """What `draw_tagged` is given; may be set while worker processes draw."""
+        """The `difficulty` passed to `draw_tagged`; may be set while worker processes draw."""
         return float(self._difficulty)
 
     @difficulty.setter

@@ -11,12 +11,12 @@ from .shapes import Shape, rasterize
 from .textures import Texture, paint
 
 _MIN_VISIBLE = 0.45
-"""An object keeps at least this share of its area in view, else the one that would cover it is moved."""
+"""At least this share of an object's area stays visible; otherwise the object that would cover it is moved."""
 _PLACEMENTS = 8
 
 
 def _two_tones(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A random object color and a second tone of it, darker or lighter with the hue a little off; [3] in 0..255."""
+    """A random object color and a darker or lighter tone of it with a slightly different hue; each [3] in 0..255."""
     hue, saturation, value = rng.random(), rng.uniform(0.15, 0.95), rng.uniform(0.5, 1.0)
     other = value * rng.uniform(0.25, 0.55)
     hue2 = (hue + rng.normal(0, 0.06)) % 1.0
@@ -33,16 +33,16 @@ def draw_scene(
     radius: tuple[float, float],
     period: tuple[float, float] = (6.5, 12.0),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Paint objects on a background, later ones in front.
+    """Paint objects on a background; later ones are in front.
 
     Args:
         background: [S, S, 3] uint8, not changed.
-        objects: outline and surface of each.
+        objects: outline and texture of each object.
         radius: range of the objects' circumscribed circles, pixels.
         period: range of the textures' repeats, pixels.
 
     Returns:
-        image [S, S, 3] uint8 and index map [S, S] uint8: 0 background, k the k-th object.
+        image [S, S, 3] uint8 and index map [S, S] uint8: 0 is the background, k the k-th object.
     """
     size = background.shape[0]
     image = background.astype(np.float32)

@@ -1,8 +1,8 @@
 """Object outlines, drawn as filled polygons with holes.
 
-A shape is a function of a random generator that returns its contours: `(points [n, 2], filled)` pairs in unit
-coordinates (x right, y down, the object within the unit circle), painted in order, so that a contour with
-`filled=False` cuts a hole. The generator varies proportions within the class.
+A shape is a function that takes a random generator and returns contours: `(points [n, 2], filled)` pairs in unit
+coordinates (x right, y down, the object within the unit circle). They are painted in order, so a contour with
+`filled=False` cuts a hole. The generator varies the proportions within the class.
 """
 
 from __future__ import annotations

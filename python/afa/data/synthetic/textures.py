@@ -1,7 +1,7 @@
 """Surface patterns: functions of pixel coordinates that return a value in [0, 1] for each pixel.
 
-`x` and `y` are float32 arrays in units of the pattern's period, already turned and shifted at random; the value
-mixes the object's two colors. What tells a class apart is the pattern, never the colors.
+`x` and `y` are float32 arrays in units of the pattern's period, already rotated and shifted at random; the value
+mixes the object's two colors. Classes differ by their patterns, never by their colors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TAU = np.float32(2 * np.pi)
 
 
 def _triangle_wave(x: np.ndarray) -> np.ndarray:
-    """Period 1, from 0 up to 1 and back."""
+    """Triangle wave with period 1 and values in [0, 1]."""
     return np.abs(2 * (x - np.floor(x)) - 1)
 
 
@@ -35,7 +35,7 @@ def _cell_hash(i: np.ndarray, j: np.ndarray, seed: float) -> np.ndarray:
 
 
 def _plane_waves(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, n: int = 7) -> np.ndarray:
-    """Band-pass noise: a sum of waves of one length in random directions."""
+    """Band-pass noise: a sum of waves with the same wavelength in random directions."""
     total = np.zeros_like(x)
     for direction, phase in zip(rng.uniform(0, np.pi, n), rng.uniform(0, 2 * np.pi, n), strict=True):
         total += np.cos(
@@ -77,7 +77,7 @@ def scales(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 
 def curls(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Truchet's tiles: two quarter circles a cell, turned at random, which join to winding lines."""
+    """Truchet tiles: two quarter circles per cell, rotated at random, which join to form winding lines."""
     turned = _cell_hash(np.floor(x), np.floor(y), float(rng.uniform(0, 100))) < 0.5
     dx, dy = np.where(turned, 1 - _frac(x), _frac(x)), _frac(y)
     line = np.minimum(np.abs(np.hypot(dx, dy) - 0.5), np.abs(np.hypot(1 - dx, 1 - dy) - 0.5))
@@ -233,7 +233,7 @@ PRETRAIN_TEXTURES: dict[str, Texture] = {
 
 
 def paint(texture: Texture, rng: np.random.Generator, size: tuple[int, int], period: float, angle: float) -> np.ndarray:
-    """The pattern's values [height, width] float32, with `period` pixels a repeat, turned by `angle` radians."""
+    """The pattern's values [height, width] float32, with a period of `period` pixels, rotated by `angle` radians."""
     height, width = size
     x = np.arange(width, dtype=np.float32)[None, :] / np.float32(period)
     y = np.arange(height, dtype=np.float32)[:, None] / np.float32(period)
