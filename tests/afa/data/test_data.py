@@ -256,7 +256,7 @@ def test_small_images_load_by_the_hundred(make_voc_tree: MakeTree) -> None:
 
 
 def _seconds(train: TaggedDataset) -> float:
-    """Of this process on a core, so that others beside it don't count."""
+    """CPU seconds of this process: other processes on a busy machine don't count."""
     start = time.process_time()
     for index in range(len(train)):
         train[index]
