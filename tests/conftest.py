@@ -22,6 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent / "cuda") or "stand_in" in item.name:
             item.add_marker(pytest.mark.xdist_group("stand-in"))  # one build folder, so one process
+            item.add_marker(pytest.mark.slow)  # the first one builds it
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         real = item.get_closest_marker("real_gpu")

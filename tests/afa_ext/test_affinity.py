@@ -313,7 +313,7 @@ def test_gradcheck(radius, device):
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("radius", [None, 2])
 def test_compile_fullgraph(radius, dynamic, device):
     def loss(attention, weight, bias, label_map):

@@ -79,6 +79,7 @@ def test_library_binds_to_no_particular_torch():
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="a CPU build of torch has no CUDA streams")
+@pytest.mark.slow
 def test_library_finds_the_current_stream_of_a_cuda_build_of_torch():
     """The symbol is weak: unresolved, every CUDA call would fail with "this torch has no CUDA support"."""
     code = (
@@ -149,6 +150,7 @@ IMPORT_COPY = (
 )
 
 
+@pytest.mark.slow
 def test_missing_library_is_its_own_error(tmp_path):
     result = run_python(IMPORT_COPY.format(folder=str(copy_package(tmp_path, None))))
     assert result.returncode != 0
@@ -156,6 +158,7 @@ def test_missing_library_is_its_own_error(tmp_path):
     assert "pip install ." in result.stderr
 
 
+@pytest.mark.slow
 def test_broken_library_shows_the_original_error(tmp_path):
     result = run_python(IMPORT_COPY.format(folder=str(copy_package(tmp_path, b"not a library"))))
     assert result.returncode != 0
@@ -193,6 +196,7 @@ print("computed")
 
 
 @pytest.mark.parametrize("level", afa_ext.build_info()["simd_levels"])
+@pytest.mark.slow
 def test_every_simd_level_computes_the_golden_cases(level):
     result = run_python(COMPUTE.format(golden=str(GOLDEN), level=level), AFA_EXT_SIMD=level)
     if "this processor lacks these instructions" in result.stderr:
@@ -200,6 +204,7 @@ def test_every_simd_level_computes_the_golden_cases(level):
     assert result.stdout.strip() == "computed", result.stderr
 
 
+@pytest.mark.slow
 def test_unknown_simd_level_is_refused():
     code = "import afa_ext; afa_ext.build_info()"
     result = run_python(code, AFA_EXT_SIMD="mmx")

@@ -239,7 +239,7 @@ def test_labels_have_no_gradient(device):
     assert not labels.requires_grad
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compile_fullgraph(dynamic, device):
     def labels(images, cams, class_labels, box):
         return afa_ext.pseudo_labels(images, cams, class_labels, box=box).clone()

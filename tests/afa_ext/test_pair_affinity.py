@@ -168,7 +168,7 @@ def test_autocast(device):
         torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compile_fullgraph(dynamic, device):
     def loss(x, edge, features, attention, boxes):
         grid = (x.shape[2], x.shape[3])

@@ -210,7 +210,7 @@ def test_gradcheck(shape, class_mask, device):
 
 
 @KINDS
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compile_fullgraph(kind, dynamic, device):
     def loss(images, masks, keep):
         return refine(kind, images, masks, class_mask=keep).square().sum()
@@ -262,6 +262,7 @@ torch.save(results, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets_agree(tmp_path, assert_relative):
     """Each level of this machine, in a separate process, compared with the baseline."""
     cases = []

@@ -220,7 +220,7 @@ def test_gradcheck(normalize, window, device):
 
 
 @pytest.mark.parametrize("normalize", ["column", "sinkhorn"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compile_fullgraph(normalize, dynamic, device):
     def loss(scores, affinity, labels):
         grid = (scores.shape[2], scores.shape[3])

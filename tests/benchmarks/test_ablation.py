@@ -31,6 +31,7 @@ def settings(root: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_five_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[int, int]] = []
     trained: dict[str, dict[str, torch.Tensor]] = {}

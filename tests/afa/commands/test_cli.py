@@ -140,6 +140,7 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
     assert all(name in shown for name in names)
 
 
+@pytest.mark.slow
 def test_stop_and_resume(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

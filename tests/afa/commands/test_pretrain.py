@@ -33,6 +33,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_writes_weights_and_card_and_nothing_else(tmp_path, capsys):
     run(tmp_path / "mini.safetensors", 40)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mini.md", "mini.safetensors"]

@@ -127,6 +127,7 @@ def test_crf_of_the_tagged_classes(run: Path, tmp_path: Path) -> None:
     assert any((smooth[name] != plain[name]).any() for name in plain)
 
 
+@pytest.mark.slow
 def test_shards_and_restarts_give_the_same_files(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

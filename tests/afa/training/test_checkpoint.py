@@ -82,6 +82,7 @@ def test_contents_of_a_checkpoint(cut: Path) -> None:
     assert not torch.equal(raw["classifier.weight"], average["classifier.weight"])
 
 
+@pytest.mark.slow
 def test_resumes_average_and_loss_scale(config: Config, cut: Path, tmp_path: Path) -> None:
     whole = run_train(config, tmp_path / "whole")
     assert_equal(whole, run_train(config, cut, resume=True))
