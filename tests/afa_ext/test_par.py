@@ -365,14 +365,14 @@ class TestModule:
         module = getattr(afa_ext, name)(**arguments).to(torch.float64).half().eval()
         images, masks = smooth_images(1, 8, 8), torch.rand(1, 2, 8, 8)
         expected = refine(name.lower(), images, masks, **arguments)
-        for twin in (
+        for copied in (
             module,
             copy.deepcopy(module),
             pickle.loads(pickle.dumps(module)),
             torch.nn.Sequential(module)[0],
             getattr(reference, name)(**arguments),
         ):
-            torch.testing.assert_close(twin(images, masks), expected)
+            torch.testing.assert_close(copied(images, masks), expected)
         assert module(images.half(), masks.half()).dtype == torch.float16
         assert not list(module.parameters()) and not list(module.buffers())
         assert "num_iter=3" in repr(module)

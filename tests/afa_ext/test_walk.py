@@ -103,8 +103,8 @@ def test_matches_reference(grid, radius, window, normalize, assert_relative, dev
         (grad,) = torch.autograd.grad((out * pull).sum(), leaf)
         expected = to_windowed(results[1][2], grid, radius, window).nan_to_num(0)
         assert_gradient(grad.nan_to_num(0), expected)
-        twin = reference.random_walk(scores, windowed.nan_to_num(0), **settings)
-        assert_relative(twin, results[1][0], 1e-9)
+        expected = reference.random_walk(scores, windowed.nan_to_num(0), **settings)
+        assert_relative(expected, results[1][0], 1e-9)
     single = afa_ext.random_walk(scores.detach().float(), dense.detach().float(), **settings)
     assert_relative(single, results[1][0], 5e-6)
 
