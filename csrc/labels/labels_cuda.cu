@@ -6,9 +6,8 @@
 // Absent classes are skipped at no cost.
 #include "labels/labels.h"
 
-#include <cstring>
-
 #include "common/cuda.cuh"
+#include "common/vectors.cuh"
 
 namespace afa {
 namespace {
@@ -99,35 +98,6 @@ struct Sampler {
   }
 };
 
-template <typename In>
-struct Eight {
-  In at[8];
-};
-
-// Eight values from an address that is aligned to their total size, or to 16 bytes.
-template <typename In>
-__device__ inline Eight<In> load_eight(const In* from) {
-  Eight<In> result;
-  if constexpr (sizeof(In) == 1) {
-    const uint2 bits = *reinterpret_cast<const uint2*>(from);
-    memcpy(&result, &bits, sizeof(bits));
-  } else {
-    uint4 bits[sizeof(In) / 2];
-    for (int n = 0; n < static_cast<int>(sizeof(In) / 2); ++n)
-      bits[n] = reinterpret_cast<const uint4*>(from)[n];
-    memcpy(&result, bits, sizeof(bits));
-  }
-  return result;
-}
-
-// Four values to an address that is aligned to 16 bytes.
-template <typename T>
-__device__ inline void store_four(T* to, const T (&value)[4]) {
-  uint4 bits[sizeof(T) / 4];
-  memcpy(bits, value, sizeof(bits));
-  for (int n = 0; n < static_cast<int>(sizeof(T) / 4); ++n) reinterpret_cast<uint4*>(to)[n] = bits[n];
-}
-
 // kHalves: the columns are downscaled by exactly 2 and aligned to eight of them, so that a thread reads
 // vectors: each pixel is halfway between two columns.
 template <typename T, typename In, bool kHalves>
@@ -144,16 +114,16 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(const __grid_constant_
       const Tap<T> row = tap<T>(rows, y);
       T* to = out + y * p.columns.to + x;
       if constexpr (kHalves) {
-        const Eight<In> above = load_eight(in + row.left * p.in_stride_y + 2 * x);
-        const Eight<In> below = load_eight(in + row.right * p.in_stride_y + 2 * x);
+        const Vec<In, 8> above = load<8>(in + row.left * p.in_stride_y + 2 * x);
+        const Vec<In, 8> below = load<8>(in + row.right * p.in_stride_y + 2 * x);
         const Sampler<T, int> sample(row, {0, 0, T{0.5}}, 0, 0);
-        T value[kPixels];
+        Vec<T, kPixels> value;
 #pragma unroll
         for (int n = 0; n < kPixels; ++n) {
-          value[n] = sample.between(value_of<T>(above.at[2 * n]), value_of<T>(above.at[2 * n + 1]),
-                                    value_of<T>(below.at[2 * n]), value_of<T>(below.at[2 * n + 1]));
+          value.at[n] = sample.between(value_of<T>(above.at[2 * n]), value_of<T>(above.at[2 * n + 1]),
+                                       value_of<T>(below.at[2 * n]), value_of<T>(below.at[2 * n + 1]));
         }
-        store_four(to, value);
+        store(to, value);
       } else {
         for (int n = 0; n < kPixels && x + n < r.small_width; ++n) {
           to[n] = Sampler<T, int64_t>(row, tap<T>(columns, x + n), p.in_stride_y, 1)(in);
@@ -335,14 +305,11 @@ const char* launch_shrink(const ShrinkParams& p, void* stream) {
     using T = decltype(type);
     using In = decltype(source);
     constexpr int kVector = sizeof(In) == 1 ? 8 : 16;
-    const auto divides = [](const void* pointer, int bytes) {
-      return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
-    };
     const bool in_step = p.columns.from == 2 * p.columns.to && p.columns.to % kPixels == 0 &&
                          p.in_stride_y % 8 == 0 && p.in_stride_p % 8 == 0;
     // Up to 2^20 columns, their positions are exact in float32.
     if (p.box == nullptr && p.downscale == 2 && in_step && p.columns.from <= int64_t{1} << 20 &&
-        divides(p.in, kVector) && divides(p.out, 16)) {
+        aligned(p.in, kVector) && aligned(p.out)) {
       AFA_LAUNCH((shrink_kernel<T, In, true>), grid, kThreads, stream, p);
     } else {
       AFA_LAUNCH((shrink_kernel<T, In, false>), grid, kThreads, stream, p);

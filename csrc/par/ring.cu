@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "common/async_copy.cuh"
+#include "common/vectors.cuh"
 #include "par/ring.cuh"
 #include "par/ring.h"
 #include "stencil/steps.cuh"
@@ -130,8 +131,7 @@ __device__ inline void fill(float* stage, const void* plane, bool wide, int stri
   };
   if (std::is_same<T, float>::value || wide) {
     const float* const from = static_cast<const float*>(plane);
-    if (column >= 0 && column + 3 < tile.width && stride % 4 == 0 &&
-        reinterpret_cast<uintptr_t>(plane) % 16 == 0) {
+    if (column >= 0 && column + 3 < tile.width && stride % 4 == 0 && aligned(plane)) {
       each_row([&](float* at, int start) { copy_async<16>(at, from + column + start); });
     } else {
       each_row([&](float* at, int start) {
@@ -265,7 +265,7 @@ void launch_ring(const StencilParams& p, bool resident, int64_t class_groups, vo
       return;
     }
   }
-  const dim3 grid = grid_of(kMaxGridX);
+  const dim3 grid = grid_of(block_grid(tiles).x);
   for (int t = 0; t < p.steps; ++t) {
     AFA_LAUNCH_SHARED(kernel, grid, dim3(Shape::kThreads), size_t{Shape::kBytes}, stream, p, t, t + 1);
   }
