@@ -1,5 +1,5 @@
-// Every operator's host functions, as ops.cpp registers them: name_cpu and name_cuda, with one signature.
-// Shapes and meaning: the schemas there.
+// The host functions of all operators, as registered in ops.cpp: name_cpu and name_cuda, with one signature.
+// For shapes and meaning see the schemas in operators.h.
 #pragma once
 
 #include <optional>
