@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLD_TORCH ?= 2.13.0
-# Without a GPU nothing here runs the CUDA kernels, so one architecture is compiled: a quarter of the time of all that
-# `pip install .` compiles. Its PTX still runs on later GPUs. TORCH_CUDA_ARCH_LIST overrides this.
+# Without a GPU no target runs the CUDA kernels, so only one architecture is compiled, in a quarter of the time that
+# `pip install .` needs for all. Its PTX still runs on later GPUs. TORCH_CUDA_ARCH_LIST overrides this.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 endif
@@ -11,63 +11,63 @@ NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: help demo test test-fast lint smoke sanitize stand-in abi-check pretrain bench kernels gpu-check clean install
 
-help: ## list these targets
+help: ## list all targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 demo: install ## install, build, train AFA on the embedded data set, write runs/demo/report.html
 	$(BIN)/afa train demo
 
-# One thread per process: two processes that each start a thread per core only wait for each other.
+# One thread per process: processes that each start a thread per core slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 test: install ## install and build if needed, run every test on all cores
 	$(PYTEST)
 
-test-fast: install ## the tests that are not marked slow, without the GPU stand-in, on all cores
+test-fast: install ## run the tests that are not marked slow, without the GPU stand-in, on all cores
 	$(PYTEST) -m "not slow" --ignore tests/cuda
 
-smoke: install ## the demo in about a minute, to see that every part runs (its figures mean nothing)
+smoke: install ## run a short demo, in about a minute, to check that every part works (its scores are meaningless)
 	rm -rf runs/smoke
 	$(BIN)/afa train demo --run runs/smoke train.iterations=30 train.classify_until=10 train.par_until=20 train.warmup=5
 
-lint: $(VENV)/.lint ## ruff, mypy, clang-format
+lint: $(VENV)/.lint ## run ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-sanitize: install ## the operators' tests on CPU kernels built for AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: install ## run the operators' tests with CPU kernels built for AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tools/sanitize.py
 
-stand-in: install ## the tests that need a GPU on a stand-in for one: each memory access checked, then sanitized
+stand-in: install ## run the GPU tests on a stand-in GPU: first with checks of all memory accesses, then with sanitizers
 	$(BIN)/python -m tests.cuda.run
 	$(BIN)/python -m tests.cuda.run --sanitize
 
-abi-check: install ## show that the built library loads and computes under an older torch (OLD_TORCH=2.13.0)
+abi-check: install ## check that the built library works with an older torch (OLD_TORCH=2.13.0)
 	$(BIN)/python tools/abi_check.py --torch $(OLD_TORCH)
 
-pretrain: install ## train the small backbone that ships in the package anew (about an hour on 2 cores)
+pretrain: install ## retrain the small backbone that ships in the package (about an hour on 2 cores)
 	$(BIN)/python -m afa.commands.pretrain --out python/afa/weights/pvt_v2_mini.safetensors
 
-bench: install ## time the operators and a whole training step against PyTorch on this machine
+bench: install ## time the operators and a full training step against PyTorch on this machine
 	for name in par_kernel random_walk affinity pseudo_labels train_step; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python -m tools.update_readme
 
-kernels: install ## compile the CUDA kernels and write docs/kernels.md's tables: registers, occupancy, limits
+kernels: install ## compile the CUDA kernels and write the tables of docs/kernels.md: registers, occupancy, limits
 	$(BIN)/python -m tools.kernel_report
 	$(BIN)/python -m tools.launch_counts
 
-# Whatever Python has torch: the virtual environment's where there is one. Nothing is installed or fetched.
+# Uses the virtual environment's Python if it exists, otherwise $(PYTHON), which must have torch. Installs nothing.
 gpu-check: ## on a machine with a GPU: build, test, sanitize and time the CUDA kernels, within eight minutes
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m tools.gpu_check
 
-clean: ## remove what the build and the runs wrote, but not the virtual environment
+clean: ## remove the files of the build and of runs, but not the virtual environment
 	rm -rf build dist *.egg-info runs data/demo
 	find afa_ext -name '*.so' -delete
 
-install: $(VENV)/.installed ## make the virtual environment and build the package into it
-# torch and the build's tools first, so that the package itself is built against the torch it will run with, without
-# the second copy of torch that an isolated build would fetch.
+install: $(VENV)/.installed ## create the virtual environment and build the package in it
+# torch and the build tools are installed first, so that the package is built with the torch that it will run with. An
+# isolated build would download a second copy of torch.
 $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tools/build_requirements.py > $(VENV)/build-requirements.txt

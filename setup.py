@@ -1,4 +1,4 @@
-"""The bridge from setuptools to CMakeLists.txt, which alone describes the native build."""
+"""Builds the native library from setuptools with CMake; all build settings are in CMakeLists.txt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds with CMake and Ninja, then leaves the library where setuptools expects it."""
+    """Configures and builds with CMake and Ninja, then moves the library to where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
         import numpy  # noqa: F401  (torch warns while importing without it)
@@ -38,8 +38,8 @@ class CMakeBuild(build_ext):
             "Python_INCLUDE_DIR": sysconfig.get_path("include"),
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
-        # One folder for each Python, kept between builds: a second install compiles nothing. Settings that differ
-        # (an isolated build has its own cmake, ninja and torch, gone by the next time) start from a fresh cache.
+        # One folder per Python version, kept between builds: a second install compiles nothing. Different settings (an
+        # isolated build has its own temporary cmake, ninja and torch) start with a new cache.
         build = Path(
             os.environ.get("AFA_EXT_BUILD_DIR") or ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         ).resolve()
@@ -52,7 +52,7 @@ class CMakeBuild(build_ext):
         stamp.unlink(missing_ok=True)
         configure = ["cmake", *([] if known else ["--fresh"]), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += arguments
-        # The cmake and ninja that pip installed lie beside its Python, which need not be on PATH.
+        # The cmake and ninja installed by pip are next to its Python, which need not be on PATH.
         env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
         subprocess.run(configure, check=True, env=env)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))

@@ -50,9 +50,7 @@ def check_images(images: Tensor) -> None:
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
-        raise ValueError(
-            f"{name} must be on the device of {other_name} ({other.device}), got {value.device}"
-        )
+        raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {value.device}")
 
 
 def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -1,13 +1,13 @@
-"""The paper's ablation in small: what each part of AFA adds to the segmentation, on the embedded data set.
+"""A small version of the paper's ablation: the effect of each part of AFA on the segmentation of the embedded data set.
 
     python benchmarks/ablation.py                    # five rows, three seeds
-    python benchmarks/ablation.py --seeds 0 --quick  # seconds: shows that it runs, its figures mean nothing
+    python benchmarks/ablation.py --seeds 0 --quick  # seconds: only a test that it runs, the results are meaningless
 
-All rows of a seed share the classification phase, its weights and the order of the crops; they differ in the labels
-and losses of what follows. The network ends with its decoder, as published: what refines edges in a row is that row's
-labels. A run's score is kept in --runs as soon as it is there, and a second start goes on from those.
+All rows of a seed share the classification phase, its weights and the order of the crops. They differ in the labels
+and losses of the later phases. The network ends with its decoder, as published, so only the labels of a row refine its
+edges. The score of each finished run is saved in --runs, and a restart resumes from these.
 
-This is embedded data and a backbone of three million parameters: it shows which part does what here, not on VOC.
+The data is synthetic and the backbone has three million parameters: the results need not hold for VOC.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUICK = [
     *("train.iterations=6", "train.classify_until=2", "train.par_until=4", "train.warmup=1"),
 ]
 
-NO_WALK = "train.par_until=1000000"  # past any run's end
+NO_WALK = "train.par_until=1000000"  # later than the end of any run
 ROWS = {
     "CAM labels": ["labels.par_iterations=0", "train.weight_affinity=0", NO_WALK],
     "+ PAR": ["train.weight_affinity=0", NO_WALK],
@@ -47,7 +47,7 @@ ROWS = {
     "+ walk": ["labels.walk_par_iterations=0"],
     "+ walk and PAR": [],
 }
-"""Name of a row -> how it differs from the whole method."""
+"""Name of a row -> overrides of the full method's configuration."""
 
 
 def configuration(base: Sequence[str], changes: Sequence[str], seed: int) -> Config:
@@ -81,7 +81,7 @@ def run_seed(seed: int, base: Sequence[str], runs: Path, device: torch.device) -
 
 
 def _classified(config: Config, device: torch.device) -> dict[str, Any]:
-    """Weights and optimiser after the phase that all rows share."""
+    """Weights and optimizer state after the phase that all rows share."""
     train_step = _train_step(config, device)
     _steps(train_step, 0, config.train.classify_until + 1, f"seed {config.train.seed}, classification")
     return {"model": train_step.model.state_dict(), "optimizer": train_step.optimizer.state_dict()}
@@ -112,7 +112,7 @@ def _steps(train_step: TrainStep, begin: int, end: int, title: str) -> None:
 
 
 def summarize(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One entry a row: the seeds' segmentation scores, their mean and standard deviation."""
+    """One entry per row: the seeds' segmentation scores, their mean and standard deviation."""
     rows = []
     for row in ROWS:
         runs = [scores[row] for scores in seeds]
@@ -135,8 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a few iterations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where finished runs are kept")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/ablation"), help="folder for the scores of finished runs"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args(arguments)
     base = QUICK if options.quick else SETTINGS
     device = torch.device(options.device)

@@ -4,12 +4,13 @@
     python benchmarks/affinity.py --quick                   # a small size, some seconds
     python benchmarks/affinity.py --size 8x16x32x32 --radius 8 --device cuda --dtype float16
 
-A size is batch x maps x height x width of the token grid. "As published" is AFA's own way: a 1x1 convolution over
-S + S^T, a sigmoid and a masked loss over all pairs; "einsum" mixes the maps before transposing, the best that plain
-PyTorch does. Peak memory is what a step takes beyond its inputs, the gradient of the attention included: on the CPU the
-growth of a fresh process's peak resident set, on CUDA the allocator's peak. The limit is the time this machine needs to
-read the window's pairs of every map once and to write the gradient of every map once, at the rate of a copy; that of
-the affinity alone, forward, which is timed on CUDA too, to read every map and to write the result once.
+A size is batch x maps x height x width of the token grid. "As published" is AFA's implementation: a 1x1 convolution
+over S + S^T, a sigmoid and a masked loss over all pairs; "einsum" sums the maps before transposing, the fastest version
+in plain PyTorch. Peak memory is the memory of a step in addition to its inputs, including the gradient of the
+attention: on the CPU the growth of a new process's peak resident set, on CUDA the allocator's peak. The limit is the
+time to read the window's pairs of every map once and to write the gradient of every map once, at this machine's copy
+rate. On CUDA the forward pass of the affinity is also timed separately; its limit is the time to read every map and to
+write the result once.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Problem:
         return loss.detach()
 
     def gradients(self) -> list[Tensor]:
-        """Of the attention; of weight and bias together, as the bias's alone is what is left of sums that cancel."""
+        """Gradients of the attention, and of weight and bias together, as the bias's sums nearly cancel."""
         attention, weight, bias = self.attention.grad, self.weight.grad, self.bias.grad
         assert attention is not None and weight is not None and bias is not None
         return [attention, torch.cat([weight.flatten(), bias])]
@@ -104,7 +105,7 @@ def resident(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) << 10
-    raise SystemExit(f"/proc/self/status has no {key}; peak memory on the CPU is read on Linux alone")
+    raise SystemExit(f"/proc/self/status has no {key}; peak memory on the CPU can only be measured on Linux")
 
 
 def peak_of_this_process(name: str, problem: Problem) -> int:
@@ -117,7 +118,7 @@ def peak_of_this_process(name: str, problem: Problem) -> int:
 
 
 def peak_memory(name: str, problem: Problem, arguments: list[str]) -> int:
-    """Bytes that a step of a candidate takes beyond its inputs."""
+    """Bytes that a step of a candidate needs in addition to its inputs."""
     if problem.attention.is_cuda:
         problem.step(name)
         problem.attention.grad = None
@@ -130,14 +131,14 @@ def peak_memory(name: str, problem: Problem, arguments: list[str]) -> int:
 
 
 def copy_rate(source: Tensor) -> tuple[int, float]:
-    """Bytes that a copy of the tensor moves, and the milliseconds it takes at best."""
+    """Bytes moved by a copy of the tensor, and its minimum time in milliseconds."""
     target = torch.empty_like(source)
     copies = [time_candidates({"": lambda: target.copy_(source)}, source.device, seconds=0.05)[""] for _ in range(8)]
     return 2 * source.nbytes, min(timing.median for timing in copies)
 
 
 def forward_rows(problem: Problem, size_text: str, dtype_text: str, seconds: float) -> list[dict[str, Any]]:
-    """affinity_from_attention alone on all pairs, as called and in a CUDA graph."""
+    """affinity_from_attention without the loss on all pairs, called directly and in a CUDA graph."""
     device, attention = problem.attention.device, problem.attention.detach()
     weight, bias = problem.weight.detach(), problem.bias.detach()
 
@@ -145,7 +146,7 @@ def forward_rows(problem: Problem, size_text: str, dtype_text: str, seconds: flo
         return afa_ext.affinity_from_attention(attention, weight, bias)
 
     moved = attention.nbytes + run().nbytes
-    timings = time_candidates({"forward alone": run, "forward alone, in a CUDA graph": captured(run)}, device, seconds)
+    timings = time_candidates({"forward only": run, "forward only, in a CUDA graph": captured(run)}, device, seconds)
     return [
         {
             "candidate": name,
@@ -166,7 +167,7 @@ def forward_rows(problem: Problem, size_text: str, dtype_text: str, seconds: flo
 
 
 def measure(size: Size, radius: int, device: torch.device, dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
-    """Validates, times and prints one size; its rows for the JSON."""
+    """Validates, times and prints one size; returns its rows for the JSON."""
     batch, maps, height, width = size
     size_text, dtype_text = "x".join(map(str, size)), str(dtype).removeprefix("torch.")
     problem = Problem(size, radius, device, dtype)
@@ -230,12 +231,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small size and short rounds")
     parser.add_argument("--size", type=parse_size, action="append", help="batch x maps x height x width")
-    parser.add_argument("--radius", type=int, default=8, help="of the window, tokens")
+    parser.add_argument("--radius", type=int, default=8, help="radius of the window, tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "float16", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=None, help="time for each candidate and size")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # in a process of its own: print one candidate's peak
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # in a separate process: print one candidate's peak
     options = parser.parse_args()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     sizes = options.size or [parse_size(s) for s in (QUICK if options.quick else STANDARD)]

@@ -1,14 +1,14 @@
-"""Measures how fast training crops come from the loader: images a second per worker, and the wait they leave.
+"""Measures the data loader for training crops: images per second and worker, and the time spent waiting for batches.
 
-    python benchmarks/loading.py                                     # drawn pictures, about two minutes on 2 cores
+    python benchmarks/loading.py                                     # generated images, about two minutes on 2 cores
     python benchmarks/loading.py --quick                             # a few seconds
     python benchmarks/loading.py --config voc data.root=/data/VOC2012    # your data, with that configuration's settings
 
-Drawn pictures are JPEGs of VOC's size, cropped as the VOC recipe does, and photographs of 12 megapixels, shrunk as
-own.yaml does. "waiting" is the share of the time that a consumer of `--step` milliseconds a batch, which leaves the
-processor alone as a GPU does, waits for batches: what training logs as wait_share. Decoding alone is what the check
-before training does with every file. Figures of one process are by its processor time, which others on the machine
-disturb little; those of the loader are by the clock.
+Generated images are JPEGs of VOC's size, cropped as in the VOC recipe, and photographs of 12 megapixels, downscaled as
+in own.yaml. "waiting" is the share of time that a consumer waits for batches if it needs `--step` milliseconds per
+batch without using the CPU, like a GPU; training logs it as wait_share. The decoding rate is that of the check of all
+files before training. Rates of a single process are based on its CPU time, which other processes affect little; rates
+of the loader are based on wall-clock time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WORKERS = (0, 1, 2)
 
 
 def draw(root: Path, count: int, size: tuple[int, int]) -> None:
-    """`count` JPEGs of (height, width) in one folder, with the noise of a camera."""
+    """Write `count` JPEGs of (height, width) with camera noise to one folder."""
     height, width = size
     rng = np.random.default_rng(0)
     (root / "thing").mkdir(parents=True)
@@ -47,9 +47,9 @@ def draw(root: Path, count: int, size: tuple[int, int]) -> None:
 
 
 def load_rate(dataset: TaggedDataset, batch_size: int, workers: int, seconds: float) -> float:
-    """Crops a second, as fast as they come; the start of the workers does not count."""
+    """Maximum crops per second; the start of the workers is excluded."""
     batches = train_loader(dataset, batch_size, seed=0, workers=workers)
-    # What was prefetched while nobody looked would come for nothing.
+    # Batches prefetched before the measurement must not be counted.
     for _ in range(max(1, 4 * workers)):
         next(batches)
     count, started = 0, time.perf_counter()
@@ -60,7 +60,7 @@ def load_rate(dataset: TaggedDataset, batch_size: int, workers: int, seconds: fl
 
 
 def wait_share(dataset: TaggedDataset, batch_size: int, workers: int, step: float, seconds: float) -> float:
-    """Share of the time spent waiting by a consumer that takes `step` seconds a batch elsewhere."""
+    """Share of the time that a consumer spends waiting if it needs `step` seconds per batch for other work."""
     batches = train_loader(dataset, batch_size, seed=0, workers=workers)
     next(batches)
     before, started = batches.wait_seconds, time.perf_counter()
@@ -71,7 +71,7 @@ def wait_share(dataset: TaggedDataset, batch_size: int, workers: int, step: floa
 
 
 def rate_of(work: Callable[[int], object], seconds: float) -> float:
-    """work(0), work(1), ... a second of processor time, the best of three rounds."""
+    """Calls of work(0), work(1), ... per second of CPU time, the best of three rounds."""
     rates = []
     for _ in range(3):
         count, started = 0, time.process_time()
@@ -83,7 +83,7 @@ def rate_of(work: Callable[[int], object], seconds: float) -> float:
 
 
 def measure(title: str, config: Config, seconds: float, step: float) -> list[dict[str, Any]]:
-    """One row a number of workers, and one for decoding alone."""
+    """One row per number of workers, and one for decoding only."""
     data, batch_size = config.data, config.train.batch_size
     dataset = open_dataset(data, data.train_split, train=True, with_mask=False)
     kilobytes = statistics.mean(path.stat().st_size for path in dataset.paths[:200]) / 1e3
@@ -119,18 +119,18 @@ def measure(title: str, config: Config, seconds: float, step: float) -> list[dic
             for row in rows[:-1]
         ],
     )
-    shrunk = f", {small:.0f} when shrunk to {data.largest_side}" if data.largest_side else ""
-    print(f"  a second of one processor: {crops:.0f} crops; {whole:.0f} files decoded{shrunk}; {check:.0f} checked")
+    shrunk = f", {small:.0f} when downscaled to {data.largest_side}" if data.largest_side else ""
+    print(f"  per second of CPU time: {crops:.0f} crops; {whole:.0f} files decoded{shrunk}; {check:.0f} checked")
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --config")
-    parser.add_argument("--config", help="measure the data of this configuration in place of drawn pictures")
-    parser.add_argument("--quick", action="store_true", help="few pictures and short rounds")
-    parser.add_argument("--step", type=float, default=100.0, help="milliseconds a batch of the consumer (100)")
-    parser.add_argument("--seconds", type=float, default=None, help="time for each figure")
+    parser.add_argument("--config", help="measure the data of this configuration instead of generated images")
+    parser.add_argument("--quick", action="store_true", help="few images and short rounds")
+    parser.add_argument("--step", type=float, default=100.0, help="milliseconds per batch of the consumer (100)")
+    parser.add_argument("--seconds", type=float, default=None, help="time for each measurement")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     options = parser.parse_args()
     seconds, step = options.seconds or (0.6 if options.quick else 6.0), options.step / 1e3

@@ -4,14 +4,14 @@
     python benchmarks/par_kernel.py --quick                   # small sizes, some seconds
     python benchmarks/par_kernel.py --size 1x21x320x320 --size 8x3x160x160 --device cuda --dtype float16
 
-A size is batch x classes x height x width. The plain-PyTorch reference is the published way: neighbours fetched by
-a convolution with one-hot kernels over a padded copy, for every dilation and iteration.
+A size is batch x classes x height x width. The plain-PyTorch reference is the published implementation: a convolution
+of a padded copy with one-hot kernels gathers the neighbors, for every dilation and iteration.
 
-The limit is measured by the same run. On the CPU it is that of loads from the first-level cache, one a multiply-add:
-the rate of the iterations on one row of 64 pixels and 14 classes, which stays in that cache, on one thread, times the
-threads. On CUDA it is that of memory, weights and masks read and masks written once an iteration at the rate of a
-large copy, or of float32 multiply-adds, at the rate of a large matrix product, whichever is longer; and there the
-affinity has one too: images read and weights written once. AFA_EXT_SIMD=avx2 measures another instruction set.
+The limit is measured in the same run. On the CPU it is the rate of loads from the L1 cache, one per multiply-add: the
+rate of the iterations on one row of 64 pixels and 14 classes, which stays in that cache, on one thread, times the
+number of threads. On CUDA it is the longer of two times: reading weights and masks and writing masks once per iteration
+at the rate of a large copy, or the float32 multiply-adds at the rate of a large matrix product. On CUDA the affinity
+has a limit, too: images are read and weights written once. AFA_EXT_SIMD=avx2 measures another instruction set.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def parse_size(text: str) -> tuple[int, int, int, int]:
         batch, classes, height, width = (int(part) for part in text.split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"a size is batch x classes x height x width, as 1x21x320x320, got '{text}'"
+            f"a size is batch x classes x height x width, such as 1x21x320x320, got '{text}'"
         ) from None
     return batch, classes, height, width
 
 
 def inputs(size: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Smooth images with a little noise, so that the weights differ as a photograph's do."""
+    """Smooth images with a little noise, so that the weights vary as for a photograph."""
     batch, classes, height, width = size
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(batch, 3, max(2, height // 16), max(2, width // 16), generator=generator)
@@ -57,7 +57,7 @@ def inputs(size: tuple[int, int, int, int], device: torch.device, dtype: torch.d
 
 
 def run_in_cache(iterations: int) -> Callable[[], torch.Tensor]:
-    """Iterations whose weights and masks stay in a core's first-level cache, on one thread."""
+    """Iterations whose weights and masks stay in a core's L1 cache, on one thread."""
     weights, masks = torch.rand(1, NEIGHBOURS, 1, 64) / NEIGHBOURS, torch.rand(1, 14, 1, 64)
 
     def run() -> torch.Tensor:
@@ -72,7 +72,7 @@ def run_in_cache(iterations: int) -> Callable[[], torch.Tensor]:
 
 
 def limit_gfma(size: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """The limit that the module's docstring states, in 1e9 multiply-adds a second."""
+    """The limit described in the module's docstring, in 1e9 multiply-adds per second."""
     batch, classes, height, width = size
     if device.type == "cpu":
         iterations = 2000
@@ -85,7 +85,7 @@ def limit_gfma(size: tuple[int, int, int, int], device: torch.device, dtype: tor
 
 
 def affinity_limit_ms(size: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> float | None:
-    """On CUDA: three differences, two sums and a square for each channel and neighbour, or the bytes."""
+    """On CUDA: the time of three differences, two sums and a square per channel and neighbor, or of the bytes."""
     if device.type == "cpu":
         return None
     pixels = size[0] * size[2] * size[3]
@@ -95,7 +95,7 @@ def affinity_limit_ms(size: tuple[int, int, int, int], device: torch.device, dty
 def validate(name: str, actual: torch.Tensor, expected: torch.Tensor, limit: float) -> float:
     error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
     if not error <= limit:
-        raise SystemExit(f"{name} is wrong: relative error {error:.3g} is over {limit:.3g}; nothing was timed")
+        raise SystemExit(f"{name} is wrong: relative error {error:.3g} exceeds {limit:.3g}; nothing was timed")
     return error
 
 
@@ -106,8 +106,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "float16", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=None, help="time for each candidate and size")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (its first run is slow)")
-    parser.add_argument("--compile-at", type=parse_size, action="append", help="torch.compile at this size alone")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile (its first run is slow)")
+    parser.add_argument("--compile-at", type=parse_size, action="append", help="use torch.compile only at this size")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     options = parser.parse_args()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)

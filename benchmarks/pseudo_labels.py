@@ -1,13 +1,13 @@
-"""Times pseudo_labels against the published way in plain PyTorch, image by image.
+"""Times pseudo_labels against the published implementation in plain PyTorch, one image at a time.
 
     python benchmarks/pseudo_labels.py                           # the standard sizes, about two minutes on 2 cores
     python benchmarks/pseudo_labels.py --quick                   # a small size, some seconds
     python benchmarks/pseudo_labels.py --size 8x80x320x320 --present 4 --device cuda --dtype float16
 
-A size is batch x classes x height x width; each image has `--present` of the classes. The limit is the time this
-machine needs for what PAR can't do without: to read the affinity once an iteration at the rate of a copy of that many
-bytes, or to do its multiply-adds at the rate of a float32 matrix product, whichever is longer; on CUDA at the rates of
-a large copy and product. That of all but PAR: images and the present CAMs read, labels written.
+A size is batch x classes x height x width; each image has `--present` of the classes. The limit is the minimum time for
+PAR on this machine: reading the affinity once per iteration at the rate of a copy of that many bytes, or its
+multiply-adds at the rate of a float32 matrix product, whichever is longer; on CUDA at the rates of a large copy and
+product. The limit of everything except PAR: images and the present CAMs are read, labels are written.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ ITERATIONS = 10
 NEIGHBOURS = 48
 DOWNSCALE = 2
 THRESHOLDS = 2
-TIES = 1e-4  # the share of pixels that rounding may decide the other way
+TIES = 1e-4  # maximum share of pixels whose labels may differ because of rounding
 MATRIX = 1024
 
 
 def inputs(
     size: tuple[int, int, int, int], present: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Smooth images with a little noise, smooth CAMs, and `present` classes an image, which differ."""
+    """Smooth images with a little noise, smooth CAMs, and `present` different classes per image."""
     batch, classes, height, width = size
     generator = torch.Generator().manual_seed(0)
 
@@ -56,8 +56,8 @@ def inputs(
 
 
 def limits_ms(weights: torch.Tensor, maps: int, rest: int, device: torch.device) -> tuple[float, float]:
-    """Milliseconds for PAR's iterations on `maps` maps in all, and for moving `rest` bytes, at the rates this machine
-    copies and multiplies."""
+    """Milliseconds for PAR's iterations on `maps` maps in total, and for moving `rest` bytes, at this machine's copy
+    and multiplication rates."""
     multiply_adds = ITERATIONS * NEIGHBOURS * maps * weights.shape[2] * weights.shape[3]
     if device.type == "cuda":
         best_of = limits(device)
@@ -75,7 +75,7 @@ def limits_ms(weights: torch.Tensor, maps: int, rest: int, device: torch.device)
 def measure(
     size: tuple[int, int, int, int], present: int, device: torch.device, dtype: torch.dtype, seconds: float
 ) -> list[dict[str, Any]]:
-    """Validates, times and prints one size; its rows for the JSON."""
+    """Validates, times and prints one size; returns its rows for the JSON."""
     images, cams, labels = inputs(size, present, device, dtype)
     colours = shrink(images / 255, DOWNSCALE).to(torch.promote_types(dtype, torch.float32))
     weights = afa_ext.par_affinity(colours)
@@ -91,7 +91,7 @@ def measure(
         raise SystemExit(f"pseudo_labels is wrong: {wrong:.2%} of its labels differ; nothing was timed")
     compared: dict[str, Callable[[], object]] = {"afa_ext.pseudo_labels": ours, "plain PyTorch, image by image": loop}
     parts: dict[str, Callable[[], object]] = {
-        "  with the affinity at hand": lambda: ours(weights=weights),
+        "  with a given affinity": lambda: ours(weights=weights),
         "  all but PAR": lambda: ours(num_iter=0),
     }
     timings = time_candidates(compared, device, seconds) | time_candidates(parts, device, seconds / 2)
@@ -126,7 +126,7 @@ def measure(
                 "time over ours": f"{times:.1f}" if times else "",
             }
         )
-    title = f"pseudo_labels {'x'.join(map(str, size))} {dtype}, {present} classes an image, on {device.type}"
+    title = f"pseudo_labels {'x'.join(map(str, size))} {dtype}, {present} classes per image, on {device.type}"
     print_table(f"{title}; validated, {wrong:.4%} of labels differ; limit {limit:.1f} ms", table)
     return rows
 
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small size and short rounds")
     parser.add_argument("--size", type=parse_size, action="append", help="batch x classes x height x width")
-    parser.add_argument("--present", type=int, default=2, help="classes an image has")
+    parser.add_argument("--present", type=int, default=2, help="classes per image")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "float16", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=None, help="time for each candidate and size")

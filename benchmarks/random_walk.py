@@ -1,14 +1,14 @@
-"""Times the random walks against their published steps in plain PyTorch: mask, power, normalise, square, multiply.
+"""Times the random walks against the published steps in plain PyTorch: mask, power, normalize, square, multiply.
 
     python benchmarks/random_walk.py                            # some minutes on 2 cores: IRN squares 11,750 x 11,750
     python benchmarks/random_walk.py --quick                    # the same rows on small grids, some seconds
     python benchmarks/random_walk.py --row AFA --device cuda    # some rows; IRN's dense version needs 2 GB
 
-Every row is held to plain PyTorch before it is timed. IRN's dense version runs once, whole, in a process of its own,
-and so does ours for its memory: the peak of what either adds to its process (CUDA: to the allocator). Denormal numbers
-are flushed to 0, for the dense versions' sake: their squarings pass through many, and are several times slower for it.
-The limit is the time this machine needs to read what the walk reads at the rate of a copy of that size, or to do its
-multiply-adds at the rate of a float32 matrix product, whichever is longer. On CUDA both rates are those of large ones.
+Every row is compared with plain PyTorch before it is timed. IRN's dense version runs once, at full size, in a separate
+process; so does ours for its memory, the peak that is added to the process (CUDA: to the allocator). Denormal numbers
+are flushed to 0 for the benefit of the dense versions: squaring produces many of them, which makes it several times
+slower. The limit is the time to read the walk's inputs at the rate of a copy of that size, or its multiply-adds at the
+rate of a float32 matrix product, whichever is longer. On CUDA both rates are those of large tensors.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ DISC = {"radius": 5, "window": "disc"}
 
 @dataclass(frozen=True)
 class Row:
-    """One walk: batch x maps x height x width, the window, and how many steps."""
+    """One walk: batch x maps x height x width, the window, and the number of steps."""
 
     name: str
     size: tuple[int, int, int, int]
     radius: int
     window: str
     steps: int
-    channels: int = 0  # of the features an affinity is made from
+    channels: int = 0  # of the features that an affinity is computed from
 
     def offsets(self) -> list[tuple[int, int]]:
         return afa_ext.window_offsets(self.radius, self.window)
@@ -80,13 +80,13 @@ QUICK = [
 
 
 def smooth(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """[B, C, h, w] between 0 and 1, about a bump every eight pixels."""
+    """[B, C, h, w] between 0 and 1, with about one bump every eight pixels."""
     coarse = torch.rand(*shape[:2], max(2, shape[2] // 8), max(2, shape[3] // 8), generator=generator)
     return F.interpolate(coarse, size=shape[2:], mode="bicubic").clamp(0, 1)
 
 
 def inputs(row: Row, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The scores, and what the affinity comes from: a boundary map, features, or a dense affinity itself."""
+    """The scores, and the source of the affinity: a boundary map, features, or a dense affinity."""
     generator = torch.Generator().manual_seed(0)
     batch, _, height, width = row.size
     scores = smooth(row.size, generator)
@@ -142,7 +142,7 @@ def candidates(row: Row, scores: Tensor, source: Tensor) -> dict[str, Callable[[
 
 
 def limit_ms(row: Row, device: torch.device) -> float:
-    """Milliseconds at the rates this machine copies and multiplies: see the top of this file."""
+    """Milliseconds at this machine's copy and multiplication rates: see the top of this file."""
     if device.type == "cuda":
         return limits(device).milliseconds(4 * row.steps * row.pairs(), row.multiply_adds())
     factor = torch.rand(MATRIX, MATRIX, device=device)
@@ -157,7 +157,7 @@ def limit_ms(row: Row, device: torch.device) -> float:
 
 
 def run_once(row: Row, name: str, device: torch.device) -> tuple[Tensor, dict[str, float]]:
-    """One candidate: its result, its time and the peak of the memory it adds, after a run on a small grid."""
+    """One candidate: its result, its time and its peak memory, after a run on a small grid."""
     with torch.no_grad():
         small = QUICK[[r.name for r in QUICK].index(row.name)]
         candidates(small, *inputs(small, device))[name]()
@@ -180,7 +180,7 @@ def run_once(row: Row, name: str, device: torch.device) -> tuple[Tensor, dict[st
 
 
 def run_alone(row: Row, quick: bool, name: str, device: torch.device) -> tuple[Tensor, dict[str, float]]:
-    """:func:`run_once`; on a CPU in a process of its own, whose peak memory nothing else has raised."""
+    """:func:`run_once`; on a CPU in a separate process, so that only this run affects its peak memory."""
     if device.type == "cuda":
         return run_once(row, name, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +191,7 @@ def run_alone(row: Row, quick: bool, name: str, device: torch.device) -> tuple[T
 
 
 def measure(row: Row, quick: bool, device: torch.device, seconds: float, compiled: bool) -> list[dict[str, Any]]:
-    """Validates, times and prints one row; its candidates for the JSON."""
+    """Validates, times and prints one row; returns its candidates for the JSON."""
     memory: dict[str, float] = {}
     with torch.no_grad():
         runs = candidates(row, *inputs(row, device))
@@ -250,13 +250,13 @@ def measure(row: Row, quick: bool, device: torch.device, seconds: float, compile
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small grids and short rounds; nothing dense is large")
+    parser.add_argument("--quick", action="store_true", help="small grids and short rounds; no large dense matrices")
     parser.add_argument(
         "--row", action="append", choices=[row.name for row in STANDARD + ON_CUDA], help="only this one"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=None, help="time for each candidate")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (its first run is slow)")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile (its first run is slow)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--alone", nargs=3, metavar=("ROW", "CANDIDATE", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """Shared by all benchmarks: timing on CPU and CUDA, the machine's description, tables and JSON.
 
-Candidates are timed in turn, round after round, so that a machine that slows down slows all alike. CUDA rounds are
-timed by events with the second-level cache flushed before each; CPU rounds by the wall clock.
+Candidates are timed in turn in every round, so that a slowdown of the machine affects all of them equally. CUDA rounds
+are timed with events, and the L2 cache is flushed before each; CPU rounds are timed with the wall clock.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLUSH_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one candidate: median, and half the spread between the quartiles."""
+    """Milliseconds of one candidate: median and half the interquartile range."""
 
     median: float
     spread: float
@@ -52,9 +52,9 @@ def _once(run: Callable[[], object], device: torch.device, flush: torch.Tensor |
 def time_candidates(
     candidates: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, max_rounds: int = 200
 ) -> dict[str, Timing]:
-    """Times each candidate in turn until ``seconds`` for it are spent, after a warm-up.
+    """Times each candidate in turn for about ``seconds`` each, after a warm-up.
 
-    At least 3 rounds; 2 for one whose warm-up alone took over 5 s.
+    At least 3 rounds; 2 for a candidate whose warm-up took more than 5 s.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -83,7 +83,7 @@ def time_candidates(
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """What replays run() as a CUDA graph: its time without the host's part. It must have run before."""
+    """A function that replays run() as a CUDA graph, without host overhead. run() must have been called before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -92,7 +92,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device does at best: bytes read or written, and float32 multiply-adds, a second."""
+    """Maximum rates of a device per second: bytes read or written, and float32 multiply-adds."""
 
     bytes_per_s: float
     multiply_adds_per_s: float
@@ -103,8 +103,8 @@ class Limits:
 
 @cache
 def limits(device: torch.device, values: int = 1 << 28, side: int = 8192) -> Limits:
-    """Measured in plain PyTorch, once a process: a copy of so many float32 values, and a product of two square matrices
-    without TF32. For a GPU; a CPU's caches have no one rate, so that each benchmark measures its own."""
+    """Measured in plain PyTorch, once per process: a copy of `values` float32 values, and a product of two square
+    matrices without TF32. For a GPU; a CPU's rate depends on the cache level, so each benchmark measures its own."""
     source, factor = torch.rand(values, device=device), torch.rand(side, side, device=device)
     target, product = torch.empty_like(source), torch.empty_like(factor)
     precision = torch.get_float32_matmul_precision()
@@ -127,7 +127,7 @@ def _commit() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on: device, torch, CUDA, commit, threads, instruction set."""
+    """The setup of a benchmark: device, torch, CUDA, commit, threads, instruction set."""
     info = afa_ext.build_info()
     cuda = device.type == "cuda"
     return {
@@ -142,7 +142,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """Rows of equal keys as aligned columns; the first column to the left, the others to the right."""
+    """Prints rows with equal keys as aligned columns: the first one left-aligned, the others right-aligned."""
     columns = list(rows[0])
     widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
     print(f"\n{title}")
@@ -152,7 +152,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def write_results(benchmark: str, device: torch.device, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """<folder>/<benchmark>-<device>.json, whole or not at all."""
+    """Writes <folder>/<benchmark>-<device>.json atomically."""
     about = machine(device)
     slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,17 @@
-"""Times one whole training step by part, and its memory, against the same step in plain PyTorch.
+"""Times a full training step and its parts, and measures its memory, against the same step in plain PyTorch.
 
     python benchmarks/train_step.py             # CPU: the demo, some minutes; GPU: voc at crop 512, batch 4
     python benchmarks/train_step.py --quick                          # a small step, some seconds
     python benchmarks/train_step.py --config vit_b --classes 20 train.batch_size=2 --phase par --device cuda
 
-The step is that of `afa.training.step.TrainStep`, in the last phase unless told otherwise, on made-up images of which
-every second has a padded border. Plain PyTorch is the published way through the same network and losses:
-labels image by image and once for each background score, class activation maps of all classes with a forward of their
-own at every scale, dense matrices for the walk, attention multiplied out by hand, the affinity as a 1x1 convolution
-over all attention maps, and the twins of `afa_ext.reference` wherever the step calls an operator. The demo's network
-ends with PAR, which the published one does not have; so it is timed without too. Peak memory is what
-a step takes beyond model and batch: on the CPU the growth of a fresh process's peak resident set in its first step,
-gradients and state of the optimiser included; on CUDA the allocator's peak in a later step.
+The step is that of `afa.training.step.TrainStep`, by default in the last phase, on generated images, half of which have
+a padded border. Plain PyTorch is the published implementation with the same network and losses: labels for one image
+and one background score at a time, class activation maps of all classes with a separate forward pass at every scale,
+dense matrices for the walk, explicit attention products, the affinity as a 1x1 convolution over all attention maps, and
+`afa_ext.reference` for every operator. The demo's network ends with PAR, which the published network does not have; so
+it is also timed without PAR. Peak memory is the memory of a step in addition to model and batch: on the CPU the growth
+of a new process's peak resident set in its first step, including gradients and optimizer state; on CUDA the allocator's
+peak in a later step.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ STANDARD = {
     "cpu": [("demo", []), ("demo", ["model.refine_iterations=0"])],
     "cuda": [("voc", ["data.crop_size=512", "train.batch_size=4"])],
 }
-TIES = 0.002  # the share of pixels that rounding may decide the other way
-TOLERANCE = 0.01  # of the losses, relative: they follow those labels
+TIES = 0.002  # maximum share of pixels whose labels may differ because of rounding
+TOLERANCE = 0.01  # relative, of the losses, which depend on those labels
 
 
 class Clock:
-    """Milliseconds a step spends in each part; a part entered inside another belongs to the outer one."""
+    """Milliseconds that a step spends in each part; nested parts count toward the outer part."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -87,7 +87,7 @@ class Clock:
         return timed
 
     def read(self) -> dict[str, float]:
-        """Parts since the last reading."""
+        """Times of the parts since the last call."""
         taken = dict.fromkeys(PARTS, 0.0)
         for part, begin, end in self.pending:
             taken[part] += begin.elapsed_time(end) if self.device.type == "cuda" else (end - begin) * 1e3
@@ -95,16 +95,16 @@ class Clock:
         return taken
 
 
-# ---- the published way
+# ---- the published implementation
 
 
 def plain_scales(model: Any, inputs: Tensor, *, base_cam: Tensor, **options: Any) -> ScaleOutputs:
-    """Every scale and its mirror image through the network, the first one again."""
+    """Runs the network on every scale and its mirror image, including the first scale again."""
     return run_scales(model, inputs, **options)
 
 
 def plain_cams(outputs: ScaleOutputs, classes: ClassSet) -> Tensor:
-    """Maps of all classes, and those of the tags picked at the end."""
+    """Computes the maps of all classes, then selects those of the tags."""
     straight = outputs.cams[0][0]
     count = straight.shape[1]
     everything = pack_classes(straight.new_ones(len(straight), count), count)
@@ -203,7 +203,7 @@ PLAIN_LABELS: dict[str, Callable[..., Any]] = {
 
 
 class Candidate:
-    """A train_step and one batch; `run` does a step and returns what it leaves."""
+    """A train_step and one batch; `run` performs a step and returns its result."""
 
     def __init__(self, name: str, config: Config, classes: int, phase: str, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -220,7 +220,7 @@ class Candidate:
 
     @contextmanager
     def ways(self) -> Iterator[None]:
-        """The step's functions as this candidate has them, each under its part of the clock."""
+        """Replaces the step's functions by those of this candidate, each timed as a part of the clock."""
         timed = self.clock.times
         model, optimizer = self.train_step.model, self.train_step.optimizer
         parts: list[tuple[Any, str, str]] = [
@@ -268,7 +268,7 @@ def batch(config: Config, classes: int) -> dict[str, Any]:
 
 
 def settings(name: str, overrides: list[str]) -> Config:
-    """A ready configuration without its weights, each phase one iteration long."""
+    """A ready configuration without weights, with one iteration per phase."""
     config = load_config(name, ["model.weights=null", "train.warmup=0", *overrides])
     train = config.train
     train.iterations, train.classify_until, train.par_until, train.warmup = 100, 1, 2, 0
@@ -277,7 +277,7 @@ def settings(name: str, overrides: list[str]) -> Config:
 
 
 def check(candidates: dict[str, Candidate], config: Config) -> str:
-    """Both ways must learn the same from the same, in float32: SystemExit where labels or losses differ."""
+    """Compares labels and losses of both implementations in float32; raises SystemExit if they differ."""
     with patch.multiple(config.train, precision="fp32", label_precision="same"):
         left, right = (candidates[name].run() for name in (OURS, PLAIN))
     losses = (left.losses - right.losses).abs() / right.losses.abs().clamp(min=1e-6)
@@ -293,7 +293,7 @@ def check(candidates: dict[str, Candidate], config: Config) -> str:
 
 
 def peak_here(candidate: Candidate) -> int:
-    """Bytes a step adds to the peak; on the CPU in a process that has done none before, on CUDA after one."""
+    """Bytes that a step adds to the peak; on the CPU in a process without earlier steps, on CUDA after one step."""
     if candidate.clock.device.type == "cuda":
         candidate.run()
         candidate.train_step.optimizer.zero_grad(set_to_none=True)
@@ -318,7 +318,7 @@ def peak(name: str, options: argparse.Namespace, candidate: Candidate) -> int:
 
 
 def measure(config: Config, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Validates, times and prints; the rows for the JSON."""
+    """Validates, times and prints; returns the rows for the JSON."""
     candidates = {name: Candidate(name, config, options.classes, options.phase, device) for name in (OURS, PLAIN)}
     agreed = check(candidates, config)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
@@ -383,10 +383,10 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=None, help="foreground classes (demo 8, coco 80, else 20)")
     parser.add_argument("--phase", default="walk", choices=["classify", "par", "walk"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=None, help="time for each way of doing the step")
+    parser.add_argument("--seconds", type=float, default=None, help="time for each implementation of the step")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--peak", choices=[OURS, PLAIN], help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overridden settings")
     options = parser.parse_intermixed_args()
     device = torch.device(options.device)
     options.seconds = options.seconds or (1.0 if options.quick else 30.0)

@@ -1,10 +1,10 @@
-# Which GPU architectures the CUDA kernels are compiled for. Kept apart from CMakeLists.txt so that
+# The GPU architectures that the CUDA kernels are compiled for. Separate from CMakeLists.txt so that
 # tests/afa_ext/test_build.py can call these functions without a compiler.
 
-# What the kernels need: asynchronous copies to shared memory (cp.async).
+# Required by the kernels: asynchronous copies to shared memory (cp.async).
 set(AFA_OLDEST_ARCHITECTURE 80)
-# Without a visible GPU and without TORCH_CUDA_ARCH_LIST: one architecture for each kind of GPU in use, as far as nvcc
-# knows them. A binary also runs on later architectures of the same major version (8.7, 10.3, 12.1).
+# Without a visible GPU and without TORCH_CUDA_ARCH_LIST: one architecture for each kind of GPU in use, if nvcc supports
+# it. A binary also runs on later architectures of the same major version (8.7, 10.3, 12.1).
 set(AFA_USUAL_ARCHITECTURES 80 86 89 90 100 120)
 # The names that torch accepts in TORCH_CUDA_ARCH_LIST.
 set(AFA_NAMED_Kepler "3.5+PTX")
@@ -17,7 +17,7 @@ set(AFA_NAMED_Ada "8.9+PTX")
 set(AFA_NAMED_Hopper "9.0+PTX")
 set(AFA_NAMED_Blackwell "10.0 12.0+PTX")
 
-# Sets `result` to the compute capabilities of the GPUs that the driver shows, such as 80;90; empty without a driver.
+# Sets `result` to the compute capabilities of the GPUs that the driver reports, such as 80;90; empty without a driver.
 function(afa_visible_gpus result)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
                   OUTPUT_VARIABLE listed ERROR_QUIET RESULT_VARIABLE failed)
@@ -30,13 +30,13 @@ function(afa_visible_gpus result)
   set(${result} "${gpus}" PARENT_SCOPE)
 endfunction()
 
-# Sets `result` to a list for CUDA_ARCHITECTURES. `requested`: TORCH_CUDA_ARCH_LIST, may be empty. `known`: what nvcc
-# compiles for, such as 80;90;120. `visible`: this machine's GPUs.
+# Sets `result` to a list for CUDA_ARCHITECTURES. `requested`: TORCH_CUDA_ARCH_LIST, may be empty. `known`: the targets
+# of nvcc, such as 80;90;120. `visible`: this machine's GPUs.
 function(afa_cuda_architectures result requested known visible)
   list(SORT known COMPARE NATURAL)
   set(architectures "")
 
-  # 1. What the user asks for: "8.0;9.0a 12.0+PTX" -> 80-real;90a-real;120
+  # 1. Requested by the user: "8.0;9.0a 12.0+PTX" -> 80-real;90a-real;120
   string(REGEX REPLACE "[ ,;]+" ";" entries "${requested}")
   set(listed "")
   foreach(entry IN LISTS entries)
@@ -56,13 +56,13 @@ function(afa_cuda_architectures result requested known visible)
     endif()
     set(suffix "${CMAKE_MATCH_3}")
     if(number LESS AFA_OLDEST_ARCHITECTURE)
-      message(WARNING "TORCH_CUDA_ARCH_LIST: ${entry} is left out; the kernels need compute capability 8.0 or later")
+      message(WARNING "TORCH_CUDA_ARCH_LIST: ${entry} is ignored; the kernels need compute capability 8.0 or later")
     else()
       list(APPEND architectures "${number}${suffix}${kind}")
     endif()
   endforeach()
 
-  # 2. The GPUs of this machine. One that nvcc doesn't know yet runs the PTX of the newest architecture before it.
+  # 2. The GPUs of this machine. A GPU that nvcc doesn't support yet runs the PTX of the newest earlier architecture.
   if(NOT architectures)
     set(newer FALSE)
     foreach(gpu IN LISTS visible)
@@ -81,7 +81,7 @@ function(afa_cuda_architectures result requested known visible)
     endif()
   endif()
 
-  # 3. Every usual one. PTX of the last serves GPUs that come after it; that of 10.0 serves 11.0, which no binary does.
+  # 3. All usual architectures. The last one's PTX is for later GPUs; that of 10.0 is for 11.0, which has no binary.
   if(NOT architectures)
     foreach(number IN LISTS AFA_USUAL_ARCHITECTURES)
       if(number IN_LIST known)

@@ -1,9 +1,9 @@
-// Which of a CUDA kernel's compiled variants a call gets, and how its work is divided, from the sizes of the
-// call and of the GPU. Every rule of this kind stands here, each with its reason. No rule has been checked on
-// a GPU yet: `python -m benchmarks.tune` times all variants there and prints them beside the rule's choice,
-// and AFA_EXT_VARIANTS overrides it (common/variants.h).
+// Rules that choose a CUDA kernel's variant and the division of its work from the sizes of the call and of
+// the GPU. All such rules are in this file, each with its reason. No rule has been checked on a GPU yet:
+// `python -m benchmarks.tune` times all variants on a GPU and compares them with the rule's choice, and
+// AFA_EXT_VARIANTS overrides the rules (common/variants.h).
 //
-// Variants of a kernel differ in speed only: each computes every call, and falls back to another one where
+// The variants of a kernel differ only in speed: each supports every call, and falls back to another one if
 // its layout does not fit.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace afa {
 
-// What the rules know of a GPU: its streaming multiprocessors (SMs), and shared memory in bytes.
+// GPU properties used by the rules: streaming multiprocessors (SMs), and shared memory in bytes.
 struct Gpu {
   int64_t processors = 0;
   int64_t shared_of_sm = 0;
@@ -22,14 +22,14 @@ constexpr int64_t div_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// A kernel lists its variants once, as X(name, ...); these make an enumeration and an array of names of the
-// list.
+// A kernel lists its variants once, as X(name, ...); these macros turn the list into an enumeration and an
+// array of names.
 #define AFA_VARIANT_NUMBER(name, ...) name,
 #define AFA_VARIANT_NAME(name, ...) #name,
 
 // ---- par/ring.cu: PAR's default neighbors ----
 
-// X(name, pixels per thread, whether all steps are one cooperative launch where the device grants it)
+// X(name, pixels per thread, whether all steps run in one cooperative launch if the device allows it)
 // clang-format off
 #define AFA_RING_VARIANTS(X)     \
   X(stack4,          4, false)   \
@@ -49,7 +49,7 @@ constexpr int ring_stack(RingVariant variant) {
   return 1;
 }
 
-// A thread holds the 48 weights of each of its pixels in registers: one block per SM, two of the smallest.
+// A thread keeps the 48 weights of each of its pixels in registers: one block per SM, two for the smallest.
 constexpr int kRingTileWidth = 32;
 constexpr int ring_warps(int stack) {
   return stack == 2 ? 12 : 8;
@@ -67,9 +67,9 @@ constexpr int64_t ring_tiles(const RingCall& call, int stack) {
          div_up(call.width, kRingTileWidth);
 }
 
-// Blocks per tile, each with a part of the classes. A single image has too few tiles for the SMs (25 of 32 x
-// 32 pixels at 160 x 160, on 132 SMs of an H100), so that its classes are divided too: as far as all blocks
-// run at once, since each of them reads the tile's weights. No block without a class.
+// Blocks per tile, each with a part of the classes. A single image has too few tiles for the SMs (25 tiles of
+// 32 x 32 pixels at 160 x 160, for the 132 SMs of an H100), so its classes are divided, too. All blocks must
+// run at once, since each of them reads the tile's weights, and every block has at least one class.
 constexpr int64_t ring_class_groups(const Gpu& gpu, const RingCall& call, int stack) {
   const int64_t tiles = ring_tiles(call, stack);
   const int64_t fit = tiles > 0 ? gpu.processors * ring_blocks_per_sm(stack) / tiles : 1;
@@ -77,11 +77,12 @@ constexpr int64_t ring_class_groups(const Gpu& gpu, const RingCall& call, int st
   return most < 2 ? 1 : div_up(call.classes, div_up(call.classes, most));
 }
 
-// The more pixels a thread has in its column, the fewer values come through shared memory per product: one with
-// one pixel, 143 for 192 products with four. So the largest stack that gives work to three quarters of the SMs.
-// All steps in one launch (resident): where every tile has a block, weights stay in registers over all steps,
-// however many classes there are; with up to four tiles per block, a meeting of the blocks still costs less than
-// a launch (1.5 against 3 us, as docs/kernels.md predicts). Beyond that a step is too long for this to matter.
+// The more pixels a thread has in its column, the fewer values come through shared memory per product: one
+// with one pixel, 143 for 192 products with four. So the largest stack that gives work to three quarters of
+// the SMs. All steps in one launch (resident): where every tile has a block, weights stay in registers over
+// all steps, however many classes there are; with up to four tiles per block, a meeting of the blocks still
+// costs less than a launch (1.5 against 3 us, as docs/kernels.md predicts). Beyond that a step is too long
+// for this to matter.
 constexpr RingVariant ring_variant(const Gpu& gpu, const RingCall& call) {
   const RingVariant per_step[] = {RingVariant::stack4, RingVariant::stack2, RingVariant::stack1};
   const RingVariant resident[] = {RingVariant::stack4_resident, RingVariant::stack2_resident,
@@ -97,9 +98,9 @@ constexpr RingVariant ring_variant(const Gpu& gpu, const RingCall& call) {
 
 // ---- stencil/stencil_cuda.cu: any neighbors ----
 
-// X(name, groups of four classes per thread, whether all steps are one cooperative launch where the device
-// grants it, whether a thread then keeps its weights in shared memory). The adjoint takes two groups at most
-// and keeps none.
+// X(name, groups of four classes per thread, whether all steps run in one cooperative launch if the device
+// allows it, whether a thread then keeps its weights in shared memory). The adjoint uses at most two groups
+// and does not keep weights.
 // clang-format off
 #define AFA_STENCIL_VARIANTS(X)               \
   X(classes4,          1, false, false)       \
@@ -111,15 +112,15 @@ constexpr RingVariant ring_variant(const Gpu& gpu, const RingCall& call) {
 enum class StencilVariant { AFA_STENCIL_VARIANTS(AFA_VARIANT_NUMBER) };
 
 constexpr int kStencilThreads = 128;
-// Blocks per SM with one, two and three groups of classes per thread: what their registers allow.
+// Blocks per SM with one, two and three groups of classes per thread, as limited by registers.
 constexpr int stencil_blocks_per_sm(int groups) {
   return groups == 1 ? 5 : groups == 2 ? 4 : 3;
 }
 
-// Steps that are short are bound by launches, and IRN's walk (69 neighbors, 256 steps) by reading the weights
-// again in every step: where all threads run at once, one launch does all steps, and weights (35 KB per
-// block) stay in shared memory if they fit. Longer steps are bound by weights too, which eight classes per
-// thread read half as often; twelve leave too few warps to hide the reads.
+// Short steps are limited by launches, and IRN's walk (69 neighbors, 256 steps) by reading the weights in
+// every step. If all threads can run at once, one launch runs all steps, and the weights (35 KB per block)
+// stay in shared memory if they fit. Longer steps are limited by reading weights, too: with eight classes per
+// thread they are read half as often; twelve leave too few warps to hide the reads.
 constexpr StencilVariant stencil_variant(const Gpu& gpu, int64_t batch, int64_t classes, int64_t pixels,
                                          int64_t steps) {
   const int64_t columns = div_up(pixels, kStencilThreads);
@@ -132,7 +133,7 @@ constexpr StencilVariant stencil_variant(const Gpu& gpu, int64_t batch, int64_t 
 
 // ---- walk/step.cu, walk/transition.cu ----
 
-// X(name, threads per block at most; 0: a thread per target, without tiles)
+// X(name, maximum threads per block; 0: one thread per target, without tiles)
 // clang-format off
 #define AFA_WALK_STEP_VARIANTS(X) \
   X(by_target, 0)                 \
@@ -142,20 +143,20 @@ constexpr StencilVariant stencil_variant(const Gpu& gpu, int64_t batch, int64_t 
 // clang-format on
 enum class WalkStepVariant { AFA_WALK_STEP_VARIANTS(AFA_VARIANT_NUMBER) };
 
-// More threads stage more rows of sources at a time, and meet at fewer barriers. Where shared memory is
-// small, a block takes the rows that fit, and only the threads for these.
+// More threads stage more rows of sources at a time, and need fewer barriers. If shared memory is small, a
+// block uses only the rows that fit, and the threads for these rows.
 constexpr WalkStepVariant walk_step_variant() {
   return WalkStepVariant::tiled224;
 }
 
-// Shared memory of a block: a third of the SM's where that is large (A100 163 KB, H100 227 KB), half of it on
-// GeForce (99 KB), so that other blocks compute while one stages. The runtime keeps 1 KB for each block.
+// Shared memory of a block: a third of the SM's if that is large (A100 163 KB, H100 227 KB), half of it on
+// GeForce (99 KB), so that other blocks compute while one stages. The runtime reserves 1 KB for each block.
 constexpr int64_t walk_tile_bytes(const Gpu& gpu) {
   const int64_t share = gpu.shared_of_sm / (gpu.shared_of_sm > (128 << 10) ? 3 : 2) - (1 << 10);
   return share < gpu.shared_of_block ? share : gpu.shared_of_block;
 }
 
-// ---- affinity: the mixture of attention maps ----
+// ---- affinity: the weighted sum of attention maps ----
 
 // X(name, maps read ahead)
 // clang-format off
@@ -166,8 +167,8 @@ constexpr int64_t walk_tile_bytes(const Gpu& gpu) {
 // clang-format on
 enum class AffinityVariant { AFA_AFFINITY_VARIANTS(AFA_VARIANT_NUMBER) };
 
-// Two maps ahead are 64 bytes in flight per thread, about what an H100 needs to keep its memory busy (3.35
-// TB/s times 0.6 us is 15 KB per SM); four take registers, and with them warps.
+// Reading two maps ahead keeps 64 bytes per thread in flight, about what an H100 needs to saturate its memory
+// (3.35 TB/s times 0.6 us is 15 KB per SM); four maps need more registers, which costs warps.
 constexpr AffinityVariant affinity_variant() {
   return AffinityVariant::maps2;
 }

@@ -16,8 +16,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, skips what needs one. On the stand-in GPU (tests/cuda/README.md), keeps nothing else, and skips
-    what it can't do."""
+    """Without a GPU, skips the tests that need one. On the stand-in GPU (tests/cuda/README.md), keeps only these tests
+    and skips those that it does not support."""
     no_gpu = pytest.mark.skip(reason="no GPU on this machine; the stand-in GPU runs it: python -m tests.cuda.run")
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent / "cuda") or "stand_in" in item.name:
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Any]]:
-    """golden(name): the arrays of tests/golden/<name>.npz; those of one element as numbers."""
+    """golden(name): the arrays of tests/golden/<name>.npz; arrays with one element are converted to numbers."""
 
     def load(name: str) -> dict[str, Any]:
         with np.load(GOLDEN / f"{name}.npz") as arrays:

@@ -1,11 +1,11 @@
-"""Shows that the library built here loads and computes under an older torch than it was built with.
+"""Checks that the library built here works with an older torch than the one it was built with.
 
-    python tools/abi_check.py                        # makes an environment with torch 2.13.0 under build/, then checks
+    python tools/abi_check.py                        # create an environment with torch 2.13.0 in build/, then check
     python tools/abi_check.py --torch 2.10.0         # another version
-    python tools/abi_check.py --python /path/to/python   # an environment that is there already (torch and numpy)
+    python tools/abi_check.py --python /path/to/python   # an existing environment (with torch and numpy)
 
-The package is copied, library included and nothing rebuilt, and the recorded cases of tests/golden are computed by the
-other interpreter, once for each SIMD level of the processor. The interpreter must be of the same Python version.
+The package is copied with its library, without a rebuild. The other interpreter computes the recorded cases of
+tests/golden once for each SIMD level of the processor. It must have the same Python version.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ for path in sorted(folder.glob("*.npz")):
     elif path.stem.startswith("walk_"):
         cams, grid, radius = g["cams"], tuple(g["cams"].shape[2:]), g["radius"]
         walked = afa_ext.random_walk(cams, g["affinity"], grid=grid, radius=radius)
-        labelled = afa_ext.propagate_cams(
+        labeled = afa_ext.propagate_cams(
             cams, g["affinity"], g["cls_labels"], radius=radius, background=g["bkg_score"]
         )
-        errors = close(path.stem, walked, g["plain_windowed"]), close(path.stem, labelled, g["with_bkg"])
+        errors = close(path.stem, walked, g["plain_windowed"]), close(path.stem, labeled, g["with_bkg"])
     elif path.stem == "affinity":
         leaves = [g[name].requires_grad_() for name in ("attn", "weight", "bias")]
         affinity = afa_ext.affinity_from_attention(*leaves)
@@ -77,11 +77,11 @@ print(f"built with torch {built_with}, running under torch {torch.__version__}, 
 
 
 def make_environment(version: str, pip_arguments: list[str]) -> Path:
-    """A virtual environment under build/, kept for the next time, with this torch and numpy."""
+    """A virtual environment in build/ with this torch and numpy, kept for the next run."""
     folder = ROOT / "build" / f"abi-torch-{version}"
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
-        print(f"making {folder.relative_to(ROOT)} with torch {version} ...", flush=True)
+        print(f"creating {folder.relative_to(ROOT)} with torch {version} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", *pip_arguments]
         subprocess.run([*install, f"torch=={version}", "numpy"], check=True)
@@ -92,13 +92,13 @@ def make_environment(version: str, pip_arguments: list[str]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--torch", default="2.13.0", help="version to check under, at least 2.10")
-    parser.add_argument("--python", type=Path, help="interpreter of an environment to use as it is")
-    parser.add_argument("--pip-args", default="", help="more arguments for pip, such as an index of CPU builds")
+    parser.add_argument("--python", type=Path, help="interpreter of an existing environment")
+    parser.add_argument("--pip-args", default="", help="additional arguments for pip, such as an index of CPU builds")
     options = parser.parse_args()
 
     libraries = sorted((ROOT / "afa_ext").glob("_C.*.so"))
     if not libraries:
-        sys.exit("afa_ext/_C*.so is not there; build it first with `pip install -e .`")
+        sys.exit("afa_ext/_C*.so does not exist; build it first with `pip install -e .`")
     python = options.python or make_environment(options.torch, shlex.split(options.pip_args))
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "afa_ext", Path(folder) / "afa_ext", ignore=shutil.ignore_patterns("__pycache__"))
@@ -109,7 +109,7 @@ def main() -> None:
             if result.returncode == 0:
                 print(result.stdout.strip(), flush=True)
             elif "this processor lacks" in result.stderr or "this build does not contain" in result.stderr:
-                print(f"{level}: not on this machine")
+                print(f"{level}: not available on this machine")
             else:
                 sys.exit(f"the library does not work under {python}:\n{result.stderr.strip()}")
     print("abi-check passed")

@@ -27,7 +27,7 @@ def block_of(page: Path, tool: str, name: str) -> str:
 
 
 def write_blocks(page: Path, tool: str, blocks: Mapping[str, str]) -> None:
-    """Replace the text of each named block of the page."""
+    """Replace the text of each block in `blocks`, which maps names to texts."""
     before = after = page.read_text(encoding="utf-8")
     for name, text in blocks.items():
         block_of(page, tool, name)

@@ -1,4 +1,4 @@
-"""Print what pyproject.toml asks for to build the package, one requirement a line, for `pip install -r`."""
+"""Print the build requirements in pyproject.toml, one per line, for `pip install -r`."""
 
 import sys
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Make a small data set in VOC layout from photographs of others: cut-out objects on photographed backgrounds.
+"""Create a small data set in VOC layout from existing photographs: cut-out objects on photographed backgrounds.
 
     python tools/cutout_tree.py OUT --backgrounds FOLDER --objects bird=FOLDER --objects fruit=FOLDER ...
 
-Objects are pictures with an alpha channel, searched to the bottom of each folder; a picture shows one to three of
-them, of one or two classes, and its mask is their alpha. Every fourth object and background is kept for the validation
-split alone, so that nothing measured was seen in training. What fits is, among Debian's packages,
-tuxpaint-stamps-default for objects and lomiri-wallpapers-20.04, mate-backgrounds and plasma-workspace-wallpapers for
-backgrounds; leave out of the backgrounds what shows an object of the classes.
+Objects are images with an alpha channel; folders are searched recursively. Each generated image has one to three
+objects of one or two classes, and its mask is their alpha. Every fourth object and background is only used for the
+validation split, so that the scores are for objects not seen in training. Suitable Debian packages are
+tuxpaint-stamps-default for objects, and lomiri-wallpapers-20.04, mate-backgrounds and plasma-workspace-wallpapers for
+backgrounds; remove backgrounds that show objects of the classes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tqdm import trange
 from afa.data.visualize import save_mask
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-SOLID = 128  # alpha from which a pixel is the object's
+SOLID = 128  # minimum alpha of an object's pixels
 
 
 def pictures(folder: Path) -> list[Path]:
     found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
     if not found:
-        raise SystemExit(f"{folder} holds no picture")
+        raise SystemExit(f"{folder} contains no images")
     return found
 
 
 def split(files: Sequence[Path], train: bool) -> list[Path]:
-    """Three of four files, or the fourth: by position, in the order of their names."""
+    """Three of every four files for training, otherwise every fourth one, in the order of their names."""
     return [path for number, path in enumerate(files) if (number % 4 != 3) == train]
 
 
@@ -64,7 +64,7 @@ def cutout(rng: np.random.Generator, file: Path, side: int) -> Image.Image:
 def compose(
     rng: np.random.Generator, objects: Sequence[Sequence[Path]], backgrounds: Sequence[Path]
 ) -> tuple[Image.Image, np.ndarray, list[int]]:
-    """A picture, its mask of class numbers from 1 on, and the classes it shows."""
+    """An image, its mask of class numbers starting at 1, and its classes."""
     size = (int(rng.integers(130, 190)), int(rng.integers(110, 170)))
     image = backdrop(rng, backgrounds[int(rng.integers(len(backgrounds)))], size)
     mask = Image.new("L", size)
@@ -109,11 +109,11 @@ def make(out: Path, objects: dict[str, Path], backgrounds: Path, counts: dict[st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to make; must not exist")
+    parser.add_argument("out", type=Path, help="folder to create; must not exist")
     parser.add_argument("--objects", action="append", required=True, metavar="CLASS=FOLDER")
     parser.add_argument("--backgrounds", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--train", type=int, default=1500, help="pictures to train on (default: 1500)")
-    parser.add_argument("--val", type=int, default=200, help="pictures to measure (default: 200)")
+    parser.add_argument("--train", type=int, default=1500, help="number of training images (default: 1500)")
+    parser.add_argument("--val", type=int, default=200, help="number of validation images (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.out.exists():
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for entry in options.objects:
         name, equals, folder = entry.partition("=")
         if not (name and equals and folder):
-            parser.error(f"--objects takes CLASS=FOLDER, got {entry}")
+            parser.error(f"--objects must be CLASS=FOLDER, got {entry}")
         objects[name] = Path(folder)
     make(options.out, objects, options.backgrounds, {"train": options.train, "val": options.val}, options.seed)
 

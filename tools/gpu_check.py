@@ -1,15 +1,15 @@
-"""All that needs a GPU, in one command of at most eight minutes: build, tests, sanitizers, benchmarks.
+"""Runs everything that needs a GPU in one command of at most eight minutes: build, tests, sanitizers, benchmarks.
 
     python -m tools.gpu_check                    # everything
-    python -m tools.gpu_check --tune             # then time all variants of the kernels too: two minutes more
-    python -m tools.gpu_check --only tests       # some stages; --list names them
-    python -m tools.gpu_check --skip build       # all but some
+    python -m tools.gpu_check --tune             # also time all variants of the kernels: two more minutes
+    python -m tools.gpu_check --only tests       # only these stages; --list shows all
+    python -m tools.gpu_check --skip build       # all stages except these
 
-The build is in place, against the torch that is installed (2.10 or later), for this machine's GPU alone unless
-TORCH_CUDA_ARCH_LIST says otherwise, and fetches nothing. The benchmarks write their files to benchmarks/results; what
-they measured, with each row's share of the limit, docs/kernels.md's predictions beside it, and the targets met and
-missed go to benchmarks/results/<gpu>.json. Every stage runs whatever became of the others; the exit status is 1 if one
-failed or ran past its time, or if there is no GPU.
+The build is in place, with the installed torch (2.10 or later), by default only for this machine's GPU (see
+TORCH_CUDA_ARCH_LIST), and downloads nothing. The benchmarks write their files to benchmarks/results. Their rows, with
+shares of the limit and the predictions of docs/kernels.md, and the targets that were met and missed are written to
+benchmarks/results/<gpu>.json. A failed stage does not stop the others; the exit status is 1 if a stage failed or timed
+out, or if there is no GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Stage:
     name: str
     command: Sequence[str]
     limit: float  # seconds
-    needs: str | None = None  # a program without which the stage is left out
+    needs: str | None = None  # a required program; without it the stage is skipped
 
 
 def _python(*arguments: str) -> list[str]:
@@ -68,7 +68,7 @@ STAGES = [
     Stage("affinity", _benchmark("affinity", "--seconds", "0.5", "--size", "8x16x32x32"), 25),
     Stage("pseudo_labels", _benchmark("pseudo_labels", "--seconds", "0.5", "--size", "8x20x512x512"), 35),
 ]
-"""In order; their limits add up to under eight minutes."""
+"""In order; the sum of their limits is below eight minutes."""
 TUNE = Stage("tune", _python("benchmarks/tune.py", "--seconds", "0.1"), 120)
 """With --tune, after the tests."""
 
@@ -82,13 +82,13 @@ class Outcome:
 
 
 def run_stage(stage: Stage, environment: Mapping[str, str]) -> Outcome:
-    """Runs one stage within its limit, its output going where this process's goes."""
+    """Runs one stage within its time limit; it inherits this process's output."""
     if stage.needs and shutil.which(stage.needs, path=environment.get("PATH")) is None:
-        return Outcome(stage.name, f"left out: {stage.needs} is not on PATH", 0.0, False)
+        return Outcome(stage.name, f"skipped: {stage.needs} is not on PATH", 0.0, False)
     print(f"\n==== {stage.name} (at most {stage.limit:.0f} s)", flush=True)
     begin = time.monotonic()
     try:
-        # In a session of its own, so that what it starts ends with it.
+        # In a new session, so that its child processes can be stopped with it.
         process = subprocess.Popen(stage.command, cwd=ROOT, env=dict(environment), start_new_session=True)
     except OSError as error:
         return Outcome(stage.name, f"did not start: {error}", 0.0, True)
@@ -97,14 +97,14 @@ def run_stage(stage: Stage, environment: Mapping[str, str]) -> Outcome:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return Outcome(stage.name, f"ended at its limit of {stage.limit:.0f} s", time.monotonic() - begin, True)
+        return Outcome(stage.name, f"stopped at its limit of {stage.limit:.0f} s", time.monotonic() - begin, True)
     result = "passed" if status == 0 else f"failed with status {status}"
     return Outcome(stage.name, result, time.monotonic() - begin, status != 0)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What one row of a benchmark should reach: a bound on one of its figures."""
+    """A target for one row of a benchmark: a bound on one of its values."""
 
     benchmark: str
     size: str
@@ -124,21 +124,21 @@ TARGETS = [
     Target("par_kernel", "8x3x160x160", "in a CUDA graph", "median_ms", 0.15),
     Target("random_walk", "1x4x94x125", "plain PyTorch, dense", "times_ours", 20),
     Target("random_walk", "8x21x48x48", "afa_ext.random_walk", "share_of_limit", 0.5),
-    Target("affinity", "8x16x32x32", "forward alone, in a CUDA graph", "share_of_limit", 0.5),
+    Target("affinity", "8x16x32x32", "forward only, in a CUDA graph", "share_of_limit", 0.5),
     Target("pseudo_labels", "8x20x512x512", "afa_ext.pseudo_labels", "median_ms", 3.0),
 ]
-"""For an H200 or alike, in float32."""
+"""For an H200 or a similar GPU, in float32."""
 PREDICTED = {
     ("par_kernel", PAR, OURS): "PAR 8×21×320×320, 10 iterations",
     ("par_kernel", "8x3x160x160", "in a CUDA graph"): "PAR 8×3×160×160, 10 iterations",
     ("random_walk", "1x4x94x125", "afa_ext.propagate_to_edge"): "IRN walk 94×125, 4 maps, 256 steps",
     ("random_walk", "8x21x48x48", "afa_ext.random_walk"): "AFA walk 48×48, batch 8, 21 maps, radius 8, 1 step",
-    ("affinity", "8x16x32x32", "forward alone, in a CUDA graph"): (
+    ("affinity", "8x16x32x32", "forward only, in a CUDA graph"): (
         "affinity_from_attention 8×16 maps, 32×32 tokens, dense"
     ),
     ("pseudo_labels", "8x20x512x512", "afa_ext.pseudo_labels"): "pseudo_labels 8×512×512, 2 classes an image, 2 scores",
 }
-"""The rows that docs/kernels.md predicts, in float32: benchmark, size and candidate; the target's name there."""
+"""Rows with a prediction in docs/kernels.md, in float32: (benchmark, size, candidate) -> name of the target."""
 
 
 def prediction(name: str, device: str) -> float | None:
@@ -178,7 +178,7 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 def judged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The targets, with what was measured for each and whether it is met; None where it was not measured."""
+    """The targets with their measured values and whether they are met (None if not measured)."""
     judgements = []
     for target in TARGETS:
         wanted = (target.benchmark, target.size, target.candidate, "float32")
@@ -198,7 +198,7 @@ def describe_target(judgement: Mapping[str, Any]) -> str:
 
 
 def summary(outcomes: Sequence[Outcome], rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a stage, one for each thing that the benchmarks compared, one a target."""
+    """One line per stage, per compared candidate of the benchmarks, and per target."""
     width = max((len(o.stage) for o in outcomes), default=0)
     lines = [f"{o.stage.ljust(width)}  {o.seconds:6.1f} s  {o.result}" for o in outcomes]
     for name in dict.fromkeys(row["benchmark"] for row in rows):
@@ -211,7 +211,7 @@ def summary(outcomes: Sequence[Outcome], rows: Sequence[Mapping[str, Any]]) -> s
 
 
 def write_report(machine: Mapping[str, Any], outcomes: Sequence[Outcome], rows: Sequence[Mapping[str, Any]]) -> Path:
-    """<gpu>.json among the results, whole or not at all."""
+    """Writes <gpu>.json to the results atomically."""
     slug = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     path = RESULTS / f"{slug}.json"
     partial = path.with_suffix(".partial")
@@ -227,7 +227,7 @@ def write_report(machine: Mapping[str, Any], outcomes: Sequence[Outcome], rows: 
 
 
 def gpu() -> tuple[str, str]:
-    """Name and architecture (9.0) of the GPU; exits in one sentence where there is none."""
+    """Name and compute capability (such as 9.0) of the GPU; exits with a message if there is none."""
     try:
         import torch
     except ImportError:
@@ -242,9 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=names, help="run this stage (may be repeated)")
-    parser.add_argument("--skip", action="append", choices=names, default=[], help="leave this stage out")
+    parser.add_argument("--skip", action="append", choices=names, default=[], help="skip this stage")
     parser.add_argument("--tune", action="store_true", help="time all variants of the kernels too")
-    parser.add_argument("--list", action="store_true", help="name the stages and their limits, and run nothing")
+    parser.add_argument("--list", action="store_true", help="list the stages and their limits without running them")
     options = parser.parse_args(arguments)
     chosen = [s for s in STAGES if s.name in (options.only or names) and s.name not in options.skip]
     if options.tune:  # before the first benchmark

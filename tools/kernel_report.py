@@ -1,12 +1,12 @@
-"""What the CUDA kernels cost, without a GPU: docs/kernels.md's tables, from the compiler and from formulas.
+"""The cost of the CUDA kernels, without a GPU: the tables of docs/kernels.md, from the compiler and from formulas.
 
-    python -m tools.kernel_report              # compile, check, write docs/kernels.md's tables
-    python -m tools.kernel_report --check      # compile and check; fail if docs/kernels.md says otherwise
-    python -m tools.kernel_report --formulas   # the tables that need no compiler; with --check too
+    python -m tools.kernel_report              # compile, check, write the tables of docs/kernels.md
+    python -m tools.kernel_report --check      # compile and check; fail if docs/kernels.md is out of date
+    python -m tools.kernel_report --formulas   # only the tables that need no compiler; also with --check
 
 Every csrc/**/*.cu is compiled for sm_80, sm_90 and the newest target that nvcc knows. A kernel must not spill, use the
-stack or any local memory. Registers depend on nvcc's version, so tables are compared only under the version they were
-made with. Instructions are counted by cuobjdump (CUDA toolkit, or the copy in the Python package triton).
+stack or any local memory. Registers depend on nvcc's version, so the tables are compared only if they were generated
+with the same version. Instructions are counted with cuobjdump (CUDA toolkit, or the copy in the Python package triton).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ TOOL, PAGE = "kernel_report.py", ROOT / "docs" / "kernels.md"
 ARCHITECTURES = ["80", "90"]
 """And the newest."""
 COUNTED = "90"
-"""The architecture whose instructions the page shows."""
+"""The architecture of the instructions on the page."""
 FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC", "-Xcompiler=-Wall", "-Xcompiler=-Werror"),
     *("--extended-lambda", "-lineinfo", "-Werror=all-warnings"),
 ]
 """CMakeLists.txt's for a release, with AFA_EXT_WERROR."""
 
-# ---- the compiler's word ----------------------------------------------------------------------------------------
+# ---- compiler output --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of a kernel: registers a thread, bytes a thread, static shared memory a block."""
+    """Resources of a kernel from ptxas: registers per thread, bytes per thread, static shared memory per block."""
 
     registers: int
     stack: int
@@ -67,7 +67,7 @@ def parse_usage(text: str) -> dict[str, Usage]:
             if function == entry:
                 frame = (int(found[1]), int(found[2]), int(found[3]))
         elif found := re.search(r"Used (\d+) registers", line):
-            # The stack of the kernel and of all that it calls, where there is any.
+            # The stack of the kernel and of all functions it calls, if any.
             deepest = re.search(r"(\d+) bytes cumulative stack size", line)
             shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", line)
             stack = max(frame[0], int(deepest[1]) if deepest else 0)
@@ -76,7 +76,7 @@ def parse_usage(text: str) -> dict[str, Usage]:
 
 
 def parse_threads(ptx: str) -> dict[str, int]:
-    """Threads a block at most (__launch_bounds__) by mangled name."""
+    """Maximum threads per block (__launch_bounds__) by mangled name."""
     found = re.findall(r"\.entry\s+(\w+)\s*\([^)]*\)\s*\.maxntid\s+(\d+)(?:\s*,\s*(\d+)\s*,\s*(\d+))?", ptx)
     return {name: int(x) * int(y or 1) * int(z or 1) for name, x, y, z in found}
 
@@ -99,7 +99,7 @@ class Instructions:
     copies_128: int = 0  # from global to shared memory, asynchronous
 
     def for_an_access(self) -> float:
-        """Instructions issued for each load from or store to global memory, where the time goes."""
+        """Instructions issued per load from or store to global memory, in the part that takes the most time."""
         if self.loop_accesses:
             return self.loop_total / self.loop_accesses
         return self.total / max(1, self.loads + self.stores)
@@ -146,7 +146,7 @@ def _count(code: Sequence[tuple[int, list[str], str]]) -> Instructions:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instantiation for one architecture; no instructions where there is no disassembler."""
+    """One instantiation for one architecture; without instructions if there is no disassembler."""
 
     file: str
     name: str
@@ -171,12 +171,12 @@ def nvcc_version(nvcc: str) -> str:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"\bV(\d+\.\d+\.\d+)", text)
     if found is None:
-        sys.exit(f"{nvcc} --version names no version:\n{text}")
+        sys.exit(f"{nvcc} --version prints no version:\n{text}")
     return found[1]
 
 
 def targets(nvcc: str) -> list[str]:
-    """The architectures compiled for."""
+    """The target architectures."""
     text = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = sorted(set(re.findall(r"compute_(\d+)\b", text)), key=int)
     return sorted({*(a for a in ARCHITECTURES if a in known), known[-1]}, key=int)
@@ -223,7 +223,7 @@ def compile_kernels(nvcc: str, cuobjdump: str | None) -> list[Kernel]:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the machine code of the kernels whose whole name matches must hold at the least, on every architecture."""
+    """Minimum counts in the machine code of kernels whose full name matches, on every architecture."""
 
     kernels: str  # a regular expression
     loads_128: int = 0
@@ -232,9 +232,9 @@ class Claim:
 
 
 CLAIMS = [
-    # A walk's scores, four at a time; entries of the affinity likewise, but where the compiler reads pairs (sm_121).
+    # A walk's scores, four at a time; entries of the affinity as well, unless the compiler reads pairs (sm_121).
     Claim(r"walk_step_tiled_kernel<.+>", loads_128=4, stores_128=1),
-    # Maps and pairs move 16 bytes at a time; with any layout of pairs (true), the maps alone.
+    # Maps and pairs move 16 bytes at a time; with any layout of pairs (true), only the maps.
     Claim(r"affinity_kernel<(__half|__nv_bfloat16), 8, \d, false>", loads_128=4, stores_128=2),
     Claim(r"affinity_kernel<(__half|__nv_bfloat16), 8, \d, true>", loads_128=4),
     Claim(r"affinity_kernel<(float|double), [42], \d, false>", loads_128=4, stores_128=2),
@@ -247,7 +247,7 @@ CLAIMS = [
     Claim(r"loss_backward_kernel<\w+, [42]>", stores_128=1),
     Claim(r"shrink_kernel<\w+, unsigned char, true>", stores_128=1),
     Claim(r"shrink_kernel<(float, float|double, double), true>", loads_128=4, stores_128=1),
-    # PAR's tiles come into shared memory 16 bytes at a time; elsewhere a neighbour's four classes are one such load.
+    # PAR's tiles are copied to shared memory 16 bytes at a time; otherwise a neighbor's four classes are one such load.
     Claim(r"ring_kernel<\w+, \d>", copies_128=4),
     Claim(r"stencil_kernel<(float|__half|__nv_bfloat16), (true|false), \d>", loads_128=10, stores_128=1),
     Claim(r"stencil_kernel<double, (true|false), \d>", loads_128=20, stores_128=2),
@@ -264,7 +264,7 @@ def broken_claims(kernels: Sequence[Kernel], claims: Sequence[Claim]) -> list[st
     for claim in claims:
         named = [k for k in kernels if re.fullmatch(claim.kernels, k.name)]
         if not named:
-            lines.append(f"no kernel is named {claim.kernels}, of which wide accesses are claimed")
+            lines.append(f"no kernel matches {claim.kernels}, which should have wide accesses")
         for k in named:
             i = k.instructions
             if i is None:
@@ -280,7 +280,7 @@ def broken_claims(kernels: Sequence[Kernel], claims: Sequence[Claim]) -> list[st
 
 
 def faults(kernels: Sequence[Kernel]) -> list[str]:
-    """What no kernel may do."""
+    """Kernels that use the stack, spill, or use local memory."""
     lines = []
     for k in kernels:
         u = k.usage
@@ -324,7 +324,7 @@ WARP = 32
 
 
 def occupancy(architecture: str, threads: int, registers: int, shared: int) -> float | None:
-    """The share of an SM's warps that can be resident; None for an architecture whose limits are not listed."""
+    """The share of an SM's warps that can be resident; None for an architecture without listed limits."""
     sm = MULTIPROCESSORS.get(architecture)
     if sm is None:
         return None
@@ -340,19 +340,19 @@ def occupancy(architecture: str, threads: int, registers: int, shared: int) -> f
 
 @dataclass(frozen=True)
 class Work:
-    """Formulas of one launch, in the symbols that SYMBOLS explains."""
+    """Formulas of one launch, with the symbols in SYMBOLS."""
 
     kernel: str
-    bytes: str  # that must be read and written at the least, each once
+    bytes: str  # minimum bytes read and written, each once
     operations: str  # floating-point
-    accesses: str  # loads and stores of global memory that all threads together issue
+    accesses: str  # loads and stores of global memory by all threads together
     blocks: str
     issued: str | None = None
     """Instructions that all threads together issue, read off the machine code for sm_90, where they don't follow from
     the accesses: most of the time goes into loops that touch no global memory."""
-    before: str = "0"  # bytes that a block reads before it can begin
-    once: str = "0"  # bytes read once by a launch that takes several steps
-    alone: bool = False  # whether an SM holds one block at a time
+    before: str = "0"  # bytes that a block reads before it can start
+    once: str = "0"  # bytes read once by a launch with several steps
+    alone: bool = False  # whether an SM runs one block at a time
 
 
 SYMBOLS = {
@@ -442,13 +442,13 @@ WORK = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A kernel run some times in a row; `code` names the instantiation whose instructions count."""
+    """A kernel that is launched several times in a row; `code` is the instantiation whose instructions are used."""
 
     work: str
     code: str
     launches: int = 1
     sizes: Mapping[str, int] | None = None  # that differ from the target's
-    resident: bool = False  # one cooperative launch, whose blocks meet between one time and the next
+    resident: bool = False  # one cooperative launch, whose blocks synchronize between repetitions
 
 
 @dataclass(frozen=True)
@@ -549,7 +549,7 @@ TARGETS = [
 
 @dataclass(frozen=True)
 class Gpu:
-    """From NVIDIA's data sheets: bytes and float32 operations a second, SMs, clock (boost)."""
+    """From NVIDIA's data sheets: bytes and float32 operations per second, SMs, clock (boost)."""
 
     name: str
     bandwidth: float
@@ -558,34 +558,34 @@ class Gpu:
     clock: float
 
     def issued(self) -> float:
-        """Instructions of a thread a second: four schedulers an SM, each one warp a cycle."""
+        """Thread instructions per second: four schedulers per SM, each issues one warp per cycle."""
         return self.multiprocessors * 4 * WARP * self.clock
 
 
 GPUS = [Gpu("A100", 1.56e12, 19.5e12, 108, 1.41e9), Gpu("H200", 4.8e12, 67e12, 132, 1.98e9)]
 LAUNCH = 3e-6
-"""Seconds of a kernel that has nothing to do, one after the other on a stream: a usual figure, not measured here."""
+"""Seconds per empty kernel, launched back to back on a stream: a typical value, not measured here."""
 MEETING = 1.5e-6
-"""Seconds until all blocks of a cooperative launch have met: likewise."""
+"""Seconds to synchronize all blocks of a cooperative launch: also a typical value."""
 
 
 def value(formula: str, sizes: Mapping[str, float]) -> float:
-    """The formula at those sizes; formulas are this file's own."""
+    """The value of a formula for these sizes; the formulas are those in this file."""
     return float(eval(formula, {"__builtins__": {}, "ceil": math.ceil}, dict(sizes)))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a target on a GPU: by bytes, by operations, and predicted for the present kernels."""
+    """Seconds of a target on a GPU: limited by bytes, by operations, and predicted for the current kernels."""
 
     by_bytes: float
     by_operations: float
     predicted: float
-    why: str  # what bounds most of the prediction
+    why: str  # the limit that dominates the prediction
 
 
 def bytes_of(stage: Stage, sizes: Mapping[str, float]) -> float:
-    """What all its launches or steps must move."""
+    """Minimum bytes moved by all its launches or steps."""
     work = WORK[stage.work]
     return stage.launches * value(work.bytes, sizes) + value(work.once, sizes)
 
@@ -600,7 +600,7 @@ def estimate(target: Target, gpu: Gpu, for_an_access: Mapping[str, float]) -> Es
         by_bytes += moved
         by_operations += computed
         blocks = value(work.blocks, sizes)
-        busy = min(1.0, blocks / gpu.multiprocessors)  # the share of SMs that have a block
+        busy = min(1.0, blocks / gpu.multiprocessors)  # share of SMs with a block
         if work.alone:  # in the last round too
             busy = blocks / (gpu.multiprocessors * math.ceil(blocks / gpu.multiprocessors))
         instructions = (
@@ -717,14 +717,14 @@ def limits_table(for_an_access: Mapping[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where docs/kernels.md differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if docs/kernels.md differs")
     parser.add_argument("--formulas", action="store_true", help="only the tables that need no compiler")
     options = parser.parse_args()
     nvcc = None if options.formulas else os.environ.get("CUDACXX") or shutil.which("nvcc")
     blocks: dict[str, str] = {}
     wrong: list[str] = []
     if nvcc is None and not options.formulas:
-        print("nvcc was not found: nothing is compiled, and only the formulas' tables are made")
+        print("nvcc was not found: nothing is compiled, and only the tables from formulas are generated")
     elif nvcc is not None:
         cuobjdump = find_cuobjdump()
         kernels = compile_kernels(nvcc, cuobjdump)
@@ -735,7 +735,7 @@ def main() -> None:
             blocks["instructions"] = instructions_table(kernels)
             print(blocks["instructions"])
         else:
-            print("cuobjdump was not found: no instructions are counted")
+            print("cuobjdump was not found: instructions are not counted")
         recorded = re.search(r"nvcc ([\d.]+\d)", block_of(PAGE, TOOL, "resources"))
         if options.check and recorded and recorded[1] != version:
             print(f"docs/kernels.md was made with nvcc {recorded[1]}, this is {version}: its tables are not compared")

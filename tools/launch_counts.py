@@ -1,10 +1,10 @@
-"""Counts what each public operator asks of a GPU at the benchmarks' sizes: launches, scratch memory, synchronizations.
+"""Counts the GPU work of each public operator at the benchmarks' sizes: launches, scratch memory, synchronizations.
 
-    python -m tools.launch_counts           # count, and write the table into docs/kernels.md
-    python -m tools.launch_counts --check   # count; fail if docs/kernels.md says otherwise
+    python -m tools.launch_counts           # count and write the table to docs/kernels.md
+    python -m tools.launch_counts --check   # count; fail if the table in docs/kernels.md is out of date
 
-The shipped library runs on the stand-in GPU (tests/cuda/README.md), which has the multiprocessors and the shared
-memory of an H100 here and runs no kernel. So a change that adds a launch, a copy or a wait shows in the table.
+The shipped library runs on the stand-in GPU (tests/cuda/README.md), which has the number of multiprocessors and the
+shared memory of an H100 but runs no kernels. Additional launches, copies or synchronizations change the table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def cases() -> list[Case]:
-    """Operator, size, and what makes the call and the tensors whose gradients are taken."""
+    """Operator, size, and a function that creates the call and the tensors that need gradients."""
     import torch
 
     import afa_ext
@@ -111,7 +111,7 @@ def cases() -> list[Case]:
 
 
 def count() -> list[dict[str, Any]]:
-    """A row per case; in a process that sees the stand-in GPU."""
+    """A row per case; must run in a process with the stand-in GPU."""
     import torch
 
     from tests.cuda import device
@@ -165,7 +165,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where docs/kernels.md differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if docs/kernels.md differs")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_process:
@@ -187,7 +187,7 @@ def main() -> int:
         blocks.write_blocks(PAGE, TOOL, {BLOCK: text})
         return 0
     if blocks.stale_blocks(PAGE, TOOL, {BLOCK: text}):
-        print(f"docs/kernels.md is stale: run python -m tools.launch_counts\n{text}")
+        print(f"docs/kernels.md is out of date: run python -m tools.launch_counts\n{text}")
         return 1
     return 0
 

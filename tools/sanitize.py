@@ -3,8 +3,8 @@
     python tools/sanitize.py                       # all tests at the best SIMD level, the recorded cases at the others
     python tools/sanitize.py tests/afa_ext/test_par.py -k reference
 
-The instrumented library is built apart, under build/sanitize, and imported from there. What needs a compiler of its
-own or a second process (torch.compile, subprocess tests) is left to the plain run.
+The instrumented library is built separately in build/sanitize and imported from there. Tests that need a compiler or a
+second process (torch.compile, subprocess tests) are skipped.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def build() -> None:
 
 
 def sanitized(*preloaded: str) -> dict[str, str]:
-    """The settings with which a Python built without sanitizers loads an instrumented library; `preloaded`: libraries
-    to preload after the sanitizers' own."""
+    """Environment variables for loading an instrumented library into a Python without sanitizers; `preloaded`:
+    libraries to preload after those of the sanitizers."""
     runtimes = [
         subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in RUNTIMES
@@ -66,7 +66,7 @@ def sanitized(*preloaded: str) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """That of a process which loads the instrumented library in place of the installed one."""
+    """The environment of a process that loads the instrumented library instead of the installed one."""
     return {**os.environ, **sanitized(), "PYTHONPATH": str(FOLDER / "lib")}
 
 

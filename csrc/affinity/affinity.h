@@ -41,7 +41,7 @@ struct AffinityLabelParams {
   PairLayout pairs;
   int64_t ignore = 255;
   const int64_t* tokens = nullptr;  // [B, h, w]
-  uint8_t* labels = nullptr;        // pairs: 1 same, 0 different, 255 neither
+  uint8_t* labels = nullptr;        // pairs: 1 same, 0 different, 255 ignored
 };
 
 struct AffinityLossParams {
@@ -53,18 +53,17 @@ struct AffinityLossParams {
       nullptr;  // [blocks, 4]: sum of 1 - A over same pairs, of A over different ones, both counts
   void* sums =
       nullptr;  // [3], in the type of sums: loss, 1/2 / (same pairs + 1), 1/2 / (different pairs + 1)
-  const void* grad = nullptr;  // [3], of which the first is used
+  const void* grad = nullptr;  // [3]; only the first is used
   void* grad_affinity = nullptr;
 };
 
 namespace {  // one copy for each file: see geometry.h
 
-constexpr int64_t kAffinityRows = 16;   // of attention that a CPU task takes at a time
-constexpr int64_t kAffinityTile = 32;   // nodes a side of a tile of pairs
-constexpr int64_t kAffinityGroup = 16;  // maps whose gradients a CUDA block sums up together
-constexpr int64_t kTilesOfPart = 4;     // pairs of tiles, likewise
-constexpr int64_t kLossBlock = int64_t{1}
-                               << 14;  // pairs whose sums are formed together, whatever the threads
+constexpr int64_t kAffinityRows = 16;             // rows of attention per CPU task
+constexpr int64_t kAffinityTile = 32;             // side of a tile of pairs, nodes
+constexpr int64_t kAffinityGroup = 16;            // maps whose gradients a CUDA block sums together
+constexpr int64_t kTilesOfPart = 4;               // pairs of tiles, as above
+constexpr int64_t kLossBlock = int64_t{1} << 14;  // pairs that are summed together, for any number of threads
 
 AFA_HOST_DEVICE inline int64_t nodes_of(const PairLayout& p) {
   return p.height * p.width;

@@ -75,7 +75,7 @@ inline V larger(V a, V b) {
 #if defined(__AVX512F__)
 inline Vec<float>::type larger(Vec<float>::type a, Vec<float>::type b) {
   return (Vec<float>::type)_mm512_maskz_max_ps(0xffff, (__m512)a,
-                                               (__m512)b);  // plain: gcc 12 warns of its own
+                                               (__m512)b);  // without masks: gcc 12 warns about its intrinsic
 }
 #elif defined(__AVX2__)
 inline Vec<float>::type larger(Vec<float>::type a, Vec<float>::type b) {

@@ -17,7 +17,7 @@ struct PairAffinityParams {
   Kind kind = Kind::f32;  // of all tensors
   int64_t batch = 0, channels = 0, height = 0, width = 0;
   const void* in = nullptr;        // [B, h, w] boundary map, or [B, C, h, w] features; contiguous
-  const void* affinity = nullptr;  // backward: [B, K, h, w], what the forward pass returned
+  const void* affinity = nullptr;  // backward: [B, K, h, w], the result of the forward pass
   const void* grad = nullptr;      // backward: [B, K, h, w]
   void* out = nullptr;             // [B, K, h, w]; backward: [B, C, h, w]
 };

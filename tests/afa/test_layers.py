@@ -1,4 +1,4 @@
-"""The layers of python/afa: an import only ever points down, and the base of each layer stays light."""
+"""The layers of python/afa: modules import only from lower layers, and the base of each layer stays light."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARTS = [path for path in FILES if path.parent != ROOT or path.stem in LEVELS]
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Absolute names of all modules of afa that a file imports, wherever in the file it does."""
+    """Absolute names of all modules of afa that a file imports, also inside functions."""
     package = ["afa", *path.relative_to(ROOT).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -65,7 +65,7 @@ def test_every_module_is_in_a_layer() -> None:
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    """Inside a layer too: the modules can be put in one order."""
+    """There are no import cycles, also inside a layer."""
     names = {path: ".".join(["afa", *path.relative_to(ROOT).with_suffix("").parts]) for path in FILES}
     modules = {name.removesuffix(".__init__"): path for path, name in names.items()}
     done: set[str] = set()

@@ -17,7 +17,7 @@ INTEGERS = [torch.uint8, torch.int16, torch.int32, torch.int64]
 
 
 def inputs(batch, maps, nodes, dtype=torch.float64, device="cpu"):
-    """Attention, weight and bias, all leaves; the logits they give are of order 1."""
+    """Attention, weight and bias, all leaves; the resulting logits are of order 1."""
     attention = torch.randn(batch, maps, nodes, nodes, dtype=dtype, device=device)
     weight = torch.randn(maps, dtype=dtype, device=device) / maps**0.5
     return (
@@ -28,7 +28,7 @@ def inputs(batch, maps, nodes, dtype=torch.float64, device="cpu"):
 
 
 def values_and_gradients(module, leaves, **settings):
-    """Affinity and the gradients of a sum that weighs every entry differently: no symmetry hides a mistake."""
+    """Affinity and the gradients of a sum with a different weight for every entry: no symmetry hides a mistake."""
     affinity = module.affinity_from_attention(*leaves, **settings)
     pull = torch.linspace(-1, 3, affinity.numel(), dtype=torch.float64, device=affinity.device).view(affinity.shape)
     return [affinity, *torch.autograd.grad((affinity.double() * pull).sum(), leaves)]
@@ -75,7 +75,7 @@ def test_matches_reference(grid, radius, maps, assert_relative, device):
 
 
 def test_many_tiles_match_reference(assert_relative, device):
-    """More nodes than one tile and than one block of rows, neither a multiple of them."""
+    """More nodes than one tile and one block of rows, and not a multiple of either."""
     leaves = inputs(2, 5, 7 * 19, device=device)
     for settings_ in ({}, {"grid": (7, 19), "radius": 2}, {"grid": (7, 19), "radius": 6}):
         results = [values_and_gradients(module, leaves, **settings_) for module in (afa_ext, reference)]
@@ -84,7 +84,7 @@ def test_many_tiles_match_reference(assert_relative, device):
 
 
 @pytest.mark.parametrize("wanted", range(3))
-def test_gradients_only_where_asked(wanted, device):
+def test_gradients_are_only_computed_if_required(wanted, device):
     leaves = inputs(1, 3, 12, device=device)
     expected = values_and_gradients(afa_ext, leaves)[1 + wanted]
     some = [leaf if n == wanted else leaf.detach() for n, leaf in enumerate(leaves)]
@@ -123,7 +123,7 @@ def test_window_is_the_dense_affinity_inside(grid, radius, device):
     if (2 * radius + 1) ** 2 != dense.shape[1]:
         torch.testing.assert_close(window, windowed_pairs(dense, grid, radius, 0))
         assert torch.equal(window_labels, windowed_pairs(labels, grid, radius, 255))
-    else:  # the layouts can't be told apart by their sizes: dense, as the walk reads it
+    else:  # the sizes of both layouts are equal: it is dense, as in the walk
         inside = reference.walk.window_mask(grid, radius, "square", torch.device(device))
         torch.testing.assert_close(window, dense.masked_fill(~inside, 0))
         assert torch.equal(window_labels, labels)
@@ -148,7 +148,7 @@ def test_attention_outside_the_window_is_not_used(grid, device):
 
 
 def test_extreme_logits(device):
-    """The sigmoid neither overflows nor hides what is not a number."""
+    """The sigmoid does not overflow and propagates NaN."""
     logits = torch.tensor([0.0, 40.0, -40.0, 1e4, -1e4, float("inf"), float("-inf"), float("nan")], device=device)
     attention = torch.zeros(1, 1, 8, 8, device=device)
     attention[0, 0].diagonal().copy_(logits / 2)
@@ -171,7 +171,7 @@ def test_low_precision(dtype, radius, assert_relative, device):
     eps = torch.finfo(dtype).eps
     assert all(t.dtype == dtype for t in results)
     assert_relative(results[0], expected[0], eps)
-    # Gradients start from the affinity and the gradient as stored, each rounded once, and are rounded themselves.
+    # Gradients are computed from the stored affinity and gradient, each rounded once, and are then rounded, too.
     for actual, wanted in zip(results[1:], expected[1:], strict=True):
         assert_relative(actual, wanted, 4 * eps)
     labels = torch.randint(0, 3, results[0].shape, dtype=torch.uint8, device=device)
@@ -186,8 +186,8 @@ def test_low_precision(dtype, radius, assert_relative, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_number_is_widened_and_rounded(dtype):
-    """All 2**16 of them pass through the CPU's own conversions: one map of weight 1/2 gives sigmoid of the number, and
-    a gradient comes back times 1/2; infinities, subnormals and NaN included."""
+    """All 2**16 numbers pass through the CPU conversions: one map with weight 1/2 gives the sigmoid of the number, and
+    the gradient is multiplied by 1/2; including infinities, subnormals and NaN."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     attention = numbers.view(-1, 1, 1, 1)
     half, zero = torch.tensor([0.5], dtype=dtype), torch.zeros(1, dtype=dtype)
@@ -204,7 +204,7 @@ def test_every_16_bit_number_is_widened_and_rounded(dtype):
         numbers.view(-1, 1, 1), level, half, 1, 1, None, False
     )
     expected = (numbers.float() + numbers.float()) * 0.5 * (1 - 0.5) * 0.5
-    tiny = torch.finfo(torch.float32).tiny  # the CPU kernels take what is smaller as 0
+    tiny = torch.finfo(torch.float32).tiny  # the CPU kernels flush smaller numbers to 0
     torch.testing.assert_close(grad.flatten(), expected.to(dtype), rtol=0, atol=tiny, equal_nan=True)
 
 
@@ -252,7 +252,7 @@ def test_empty(module, shape, radius, device):
 
 
 @BOTH
-def test_no_pair_counts(module, device):
+def test_loss_is_zero_if_all_pairs_are_ignored(module, device):
     affinity = torch.rand(1, 4, 4, device=device, requires_grad=True)
     loss = module.affinity_loss(affinity, torch.full((1, 4, 4), 255, dtype=torch.uint8, device=device))
     loss.backward()
@@ -262,7 +262,7 @@ def test_no_pair_counts(module, device):
 
 @pytest.mark.parametrize("count", [1, 5, (1 << 14) - 1, 1 << 14, (1 << 15) + 7])
 def test_loss_matches_reference(count, device):
-    """Around the size of the blocks that sums are formed in; any shape will do."""
+    """Sizes around that of the blocks in which sums are accumulated, with any shape."""
     affinity = torch.rand(count, dtype=torch.float64, device=device, requires_grad=True)
     labels = torch.randint(0, 4, (count,), dtype=torch.uint8, device=device)
     labels[labels == 3] = 255
@@ -292,7 +292,7 @@ def test_labels_match_reference(dtype, size, windowed, device):
 
 
 def test_labels_compare_whole_numbers(device):
-    """Numbers that differ beyond 32 bits are different; -1 can be the ignored one."""
+    """Labels that differ only beyond 32 bits are different; -1 can be the ignored label."""
     label_map = torch.tensor([[[5, 5 + 2**32, -1, 5]]], device=device)
     labels = afa_ext.affinity_labels(label_map, stride=1, radius=3, ignore_index=-1)
     expected = [[1, 0, 255, 1], [0, 1, 255, 0], [255] * 4, [1, 0, 255, 1]]

@@ -71,7 +71,7 @@ def test_library_binds_to_no_particular_torch():
     needed = set(re.findall(r"Shared library: \[(.*?)\]", dynamic))
     system = r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so.*|ld-linux.*"
     torch_libraries = {name for name in needed if not re.fullmatch(system, name)}
-    # libtorch.so: it brings libtorch_cuda.so along where torch is a CUDA build.
+    # libtorch.so loads libtorch_cuda.so if torch is a CUDA build.
     assert torch_libraries == {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
     symbols = subprocess.run(["nm", "-DC", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     foreign = [line for line in symbols.splitlines() if re.search(r" U (at|c10|torch)::", line)]
@@ -105,8 +105,8 @@ USUAL = "80-real;86-real;89-real;90-real;100;120"
         ("", "75;80;86;87;89;90", "120", "90", ""),
         ("8.0;9.0a 12.0+PTX", NVCC_13, "86", "80-real;90a-real;120", ""),
         ("Ampere,Hopper", NVCC_13, "", "80-real;86;90", ""),
-        ("7.0 7.5 8.6", NVCC_13, "", "86-real", "7.5 is left out"),
-        ("Volta", NVCC_13, "", USUAL, "7.0+PTX is left out"),
+        ("7.0 7.5 8.6", NVCC_13, "", "86-real", "7.5 is ignored"),
+        ("Volta", NVCC_13, "", USUAL, "7.0+PTX is ignored"),
     ],
 )
 def test_cuda_architectures(tmp_path, requested, known, visible, expected, message):
@@ -117,7 +117,7 @@ def test_cuda_architectures(tmp_path, requested, known, visible, expected, messa
 
 
 @pytest.mark.parametrize("requested", ["Amper", "80", "8.0+SASS"])
-def test_cuda_architecture_that_is_not_one(tmp_path, requested):
+def test_invalid_cuda_architecture(tmp_path, requested):
     returned, output = run_architectures(tmp_path, requested, NVCC_13, "")
     assert returned != 0
     assert f"got '{requested}'" in " ".join(output.split())
@@ -143,7 +143,7 @@ def copy_package(folder: Path, library: bytes | None) -> Path:
     return folder
 
 
-# The finder of an editable install precedes sys.path, so the copy is named as the only place to look.
+# The finder of an editable install precedes sys.path, so the copy must be the only place to search.
 IMPORT_COPY = (
     "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
     "sys.path.insert(0, {folder!r}); import afa_ext"
@@ -213,6 +213,6 @@ def test_unknown_simd_level_is_refused():
 
 @pytest.mark.skipif(afa_ext.build_info()["cuda"] is not None, reason="this build has CUDA kernels")
 @pytest.mark.cuda
-def test_cpu_build_says_so_for_gpu_tensors():
+def test_cpu_build_rejects_gpu_tensors():
     with pytest.raises(RuntimeError, match="built without CUDA"):
         afa_ext.par_affinity(torch.rand(1, 3, 8, 8, device="cuda"))

@@ -31,20 +31,20 @@ class Machine:
 
     @property
     def other(self) -> torch.device:
-        """A second device, which is not the current one."""
+        """A second device that is not the current one."""
         if torch.cuda.device_count() < 2:
             pytest.skip("one GPU only")
         return torch.device("cuda", 1)
 
     def capture(self, run: Run) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """A graph of what run() does, to be replayed, and the tensors it writes its results to."""
+        """A replayable graph of run(), and the tensors that it writes its results to."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is only done once, such as a library's workspace
+        with torch.cuda.stream(stream):  # one-time initialization, such as a library's workspace
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # fails if anything waits for the device
+        with torch.cuda.graph(graph):  # fails on any synchronization with the device
             results = run()
         return graph.replay, results
 
@@ -56,13 +56,13 @@ class Machine:
             yield
 
     def busy(self) -> None:
-        """Keeps the current stream busy for some 30 ms, so that what is queued after it is late."""
+        """Keeps the current stream busy for about 30 ms, so that later work in it is delayed."""
         if not stand_in.active:
             torch.cuda._sleep(50_000_000)
 
     @contextmanager
     def never_waits(self) -> Iterator[None]:
-        """Makes every wait of the host for the device an error."""
+        """Makes every synchronization of the host with the device an error."""
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -75,7 +75,7 @@ class Machine:
         torch.cuda.synchronize()
 
     def need(self, count: int) -> int:
-        """Skips unless so many bytes are free."""
+        """Skips the test unless this many bytes are free."""
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         if free < count:
@@ -109,7 +109,7 @@ def cases(name: str, make: Make) -> list[tuple[Any, ...]]:
 
 
 def forward_and_backward(operator: Any, arguments: tuple[Any, ...]) -> Run:
-    """The operator's result and, if it has any, the gradients of what requires them."""
+    """The operator's result and the gradients of the inputs that require them, if any."""
     leaves = [t for t in tensors(arguments) if t.requires_grad]
 
     def run() -> tuple[Tensor, ...]:
@@ -131,7 +131,7 @@ def spoil(results: tuple[Tensor, ...]) -> None:
 
 
 def same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """To the last bit, and no value that is not a number."""
+    """Bitwise equality, without NaN."""
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
@@ -156,7 +156,7 @@ def test_graph(name, machine):
         spoil(results)
         replay()
         same(results, before)
-        with torch.no_grad():  # a graph reads its inputs anew
+        with torch.no_grad():  # a graph reads its inputs at every replay
             for t in tensors(arguments):
                 if t.is_floating_point():
                     t.mul_(t)
@@ -179,7 +179,7 @@ def test_side_stream(name, machine):
                 t.fill_(float("nan") if t.is_floating_point() else 0)
         with machine.on_side_stream():
             machine.busy()
-            with torch.no_grad():  # what the operator reads is late: it must be queued behind
+            with torch.no_grad():  # the inputs are written late: the operator must be queued after that
                 for t, value in zip(given, right, strict=True):
                     t.copy_(value)
             results = run()
@@ -228,7 +228,7 @@ def test_runs_are_equal_and_never_wait(name, dtype, machine):
 
 
 def picture(make: Make, batch: int, height: int, width: int) -> Tensor:
-    """Smooth, so that weights differ as a photograph's do."""
+    """Smooth, so that weights vary as for a photograph."""
     coarse = make(batch, 3, 5, 6).detach()
     return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
 
@@ -370,7 +370,7 @@ def test_random_sizes_match_float64(seed, machine, assert_relative):
 
 
 class Untimed:
-    """In place of a GPU's clock: what the sweep does before it times."""
+    """Replaces a GPU's clock: only the steps of the sweep before the timing."""
 
     device = Machine.device
 
@@ -487,7 +487,7 @@ ITEMS: dict[str, Build] = {
         *(8 if large else 1, 255, False),
     ),
 }
-# Sums over the whole batch, or several of the above in turn.
+# Sums over the whole batch, or several of the above operators in sequence.
 NOT_BY_ITEM = {
     "affinity_from_attention_backward_weight",
     "affinity_loss",

@@ -91,7 +91,7 @@ def test_a_tile_of_the_walk_leaves_room_for_other_blocks(rules):
         assert gpu[1] // (blocks + 1) < tile_bytes + 1024 <= gpu[1] // blocks
 
 
-def test_a_wrong_override_is_an_error_that_lists_the_valid_ones():
+def test_an_invalid_override_raises_an_error_that_lists_the_valid_ones():
     code = "import torch; from afa_ext import _native; from tests.afa_ext.test_heuristics import pick; pick()"
     for setting in ("par_ring=stack3", "no_kernel=stack2", "par_ring"):
         env = {**os.environ, "AFA_EXT_VARIANTS": f"walk_step=tiled128,{setting}"}
@@ -110,7 +110,7 @@ def test_an_override_is_picked():
 
 
 def pick() -> str:
-    """What is picked for a step of the walk, as a launch would."""
+    """The variant that a launch would pick for a step of the walk."""
     return str(_native._C.pick_variant("walk_step", "tiled224"))
 
 

@@ -1,5 +1,5 @@
-"""The reference implementations and the operators share nothing but the checks of their arguments: an oracle that
-shared code with what it judges could not find its faults."""
+"""The reference implementations and the operators share only the checks of their arguments: tests could not find bugs
+in shared code."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def test_a_reference_has_the_signature_of_its_operator(name):
     assert inspect.signature(getattr(reference, name)) == inspect.signature(getattr(afa_ext, name))
 
 
-def test_checks_compute_nothing_of_what_they_check():
+def test_checks_do_not_use_the_code_they_check():
     assert of_afa_ext(FOLDER / "_checks.py") <= {"afa_ext._autograd"}
     assert of_afa_ext(FOLDER / "walk.py") >= {"afa_ext._checks", "afa_ext.window", "afa_ext.pair_affinity"}

@@ -22,7 +22,7 @@ def smooth(batch, channels, height, width, generator=None, coarse=4):
 
 
 def case(batch=3, classes=6, height=37, width=45, seed=0, device="cpu"):
-    """uint8 images with a little noise, CAMs, class labels with 0, 1 and several classes an image."""
+    """uint8 images with a little noise, CAMs, class labels with 0, 1 and several classes per image."""
     generator = torch.Generator().manual_seed(seed)
     images = smooth(batch, 3, height, width, generator, 6)
     images = (images + 0.03 * torch.rand(images.shape, generator=generator)).clamp(0, 1)
@@ -36,16 +36,16 @@ def case(batch=3, classes=6, height=37, width=45, seed=0, device="cpu"):
 
 
 def assert_equal_but_for_ties(actual, expected, images, cams, class_labels, low=0.35, high=0.55, gap=2e-5, **options):
-    """Where they differ, the two best refined scores in float64, against the low or the high background, are equal
-    within `gap`; and that is rare."""
+    """Where labels differ, the two best refined scores in float64, with the low or the high background, must be equal
+    within `gap`; few labels may differ."""
     different = (actual != expected).cpu()
     assert different.float().mean() < 1e-3 or different.sum() <= 1
     for i in different.flatten(1).any(1).nonzero()[:, 0].tolist():
-        colours = images[i : i + 1].double() / (255 if images.dtype == torch.uint8 else 1)
+        colors = images[i : i + 1].double() / (255 if images.dtype == torch.uint8 else 1)
         maps = cams[i : i + 1, class_labels[i] != 0].double()
         tie = torch.zeros_like(different[i])
         for background in (low, high):
-            best = refined_scores(colours, maps, background, **options)[0].topk(2, dim=0).values.cpu()
+            best = refined_scores(colors, maps, background, **options)[0].topk(2, dim=0).values.cpu()
             tie |= best[0] - best[1] < gap
         assert bool(tie[different[i]].all()), f"image {i}: a label differs where scores do not tie"
 
@@ -57,7 +57,7 @@ def test_golden(golden, device):
         labels = implementation.pseudo_labels(*inputs, box=g["img_box"])
         assert labels.dtype == torch.int64
         assert torch.equal(labels, g["refined_label"].long())
-        # Without PAR and at full size what is left is the plain CAM label.
+        # Without PAR and at full size, the result is the plain CAM label.
         plain = implementation.pseudo_labels(*inputs, box=g["img_box"], num_iter=0, downscale=1)
         assert torch.equal(plain, g["cam_label"].long())
         single = implementation.pseudo_labels(*inputs, low=0.45, high=0.45, num_iter=0, downscale=1)
@@ -89,7 +89,7 @@ def test_matches_reference(shape: tuple[int, int, int, int], downscale, dtype, d
         assert_equal_but_for_ties(actual, expected, images, cams, class_labels, **options)
 
 
-def test_cases_hold_every_kind_of_label():
+def test_cases_contain_every_kind_of_label():
     images, cams, class_labels = case()
     labels = afa_ext.pseudo_labels(images, cams, class_labels)
     assert labels.unique().tolist() == [0, 1, 2, 3, 255]
@@ -156,7 +156,7 @@ def test_empty(shape, device):
         assert not labels.any()
 
 
-def test_batch_is_its_images_one_by_one(device):
+def test_a_batch_equals_its_images_one_by_one(device):
     images, cams, class_labels = case(device=device)
     box = torch.tensor([[0, 37, 0, 45], [3, 30, 0, 40], [0, 20, 7, 45]], device=device, dtype=torch.int32)
     whole = afa_ext.pseudo_labels(images, cams, class_labels, box=box)
@@ -166,7 +166,7 @@ def test_batch_is_its_images_one_by_one(device):
         assert torch.equal(alone[0], whole[i])
 
 
-def test_weights_at_hand(device):
+def test_given_weights_are_used(device):
     images, cams, class_labels = case(device=device)
     several: tuple[dict[str, Any], ...] = ({}, {"dilations": (1, 4), "w2": 0.1, "downscale": 3})
     for options in several:
@@ -181,7 +181,7 @@ def test_weights_at_hand(device):
 
 
 def test_class_index_of_packed_maps(device):
-    """Maps packed to the left, as the training does, give the labels of the full set."""
+    """Maps packed to the left, as in training, give the labels of the full set."""
     images, cams, class_labels = case(device=device)
     expected = afa_ext.pseudo_labels(images, cams, class_labels)
     index = class_labels.argsort(dim=1, descending=True, stable=True)[:, :3]
@@ -219,7 +219,7 @@ def test_ignore_index(device):
 
 
 def test_scores_far_from_zero(device):
-    """CAMs that are no probabilities, and thresholds far apart, neither overflow nor lose the softmax."""
+    """CAMs that are not probabilities, and thresholds far apart, do not make the softmax overflow or underflow."""
     images, cams, class_labels = case(device=device)
     for scale, shift, low, high in ((100.0, 500.0, 520.0, 560.0), (1.0, -1000.0, -999.6, 0.0), (1e4, 0.0, 10.0, 20.0)):
         options: dict[str, Any] = {"low": low, "high": high, "num_iter": 1}
@@ -280,7 +280,7 @@ def test_side_stream_and_graph():
     stream.synchronize()
     assert torch.equal(labels, expected)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # fails if anything waits for the device
+    with torch.cuda.graph(graph):  # fails on any synchronization with the device
         labels = afa_ext.pseudo_labels(images, cams, class_labels, max_classes=4)
     graph.replay()
     assert torch.equal(labels, expected)
@@ -310,11 +310,11 @@ def test_labels_are_present_classes_background_or_ignored(device, size: Size, se
 
 @quick
 @given(sizes, seeds, scores)
-def test_one_score_never_ignores(device, size: Size, seed, score):
+def test_one_score_ignores_no_pixels(device, size: Size, seed, score):
     images, cams, class_labels = case(*size, seed=seed, device=device)
     labels = afa_ext.pseudo_labels(images, cams, class_labels, low=score, high=score, num_iter=2)
     assert not (labels == 255).any()
-    # Against two scores, what is decided is what both say.
+    # With two scores, a pixel is labeled if both agree.
     high = min(1.0, score + 0.2)
     both = afa_ext.pseudo_labels(images, cams, class_labels, low=score, high=high, num_iter=2)
     upper = afa_ext.pseudo_labels(images, cams, class_labels, low=high, high=high, num_iter=2)
@@ -340,17 +340,17 @@ def test_outside_the_box_is_ignored(device, size: Size, seed, ends):
 @given(sizes, seeds, st.floats(0.5, 10), st.floats(-2, 2))
 def test_affine_change_of_the_images_changes_nothing(device, size: Size, seed, scale, shift):
     images, cams, class_labels = case(*size, seed=seed, device=device)
-    colours, cams = images.double() / 255, cams.double()
-    labels = afa_ext.pseudo_labels(colours, cams, class_labels, num_iter=2)
-    changed = afa_ext.pseudo_labels(colours * scale + shift, cams, class_labels, num_iter=2)
-    assert_equal_but_for_ties(changed, labels, colours, cams, class_labels, num_iter=2)
+    colors, cams = images.double() / 255, cams.double()
+    labels = afa_ext.pseudo_labels(colors, cams, class_labels, num_iter=2)
+    changed = afa_ext.pseudo_labels(colors * scale + shift, cams, class_labels, num_iter=2)
+    assert_equal_but_for_ties(changed, labels, colors, cams, class_labels, num_iter=2)
 
 
 @quick
 @given(sizes, seeds)
 def test_permuting_classes_permutes_labels(device, size: Size, seed):
     images, cams, class_labels = case(*size, seed=seed, device=device)
-    cams = cams.double()  # the sum over the classes is formed in another order
+    cams = cams.double()  # the sum over the classes is computed in another order
     order = torch.randperm(size[1], generator=torch.Generator().manual_seed(seed))
     labels = afa_ext.pseudo_labels(images, cams, class_labels, num_iter=2)
     permuted = afa_ext.pseudo_labels(images, cams[:, order], class_labels[:, order], num_iter=2)

@@ -1,4 +1,4 @@
-"""Every registered operator goes through torch's own opcheck: schema, autograd, fakes, AOTAutograd."""
+"""Runs torch's opcheck for every registered operator: schema, autograd, fakes, AOTAutograd."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def keep(make: Make) -> Tensor:
 
 
 def wide_weights(make: Make) -> Tensor:
-    """PAR weights in the type sums are formed in."""
+    """PAR weights in the accumulation type."""
     weights = make(2, 16, 4, 4).detach()
     return weights if weights.dtype == torch.float64 else weights.float()
 
@@ -35,7 +35,7 @@ def numbers(make: Make, *shape: int) -> Tensor:
 
 
 def in_sum_type(t: Tensor) -> Tensor:
-    """float64 as it is, else float32."""
+    """float64 unchanged, otherwise float32."""
     return t.detach() if t.dtype == torch.float64 else t.detach().float()
 
 
@@ -188,7 +188,7 @@ def test_fakes_agree_in_low_precision(name, dtype, device):
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
 
-# What has an exact tangent, and in which arguments; a tangent of any other argument must raise.
+# Operators with exact tangents, and the arguments; a tangent of any other argument must raise an error.
 LINEAR = {
     "affinity_from_attention_backward_attention": {"grad"},
     "affinity_from_attention_backward_weight": {"grad"},
@@ -392,7 +392,7 @@ def test_every_public_operator_has_a_nan_case():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_nan_goes_where_the_reference_has_it(name, dtype):
+def test_nan_propagates_as_in_the_reference(name, dtype):
     shapes, calls = PUBLIC[name]
     clean = [torch.rand(shape).to(dtype) for shape in shapes]
     for i, size in enumerate(t.numel() for t in clean):

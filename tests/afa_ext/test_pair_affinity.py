@@ -12,7 +12,7 @@ from afa_ext.reference.walk import dense_affinity
 from tests.afa_ext.test_walk import nonnegative, to_windowed
 
 
-def test_edge_affinity_looks_at_the_points_of_the_path():
+def test_edge_affinity_depends_on_the_points_of_the_path():
     points = {
         (0, 3): [(0, 0), (0, 1), (0, 2), (0, 3)],
         (2, 1): [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)],

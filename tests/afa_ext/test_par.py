@@ -29,7 +29,7 @@ def refine(kind, images, masks, module=afa_ext, **settings):
 
 
 def smooth_images(batch, height, width, dtype=torch.float32, device="cpu"):
-    """Random colours that vary slowly, as in a photograph: on noise all weights are alike."""
+    """Random colors that vary slowly, as in a photograph: on noise all weights are alike."""
     coarse = torch.rand(batch, 3, max(2, height // 4), max(2, width // 4), dtype=torch.float64)
     images = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
     return (images + 0.02 * torch.rand_like(images)).to(device, dtype)
@@ -74,7 +74,7 @@ def test_affinity_matches_reference(kind, shape, dilations, assert_relative, dev
     assert_relative(
         affinity(kind, images.float(), dilations=dilations),
         affinity(kind, images.float(), reference, dilations=dilations),
-        2e-5,  # float32 both: sigma of a nearly flat neighbourhood loses digits in either
+        2e-5,  # float32 both: sigma of a nearly flat neighborhood loses digits in either
     )
 
 
@@ -264,7 +264,7 @@ torch.save(results, sys.argv[2])
 
 @pytest.mark.slow
 def test_instruction_sets_agree(tmp_path, assert_relative):
-    """Each level this machine has, in a process of its own, against the baseline."""
+    """Each level of this machine, in a separate process, compared with the baseline."""
     cases = []
     for classes, width in ((2, 75), (21, 33)):
         masks, grad = torch.rand(2, 2, classes, 20, width)
@@ -292,7 +292,7 @@ def test_instruction_sets_agree(tmp_path, assert_relative):
 
 
 def peak_bytes(run):
-    """The most that torch's CPU allocator holds at once for run(), by the profiler's record of each allocation."""
+    """Peak memory of torch's CPU allocator during run(), from the profiler's record of each allocation."""
     run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         out = run()  # noqa: F841  (alive to the end)
@@ -331,7 +331,7 @@ def test_side_stream_and_repeats():
     assert torch.equal(out, expected)
 
 
-# What checkpoints of the published modules hold under the module's name.
+# The entries of the published modules in checkpoints.
 PUBLISHED = {
     "PAR": {"kernel": torch.ones(8, 1, 3, 3)},
     "PAMR": {

@@ -123,7 +123,7 @@ def test_without_a_box_it_is_the_whole_image(device):
             assert_equal_but_for_ties(labels, expected, images, (high, low), class_labels)
 
 
-def test_nothing_outside_a_box_matters(device):
+def test_values_outside_a_box_have_no_effect(device):
     images, high, low, class_labels = case(device=device, grid=(37, 45))
     box = torch.tensor([[3, 30, 0, 40], [0, 20, 7, 45], [5, 36, 11, 30]], device=device)
     expected = afa_ext.refine_labels(images, high, class_labels, low_scores=low, box=box)
@@ -149,7 +149,7 @@ def test_absent_maps_are_not_read(device):
     assert not labels[0].any(), "an image without classes is background"
 
 
-def test_low_scores_ignore_what_the_two_disagree_on(device):
+def test_low_scores_ignore_pixels_with_different_labels(device):
     images, high, low, class_labels = case(device=device)
     both = afa_ext.refine_labels(images, high, class_labels, low_scores=low)
     upper, lower = (afa_ext.refine_labels(images, scores, class_labels) for scores in (high, low))
@@ -184,9 +184,9 @@ def test_layouts(device):
             views[0], views[1], class_labels.mT.contiguous().mT, low_scores=views[2], box=box.mT.contiguous().mT
         )
         assert torch.equal(labels, expected)
-    colours = images.float() / 255
+    colors = images.float() / 255
     for dtype in (torch.float32, torch.float64):
-        labels = afa_ext.refine_labels(colours.to(dtype), high, class_labels, low_scores=low, box=box)
+        labels = afa_ext.refine_labels(colors.to(dtype), high, class_labels, low_scores=low, box=box)
         assert_equal_but_for_ties(labels, expected, images, (high, low), class_labels, box)
 
 
@@ -202,7 +202,7 @@ def test_empty(shape, device):
         assert not labels.any()
 
 
-def test_batch_is_its_images_one_by_one(device):
+def test_a_batch_equals_its_images_one_by_one(device):
     images, high, low, class_labels = case(device=device)
     box = torch.tensor([[3, 30, 0, 40], [0, 20, 7, 45], [5, 36, 11, 30]], device=device)
     whole = afa_ext.refine_labels(images, high, class_labels, low_scores=low, box=box)

@@ -131,7 +131,7 @@ def test_steps_compose(radius, device):
     assert torch.equal(afa_ext.random_walk(scores, affinity, steps=0, **settings), scores)
 
 
-def test_column_normalised_walk_keeps_a_constant_map(device):
+def test_column_normalized_walk_keeps_a_constant_map(device):
     affinity = nonnegative(1, 30, 30, device=device)
     ones = torch.ones(1, 1, 5, 6, dtype=torch.float64, device=device)
     out = afa_ext.random_walk(ones, affinity, grid=(5, 6), radius=2, steps=4, eps=0.0)
@@ -300,7 +300,7 @@ def test_single_step(grid, window, radius, normalize, assert_relative, device):
 @pytest.mark.parametrize("radius", [None, 3])
 @pytest.mark.parametrize("several", [False, True])
 def test_clip_walk_as_published(radius, several, assert_relative, device):
-    """The CLIP-based methods literally: three rounds, symmetrised, squared, columns outside the boxes zeroed."""
+    """The CLIP-based methods literally: three rounds, symmetrized, squared, columns outside the boxes zeroed."""
     height, width, classes = 6, 7, 3
     attention = nonnegative(2, 42, 42, device=device) + 0.01
     scores = nonnegative(2, classes, height, width, device=device)
@@ -350,7 +350,7 @@ def test_directions_and_boxes_match_reference(radius, normalize, assert_relative
                 assert_relative(actual, expected, 1e-10)
 
 
-def test_rows_without_normalisation_multiply_from_the_left(device):
+def test_rows_without_normalization_multiply_from_the_left(device):
     scores, affinity = nonnegative(2, 3, 4, 5, device=device), nonnegative(2, 20, 20, device=device)
     out = afa_ext.random_walk(scores, affinity, grid=(4, 5), power=1, normalize=None, direction="rows")  # MCTformer
     torch.testing.assert_close(out, torch.einsum("bij,bcj->bci", affinity, scores.flatten(2)).view_as(scores))

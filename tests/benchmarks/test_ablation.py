@@ -1,4 +1,4 @@
-"""benchmarks/ablation.py on the tiny tree: rows differ as they should, and finished runs are not done again."""
+"""benchmarks/ablation.py on the tiny tree: rows differ as expected, and finished runs are not repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/train_step.py: both ways do the same step, every part is timed, and the README's tool reads the result."""
+"""benchmarks/train_step.py: both implementations agree, every part is timed, and the README's tool reads the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = ["data.crop_size=64", "train.batch_size=2", "labels.par_iterations=1", "
 
 
 @pytest.mark.slow
-def test_both_ways_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_implementations_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_step, "peak", lambda name, *_: {train_step.OURS: 10, train_step.PLAIN: 25}[name])
     arguments = ["--config", "demo", "--seconds", "0.01", "--device", "cpu", "--out", str(tmp_path), *SMALL]
     monkeypatch.setattr(sys, "argv", ["train_step", *arguments])

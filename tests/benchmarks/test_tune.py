@@ -1,4 +1,4 @@
-"""The sweep of variants without a GPU: its logic on made-up kernels, and all of it on the stand-in GPU."""
+"""The sweep of variants without a GPU: its logic with fake kernels, and the full sweep on the stand-in GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class FakeLibrary:
-    """One kernel that adds 1, in variants of which some are wrong."""
+    """One kernel that adds 1, with some incorrect variants."""
 
     VARIANTS: Mapping[str, Callable[[Tensor], Tensor]] = {
         "slow": lambda x: x + 1,
@@ -53,12 +53,13 @@ class FakeLibrary:
 
 
 class FakeBench:
-    """A clock by which each candidate takes what `times` says, 1 ms where it says nothing."""
+    """A clock that reports the times in `times`, and 1 ms for all other candidates."""
 
     device = CPU
 
     def __init__(self, times: Mapping[str, float]) -> None:
-        self.times, self.timed = times, []
+        self.times = times
+        self.timed: list[list[str]] = []
 
     def time(self, candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         for run in candidates.values():
@@ -132,7 +133,7 @@ def test_every_kernel_with_variants_has_a_case():
     assert set(tune.CASES) == {entry["kernel"] for entry in _native._C.kernel_variants()}
 
 
-def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch):
+def test_without_a_gpu_it_exits_with_a_message(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"^torch .* finds no GPU on this machine, so nothing was timed\.$"):
         tune.main([])

@@ -1,4 +1,4 @@
-"""README.md and docs/: their examples run, their links lead somewhere, and what they say of afa_ext is so."""
+"""README.md and docs/: examples run, links are valid, and statements about afa_ext are correct."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECTIONS = dict(re.findall(r"^### `(\w+)`\n+(.*)$", OPERATORS, re.MULTILINE))
 
 @pytest.mark.parametrize(("name", "number"), [(name, i) for name in PAGES for i in range(len(EXAMPLES[name]))])
 def test_example_runs(name, number):
-    # docs/operators.md begins with what its other examples take for given.
+    # The first example of docs/operators.md defines the variables of the others.
     blocks = {EXAMPLES[name][0]: 0} if name == "docs/operators.md" else {}
     blocks[EXAMPLES[name][number]] = number
     variables: dict[str, object] = {}

@@ -1,4 +1,4 @@
-"""tools/: what reads the compiler's output, and what runs on a GPU, as far as neither is needed for it."""
+"""tools/: the parsers of compiler output, and the parts of the GPU tools that need neither a compiler nor a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tools.kernel_report import GPUS, TARGETS, Instructions, Kernel, Usage, esti
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# As nvcc 13.0 prints it: a kernel that spills, one that calls a function with a stack of its own, one in order.
+# As nvcc 13.0 prints it: a kernel that spills, one that calls a function with its own stack, and a valid one.
 PTXAS = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z5spillv' for 'sm_80'
@@ -113,7 +113,7 @@ def test_instructions_are_counted():
         stores=1,
         barriers=1,
         local=0,
-        loop_total=7,  # the inner loop alone, neither the one around it nor the one without an access
+        loop_total=7,  # only the inner loop, neither the outer loop nor the loop without an access
         loop_accesses=3,
     )
     assert counts["_Z5cleanv"].for_an_access() == pytest.approx(7 / 3)
@@ -144,7 +144,7 @@ def test_broken_claims_are_found():
     (line,) = kernel_report.broken_claims(kernels, [kernel_report.Claim(wide.kernels, copies_128=1)])
     assert "expected at least 0, 0 and 1" in line
     (line,) = kernel_report.broken_claims(kernels, [kernel_report.Claim("other_kernel", loads_128=1)])
-    assert "no kernel is named other_kernel" in line
+    assert "no kernel matches other_kernel" in line
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_gpu_check_without_a_gpu(monkeypatch):
     [
         ("pass", 60, "passed", False),
         ("import sys; sys.exit(3)", 60, "failed with status 3", True),
-        ("import time; time.sleep(60)", 0.5, "ended at its limit of 0 s", True),
+        ("import time; time.sleep(60)", 0.5, "stopped at its limit of 0 s", True),
     ],
 )
 def test_gpu_check_runs_a_stage(code, limit, result, failed):
@@ -287,10 +287,10 @@ def test_gpu_check_runs_a_stage(code, limit, result, failed):
     assert time.monotonic() - begin < 30
 
 
-def test_gpu_check_leaves_out_what_needs_a_missing_program(tmp_path):
+def test_gpu_check_skips_stages_that_need_a_missing_program(tmp_path):
     stage = gpu_check.Stage("one", ["nothing"], 60, "compute-sanitizer")
     outcome = gpu_check.run_stage(stage, {"PATH": str(tmp_path)})
-    assert outcome.result == "left out: compute-sanitizer is not on PATH"
+    assert outcome.result == "skipped: compute-sanitizer is not on PATH"
     assert not outcome.failed
     assert gpu_check.run_stage(gpu_check.Stage("one", [str(tmp_path / "absent")], 60), {}).failed
 
@@ -415,11 +415,11 @@ def test_limits_of_a_device():
 def test_cutout_tree_keeps_the_splits_apart(tmp_path):
     """Masks are the objects' alpha, tags are what is to be seen, and validation shows no object of training."""
     rng = np.random.default_rng(0)
-    for kind, colour in (("red", 0), ("blue", 2)):
+    for kind, color in (("red", 0), ("blue", 2)):
         (tmp_path / kind / "more").mkdir(parents=True)
         for number in range(4):
             pixels = np.zeros((40, 50, 4), np.uint8)
-            pixels[8:32, 10:40, colour] = 200 + 10 * number  # the fourth alone has a value of 230
+            pixels[8:32, 10:40, color] = 200 + 10 * number  # the fourth alone has a value of 230
             pixels[8:32, 10:40, 3] = 255
             Image.fromarray(pixels).save(tmp_path / kind / "more" / f"{number}.png")
     (tmp_path / "scenes").mkdir()

@@ -68,7 +68,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def need_run(run: Path) -> None:
-    """UserError unless the folder holds a finished run."""
+    """UserError unless the folder contains a finished run."""
     if not run.is_dir():
         others = sorted(str(path.parent) for path in run.parent.glob(f"*/{CONFIG}"))
         raise UserError(f"no such run: {run}; give a folder that `afa train` wrote{did_you_mean(str(run), others)}")

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     if not first:
         return
     say_skipped(dataset)
-    rate = f", {done.written / done.seconds:.1f} images a second" if done.written else ""
+    rate = f", {done.written / done.seconds:.1f} images per second" if done.written else ""
     say("written", f"{done.written:,} labels of '{split}' to {options.out} ({done.skipped:,} already existed){rate}")
     if done.scores is None:
         say("note", f"the split '{split}' has no masks, so the labels can't be evaluated")

@@ -58,14 +58,14 @@ def overlay(picture: Picture, mask: NDArray[np.integer], strength: float = 0.6) 
 def _overlay_rows(picture: Picture, whole: NDArray[np.integer], rows: slice, strength: float) -> NDArray[np.float64]:
     mask = whole[rows]
     base = picture.astype(np.float64)
-    grey = base.mean(-1, keepdims=True)
+    gray = base.mean(-1, keepdims=True)
     colors = SCREEN_COLORS[np.clip(mask, 0, 255)].astype(np.float64)
     # Desaturate the image by half, so that the class colors remain recognizable.
-    result = (1 - strength) * (0.5 * base + 0.5 * grey) + strength * colors
-    result = np.where((mask == 0)[..., None], 0.62 * (0.35 * base + 0.65 * grey), result)
+    result = (1 - strength) * (0.5 * base + 0.5 * gray) + strength * colors
+    result = np.where((mask == 0)[..., None], 0.62 * (0.35 * base + 0.65 * gray), result)
     y, x = np.mgrid[rows, : mask.shape[1]]
     hatch = np.where((x + y) % 6 < 3, 215.0, 160.0)[..., None]
-    result = np.where((mask == IGNORE)[..., None], 0.45 * grey + 0.55 * hatch, result)
+    result = np.where((mask == IGNORE)[..., None], 0.45 * gray + 0.55 * hatch, result)
     edge = np.zeros(mask.shape, bool)
     above = whole[max(0, rows.start - 1) : rows.stop - 1]
     edge[len(mask) - len(above) :] |= mask[len(mask) - len(above) :] != above
@@ -84,8 +84,8 @@ def heat(picture: Picture, cam: NDArray[np.floating]) -> Picture:
         low = np.minimum(position.astype(int), len(_HEAT) - 2)
         part = (position - low)[..., None]
         colors = (1 - part) * _HEAT[low] + part * _HEAT[low + 1]
-        grey = picture[rows].astype(np.float64).mean(-1, keepdims=True)
-        result[rows] = (0.38 * grey + 0.72 * colors).clip(0, 255)
+        gray = picture[rows].astype(np.float64).mean(-1, keepdims=True)
+        result[rows] = (0.38 * gray + 0.72 * colors).clip(0, 255)
     return result
 
 

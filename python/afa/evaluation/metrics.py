@@ -34,7 +34,7 @@ class SegmentationMetrics:
             )
         for name, labels in (("pred", pred), ("target", target)):
             if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-                raise TypeError(f"{name} must hold integers, got {labels.dtype}")
+                raise TypeError(f"{name} must contain integers, got {labels.dtype}")
         counts = _count(pred.reshape(1, -1), target.reshape(1, -1), self.num_classes)[0]
         self.confusion = counts if self.confusion is None else self.confusion + counts.to(self.confusion.device)
 

@@ -1,4 +1,4 @@
-"""Every mistake in the data ends in one sentence naming the file and what to do, before any long work."""
+"""Every mistake in the data gives a one-line error with the file and a fix, before any long computation."""
 
 from __future__ import annotations
 
@@ -181,14 +181,14 @@ def test_tags_in_broken_xml(make_voc_tree: Callable[..., Path]) -> None:
         _train(root)
 
 
-def test_the_first_bad_file_is_named(voc_root: Path) -> None:
+def test_the_first_bad_file_is_reported(voc_root: Path) -> None:
     for name in ("t5", "t2", "t4"):
         (voc_root / f"JPEGImages/{name}.jpg").write_text("hello")
     with pytest.raises(UserError, match=r"t2\.jpg"):
         _train(voc_root)
 
 
-def test_a_file_spoilt_while_running_is_still_one_sentence(voc_root: Path) -> None:
+def test_a_file_damaged_during_the_run_gives_a_one_line_error(voc_root: Path) -> None:
     dataset = TaggedDataset(voc_root, "train", train=True, crop_size=32, with_mask=False)
     (voc_root / "JPEGImages/t1.jpg").write_text("hello")
     for workers in (0, 1):

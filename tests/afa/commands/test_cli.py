@@ -36,7 +36,7 @@ eval: {{report_images: 2}}
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small only wait for each other's threads, and for long on a busy machine."""
+    """With networks this small, several threads only slow each other down, especially on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def small(voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """small.yaml for the tiny tree, in a working directory of its own."""
+    """small.yaml for the tiny tree, in a separate working directory."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "small.yaml"
     path.write_text(SMALL.format(root=voc_root))
@@ -118,7 +118,7 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
 
     pictures = tmp_path / "pictures"
     (pictures / "deep").mkdir(parents=True)
-    Image.new("L", (70, 41), 90).save(pictures / "deep/grey.png")
+    Image.new("L", (70, 41), 90).save(pictures / "deep/gray.png")
     Image.new("RGBA", (33, 50), (10, 200, 30, 128)).save(pictures / "clear.png")
     (pictures / "notes.txt").write_text("no picture")
     photo = tmp_path / "voc/JPEGImages/v0.jpg"
@@ -127,14 +127,14 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
     arguments = ["predict", str(run), str(photo), "--out", "out", str(pictures), pattern]
     assert main([*arguments, "--quiet", "--device", "cpu", "--largest-side", "64"]) == 0
     shown = capsys.readouterr().out
-    names = {"v0", "clear", "deep/grey", "t0", "t1"}
+    names = {"v0", "clear", "deep/gray", "t0", "t1"}
     for folder in ("masks", "overlays", "cams"):
         found = {
             path.relative_to(tmp_path / "out" / folder).with_suffix("").as_posix()
             for path in (tmp_path / "out" / folder).rglob("*.png")
         }
         assert found == names
-    mask = Image.open(tmp_path / "out/masks/deep/grey.png")
+    mask = Image.open(tmp_path / "out/masks/deep/gray.png")
     assert (mask.mode, mask.size) == ("P", (70, 41))
     assert np.asarray(mask).max() <= 3
     assert all(name in shown for name in names)
@@ -174,7 +174,7 @@ def test_stop_and_resume(
     assert (tmp_path / "runs/small/model.safetensors").read_bytes() == model
 
 
-def test_data_without_masks_trains_and_ends_with_what_can_be_measured(
+def test_data_without_masks_trains_and_evaluates_the_classifier(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (tmp_path / "voc/SegmentationClass").iterdir():
@@ -246,7 +246,7 @@ def test_help_teaches_by_example(command: list[str], capsys: pytest.CaptureFixtu
         assert all(name in shown for name in ready_names())
 
 
-def test_without_a_command_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "afa train demo" in capsys.readouterr().out
 
@@ -282,7 +282,7 @@ def test_config_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> Non
     assert schema["$defs"]["TrainConfig"]["properties"]["lr"]["exclusiveMinimum"] == 0
 
 
-def test_wrong_config_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_config_commands_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'show'?" in _error(capsys, "config", "shw", "voc")
     assert "needs a configuration" in _error(capsys, "config", "show")
     assert "takes no configuration" in _error(capsys, "config", "schema", "voc")
@@ -313,7 +313,7 @@ def test_data_are_opened_and_the_model_is_built_once(
     assert made == ["TaggedDataset", "Backbone"]
 
 
-def test_settings_that_are_rarely_meant_are_noted(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unlikely_settings_are_reported(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "small.yaml", "labels.walk_radius=8", "--quiet", "--device=cpu"]
     assert main(arguments) == 0
     assert "note     the window of labels.walk_radius=8 covers 100% of a crop's 2 x 2 tokens" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The edges of the program: full disks, long names, missing packages, locales, other people's files."""
+"""Edge cases: full disks, long names, missing packages, locales, untrusted files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def small_files(limit: int) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """For models this small, more threads only wait for each other on a busy machine."""
+    """For models this small, more threads only slow each other down on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def config(tiny_config: Any, voc_root: Path) -> Config:
 # ---- files
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+def test_a_full_disk_gives_a_one_line_error(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "old")
     with small_files(100), pytest.raises(UserError, match=r"a\.txt can't be written: File too large"):
         write_bytes(tmp_path / "a.txt", bytes(1000))
@@ -83,7 +83,7 @@ def test_a_full_disk_while_training(config: Config, tmp_path: Path) -> None:
         train(config, tmp_path / "run", device="cpu", progress=False)
 
 
-def test_space_is_checked_before(tmp_path: Path) -> None:
+def test_free_space_is_checked_first(tmp_path: Path) -> None:
     check_space(tmp_path, 1000, "the checkpoints")
     with pytest.raises(UserError, match=r"the checkpoints in .* need about 1000000000000\.00 GB, but the disk has"):
         check_space(tmp_path, 10**21, "the checkpoints")
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert list((tmp_path / "new/out").iterdir()) == []
 
 
-def test_deleting_is_out_of_sight_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_folder_is_renamed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tree/deep").mkdir(parents=True)
     (tmp_path / "tree/deep/file").write_text("x")
     with monkeypatch.context() as patch:
@@ -155,7 +155,7 @@ def test_no_output_where_it_cannot_be_written(
         assert "--out file/out can't be written: Not a directory" in error and error.count("\n") == 1
 
 
-def test_predict_goes_on_after_a_bad_picture(
+def test_predict_continues_after_a_bad_image(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -167,7 +167,7 @@ def test_predict_goes_on_after_a_bad_picture(
     (pictures / "b.png").write_bytes(b"no picture")
     (pictures / "more/loop").symlink_to(pictures, target_is_directory=True)
     command = ["predict", "run", "photos", "--out", "photos/found", "--quiet", "--device", "cpu"]
-    for _ in range(2):  # what the first wrote is no input of the second
+    for _ in range(2):  # the output of the first run is not an input of the second
         assert main(command) == 2
         shown = capsys.readouterr()
         assert "written  2 images" in shown.out
@@ -187,7 +187,7 @@ def test_predict_goes_on_after_a_bad_picture(
     assert (tmp_path / "album/masks/truth.png").read_bytes() == b"someone's work"
 
 
-def test_masks_that_count_nothing_are_said_everywhere(
+def test_masks_without_classes_are_reported_everywhere(
     config: Config, voc_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -223,7 +223,7 @@ def test_evaluating_other_classes_is_refused(config: Config, voc_root: Path, tmp
     ],
 )
 @pytest.mark.slow
-def test_a_missing_package_is_one_sentence(package: str, arguments: str, tmp_path: Path) -> None:
+def test_a_missing_package_gives_a_one_line_error(package: str, arguments: str, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules['{package}'] = None; from afa.commands.cli import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -296,7 +296,7 @@ def test_a_model_file_cannot_make_timm_read_others(config: Config, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["hf-hub:someone/model", "local-dir:/tmp/model", "/tmp/model"])
-def test_a_backbone_is_a_name_of_timm(config: Config, name: str) -> None:
+def test_a_backbone_must_be_a_timm_model(config: Config, name: str) -> None:
     config.model.backbone = name
     with pytest.raises(UserError, match="timm has no model named"):
         build_model(config.model, 3)
@@ -326,10 +326,10 @@ def test_checkpoints_of_training_scripts(config: Config, tmp_path: Path, wrap: C
     assert all(torch.equal(value, built[key]) for key, value in net.state_dict().items())
 
 
-def test_unknown_checkpoints_name_their_keys(config: Config, tmp_path: Path) -> None:
+def test_unknown_checkpoints_are_reported_with_their_keys(config: Config, tmp_path: Path) -> None:
     torch.save({"weights": {}, "step": 3}, tmp_path / "w.pth")
     config.model.weights = str(tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"no state dict of tensors \(its keys are weights, step; looked under"):
+    with pytest.raises(UserError, match=r"no state dict of tensors \(its keys are weights, step; searched under"):
         build_model(config.model, 2)
 
 

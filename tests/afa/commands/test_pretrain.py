@@ -1,4 +1,4 @@
-"""Pretraining of the bundled backbone, in small, and the weights that ship."""
+"""A small pretraining of the bundled backbone, and the bundled weights."""
 
 import json
 from importlib import resources
@@ -50,7 +50,7 @@ def test_writes_weights_and_card_and_nothing_else(tmp_path, capsys):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.slow
-def test_goes_on_from_a_state(tmp_path, monkeypatch, capsys):
+def test_resumes_from_a_state(tmp_path, monkeypatch, capsys):
     out = tmp_path / "mini.safetensors"
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 0.0)
     save = torch.save
@@ -69,7 +69,7 @@ def test_goes_on_from_a_state(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "save", save)
     run(out, 64)
     printed = capsys.readouterr().out
-    assert "after 16 images" in printed  # the third state was cut off before it had its name
+    assert "after 16 images" in printed  # saving the third state was interrupted before the file was renamed
     assert json.loads(printed.splitlines()[-1])["images"] == 64
 
 

@@ -1,4 +1,4 @@
-"""Export of pseudo labels and the pictures kept while training."""
+"""Export of pseudo labels and the snapshots saved during training."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_files_are_the_labels(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     found = _export(run, tmp_path / "out", "--source", source, *settings)
     assert found.keys() == set(dataset.names)
     shown = capsys.readouterr().out
-    assert "6 labels of 'train'" in shown and "images a second" in shown
+    assert "6 labels of 'train'" in shown and "images per second" in shown
     metrics = SegmentationMetrics(4)
     ignored = 0
     for number, name in enumerate(dataset.names):
@@ -83,7 +83,7 @@ def test_files_are_the_labels(run: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_labels_are_those_of_training(run: Path) -> None:
-    """The walk and PAR labels of a whole image are the targets that a training step makes of it."""
+    """The walk and PAR labels of a whole image are the targets that a training step computes for it."""
     model, config, dataset = _loaded(run)
     item = dataset[0]
     image, tags = item["image"][None, :, :48, :48].contiguous(), item["tags"][None]
@@ -160,7 +160,7 @@ def test_labels_have_the_size_of_the_picture(run: Path, tmp_path: Path) -> None:
     assert all(label.shape == (48, 64) for label in found.values())
 
 
-def test_images_without_masks_are_said_to_be_unmeasured(
+def test_images_without_masks_are_reported(
     run: Path, voc_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (voc_root / "SegmentationClass").glob("t*.png"):
@@ -169,7 +169,7 @@ def test_images_without_masks_are_said_to_be_unmeasured(
     assert "no masks, so the labels can't be evaluated" in capsys.readouterr().out
 
 
-def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_a_one_line_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error(*more: str) -> str:
         assert main(["pseudo-labels", str(run), "--device=cpu", "--quiet", *more]) == 2
         return capsys.readouterr().err
@@ -195,7 +195,7 @@ def test_snapshot(run: Path, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     path = snapshot(model, dataset, config, tmp_path / "kept", 30, count=3)
     assert path == tmp_path / "kept/snapshots/00000030.npz"
-    assert model.training and torch.equal(torch.get_rng_state(), state), "training goes on as without it"
+    assert model.training and torch.equal(torch.get_rng_state(), state), "training continues as without it"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     (tmp_path / "kept/snapshots/00000040.npz").write_bytes(b"cut")
     found = load_snapshots(tmp_path / "kept")
@@ -229,7 +229,7 @@ def test_cam_label_of_one_threshold_is_that_of_evaluation(run: Path) -> None:
         assert (labels["par"][0].numpy() != sample["par_label"]).sum() <= 1
 
 
-def test_training_goes_on_as_without_snapshots(
+def test_snapshots_do_not_change_training(
     tiny_config: Any, voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
@@ -271,7 +271,7 @@ def test_predict_upright_at_several_scales(run: Path, tmp_path: Path, monkeypatc
     assert (mask("--crf") != plain).any()
 
 
-def test_predict_names_bad_scales(run: Path, voc_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_reports_invalid_scales(run: Path, voc_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for scales in ("0", "big"):
         photo = str(voc_root / "JPEGImages/t0.jpg")
         assert main(["predict", str(run), photo, "--scales", scales, "--device=cpu", "--quiet"]) == 2

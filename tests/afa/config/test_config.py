@@ -53,7 +53,7 @@ def test_ready_files_load_and_survive_a_round_trip(name: str, tmp_path: Path) ->
     written = tmp_path / "config.yaml"
     written.write_text(to_yaml(config))
     assert load_config(written) == config
-    assert load_config(tmp_path) == config  # the folder of a run holds its config.yaml
+    assert load_config(tmp_path) == config  # a run's folder contains its config.yaml
 
 
 def test_ready_names_and_paths_resolve(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_overrides_take_the_type_of_the_field(override: str, section: str, name:
         ("data.workers=-1", ["data.workers"]),
     ],
 )
-def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:
+def test_an_invalid_override_is_reported(override: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         load_config("voc", [override])
     for word in words:
@@ -154,7 +154,7 @@ def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:
         ("data: {root: 12}", ["data.root", "text", "12"]),
     ],
 )
-def test_a_wrong_file_is_named(text: str, words: list[str], tmp_path: Path) -> None:
+def test_an_invalid_file_is_reported(text: str, words: list[str], tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -228,7 +228,7 @@ def test_every_key_has_a_description_and_a_type_in_the_schema() -> None:
     assert schema["$defs"]["LabelConfig"]["properties"]["walk_radius"]["maximum"] == 63
 
 
-def test_notes_tell_of_settings_that_are_rarely_meant() -> None:
+def test_notes_report_unlikely_settings() -> None:
     assert load_config("voc").notes() == []
     assert load_config("demo").notes() == []
     (note,) = load_config("voc", ["data.crop_size=128"]).notes()

@@ -1,4 +1,4 @@
-"""Values that pass for settings and make a run do something else in silence, and keys that YAML allows."""
+"""Values outside a setting's range, which would silently change the run, and unusual keys that YAML allows."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_merge_keys(tmp_path: Path) -> None:
     "text",
     ["? [a, b]\n: 1\n", "? {a: b}\n: 1\n", "1: 2\n", "null: {}\n", "on: {}\n", "train: {on: 1}\n", "train: {1.5: 1}\n"],
 )
-def test_odd_keys_are_one_sentence(tmp_path: Path, text: str) -> None:
+def test_unusual_keys_give_a_one_line_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(_write(tmp_path, text))
     assert "\n" not in str(caught.value)

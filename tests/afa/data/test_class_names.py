@@ -102,7 +102,7 @@ def table(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("cell", ['"cat,dog"', "cat|dog", "\"['cat', 'dog']\"", 'dog"', "cat\u200b", "nan", '"cat'])
-def test_bad_cells_name_their_line(table: Callable[[str], Path], cell: str) -> None:
+def test_invalid_cells_are_reported_with_their_line(table: Callable[[str], Path], cell: str) -> None:
     with pytest.raises(UserError, match=r"^line 4 of .*tags\.csv"):
         read_own_folder(table(f"image,labels\n0.jpg,cat\n1.jpg,dog\n2.jpg,{cell}\n"))
 

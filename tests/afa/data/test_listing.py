@@ -1,4 +1,4 @@
-"""One rule for listing a folder: hidden files, loops of links, output of earlier commands, masks of no picture."""
+"""Rules for listing a folder: hidden files, loops of links, output of earlier commands, masks without an image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _listed(root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in visible_files(root, IMAGE_SUFFIXES)]
 
 
-def test_what_is_listed(tmp_path: Path) -> None:
+def test_listed_files(tmp_path: Path) -> None:
     for name in ("b.jpg", "a/1.PNG", "a/.hidden.jpg", ".trash/2.jpg", "out/masks/3.png", "predictions/masks/4.png"):
         _picture(tmp_path / name)
     (tmp_path / "a/notes.txt").write_text("")
@@ -86,7 +86,7 @@ def test_masks_elsewhere_are_reported(
     assert read_own_folder(tmp_path).classes == ["cat"]
 
 
-def test_output_is_no_mask(tmp_path: Path) -> None:
+def test_output_is_not_used_as_masks(tmp_path: Path) -> None:
     _picture(tmp_path / "cat/1.png")
     _picture(tmp_path / "masks/cat/1.png")
     mark_output(tmp_path / "masks")

@@ -1,4 +1,4 @@
-"""Pictures of one's own, without VOC's layout: tags from a CSV or from folders, splits, masks, and every mistake."""
+"""User data without VOC's layout: tags from a CSV file or from folders, splits, masks, and all kinds of mistakes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_tags_from_a_table(album: Path) -> None:
     assert batch["image"].shape == (4, 3, 16, 16)
 
 
-def test_ways_to_write_a_table(album: Path) -> None:
+def test_table_formats(album: Path) -> None:
     (album / "tags.csv").rename(album / "from my phone.CSV")
     rows = ["./p00.jpg,traffic light", "p01,traffic light; car", "deep\\extra.png,car", "extra2,"]
     _picture(album / "deep/extra2.JPEG")
@@ -82,7 +82,7 @@ def test_tags_from_folders(tmp_path: Path) -> None:
     assert _open(tmp_path, "all").classes == ["zebra", "ant", "lion"]
 
 
-def test_folders_split_beforehand(tmp_path: Path) -> None:
+def test_folders_with_predefined_splits(tmp_path: Path) -> None:
     for place in ("train/ant/1.jpg", "train/bee/2.jpg", "val/ant/1.jpg"):
         _picture(tmp_path / place)
     assert _open(tmp_path, "train").names == ["train/ant/1", "train/bee/2"]
@@ -90,7 +90,7 @@ def test_folders_split_beforehand(tmp_path: Path) -> None:
     assert _open(tmp_path, "val").classes == ["ant", "bee"]
 
 
-def test_a_picture_keeps_its_side_when_others_come(album: Path) -> None:
+def test_an_image_keeps_its_split_when_others_are_added(album: Path) -> None:
     before = {split: set(_open(album, split).names) for split in ("train", "val")}
     with open(album / "tags.csv", "a") as table:
         for number in range(200):
@@ -102,7 +102,7 @@ def test_a_picture_keeps_its_side_when_others_come(album: Path) -> None:
     assert 10 <= len(after["val"]) <= 35  # a tenth of 220, by chance
 
 
-def test_few_pictures_still_leave_one_to_measure(tmp_path: Path) -> None:
+def test_few_images_leave_one_for_validation(tmp_path: Path) -> None:
     for place in ("ant/1.jpg", "ant/2.jpg"):
         _picture(tmp_path / place)
     assert [len(_open(tmp_path, split)) for split in ("train", "val")] == [1, 1]
@@ -111,7 +111,7 @@ def test_few_pictures_still_leave_one_to_measure(tmp_path: Path) -> None:
         _open(tmp_path, "val")
 
 
-def test_pictures_with_masks_are_measured(album: Path) -> None:
+def test_images_with_masks_are_used_for_validation(album: Path) -> None:
     for name in ("p03", "p08"):
         mask = np.zeros((30, 40), np.uint8)
         mask[5:10] = 2
@@ -258,7 +258,7 @@ def test_mistake_in_the_folder(album: Path, mistake: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_downloads_are_not_taken_for_pictures_of_ones_own(tmp_path: Path) -> None:
+def test_downloads_are_not_mistaken_for_own_images(tmp_path: Path) -> None:
     _picture(tmp_path / "kit/VOC2012/JPEGImages/a.jpg")
     with pytest.raises(UserError, match=r"contains a folder in PASCAL VOC layout; set data\.root=.*kit/VOC2012$"):
         _open(tmp_path / "kit", "train")
@@ -269,7 +269,7 @@ def test_downloads_are_not_taken_for_pictures_of_ones_own(tmp_path: Path) -> Non
         _open(tmp_path / "coco", "train")
 
 
-def test_unknown_split_is_named(album: Path) -> None:
+def test_an_unknown_split_is_reported(album: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'vall' in .*did you mean 'val'"):
         _open(album, "vall")
 

@@ -1,4 +1,4 @@
-"""`afa prepare` on small trees laid out as the public downloads unpack: what is derived, what is missing, going on."""
+"""`afa prepare` on small trees with the layout of the public downloads: derived files, missing parts, resuming."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def say(said: Lines) -> Callable[[str, str], None]:
 
 @pytest.fixture
 def devkit(tmp_path: Path) -> Path:
-    """VOCdevkit with VOC2012: train a1 a2, val v1 v2, and the pictures s1 to s3 that SBD alone has segmented."""
+    """VOCdevkit with VOC2012: train a1 a2, val v1 v2, and the images s1 to s3 that only SBD has segmented."""
     root = tmp_path / "VOCdevkit/VOC2012"
     lists = root / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
@@ -82,7 +82,7 @@ def devkit(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sbd(devkit: Path) -> Path:
-    """benchmark_RELEASE beside the devkit; its train and val have images of VOC's val among them."""
+    """benchmark_RELEASE next to the devkit; its train and val lists include images of VOC's val."""
     dataset = devkit.parent / "benchmark_RELEASE/dataset"
     (dataset / "cls").mkdir(parents=True)
     (dataset / "train.txt").write_text("s1\nv1\na1\n")
@@ -135,7 +135,7 @@ def test_voc_again_changes_nothing(devkit: Path, sbd: Path, said: Lines, say: An
 def test_voc_train_masks(devkit: Path, sbd: Path, say: Any) -> None:
     root = prepare_voc(devkit, train_masks=True, progress=False, say=say)
     folder = root / "SegmentationClassAug"
-    # Neither val's, nor what VOC has finer masks of.
+    # No masks for val images, and none for images with finer masks in VOC.
     assert sorted(path.name for path in folder.iterdir()) == ["s1.png", "s2.png", "s3.png"]
     image = Image.open(folder / "s2.png")
     assert image.mode == "P"
@@ -223,7 +223,7 @@ def test_voc_without_sbd_is_ready_for_its_own_training_list(devkit: Path, say: A
         (["VOC2012/JPEGImages/s2.jpg"], ["1 listed images", "(s2)"]),
     ],
 )
-def test_voc_missing_parts_are_named(devkit: Path, sbd: Path, gone: list[str], words: list[str], say: Any) -> None:
+def test_voc_missing_parts_are_reported(devkit: Path, sbd: Path, gone: list[str], words: list[str], say: Any) -> None:
     for name in gone:
         (devkit / name).rename(devkit.parent / "away") if len(gone) == 1 else (devkit / name).rename(
             devkit.parent / Path(name).name
@@ -331,7 +331,7 @@ def test_coco_again_changes_nothing(coco: Path, said: Lines, say: Any) -> None:
     assert np.unique(_coco_mask(coco, 1, "train")).tolist() == [0, 12, 80]
 
 
-def test_coco_goes_on_after_a_stop(coco: Path, said: Lines, say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coco_resumes_after_a_stop(coco: Path, said: Lines, say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(work: Callable[[Any], object], tasks: list[Any], name: str, progress: bool) -> None:
         work(tasks[0])
         raise KeyboardInterrupt
@@ -340,7 +340,7 @@ def test_coco_goes_on_after_a_stop(coco: Path, said: Lines, say: Any, monkeypatc
         patch.setattr(coco_module, "run_all", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepare_coco(coco, progress=False, say=say)
-    # What is half done can't be taken for done: the list of val comes after its masks.
+    # Incomplete output can't be mistaken for complete output: the list of val is written after its masks.
     assert not (coco / "ImageSets/Segmentation/val.txt").exists()
     done = sorted((coco / "SegmentationClass").iterdir())
     assert len(done) == 1
@@ -352,7 +352,7 @@ def test_coco_goes_on_after_a_stop(coco: Path, said: Lines, say: Any, monkeypatc
 
 
 @pytest.mark.slow
-def test_coco_goes_on_after_a_kill(coco: Path, tmp_path: Path, say: Any) -> None:
+def test_coco_resumes_after_a_kill(coco: Path, tmp_path: Path, say: Any) -> None:
     path = coco / "annotations/instances_val2014.json"
     content = json.loads(path.read_text())
     rng = np.random.default_rng(0)
@@ -367,7 +367,7 @@ def test_coco_goes_on_after_a_kill(coco: Path, tmp_path: Path, say: Any) -> None
     path.write_text(json.dumps(content))
     masks = coco / "SegmentationClass"
     command = [sys.executable, "-m", "afa.commands.cli", "prepare", "coco", str(coco), "--quiet"]
-    # A session of its own: its pool must die with it.
+    # A separate session, so that its pool is killed, too.
     with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         try:
             for _ in range(6000):
@@ -388,7 +388,7 @@ def test_coco_goes_on_after_a_kill(coco: Path, tmp_path: Path, say: Any) -> None
         assert np.array_equal(np.asarray(Image.open(masks / f"{image.name}.png")), drawn)
 
 
-def test_coco_missing_parts_are_named_at_once(coco: Path, say: Any) -> None:
+def test_coco_missing_parts_are_reported_together(coco: Path, say: Any) -> None:
     (coco / "val2014").rename(coco / "elsewhere")
     (coco / "annotations/instances_train2014.json").unlink()
     with pytest.raises(UserError) as caught:
@@ -416,7 +416,7 @@ def test_coco_other_categories_are_refused(coco: Path, say: Any) -> None:
         prepare_coco(coco, progress=False, say=say)
 
 
-def test_coco_missing_picture_is_named(coco: Path, say: Any) -> None:
+def test_coco_missing_image_is_reported(coco: Path, say: Any) -> None:
     (coco / "train2014/COCO_train2014_000000000002.jpg").unlink()
     (coco / "train2014/COCO_train2014_000000000003.jpg").unlink()  # shows nothing, and isn't missed
     with pytest.raises(
@@ -512,7 +512,7 @@ def _val(coco: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda c: c["images"].append({**c["images"][0], "id": 99}), "2 times"),
     ],
 )
-def test_coco_oddities_are_one_sentence(coco: Path, say: Any, change: Any, words: str) -> None:
+def test_invalid_coco_annotations_give_a_one_line_error(coco: Path, say: Any, change: Any, words: str) -> None:
     _val(coco, change)
     with pytest.raises(UserError, match=words) as caught:
         prepare_coco(coco, progress=False, say=say)
@@ -520,7 +520,7 @@ def test_coco_oddities_are_one_sentence(coco: Path, say: Any, change: Any, words
     assert not (coco / "classes.txt").exists()
 
 
-def test_coco_oddities_that_are_read(coco: Path, say: Any) -> None:
+def test_unusual_coco_annotations_are_read(coco: Path, say: Any) -> None:
     def change(content: dict[str, Any]) -> None:
         for image in content["images"]:
             image["file_name"] = f"val2014/{image['file_name']}"

@@ -80,7 +80,7 @@ def test_pretraining_shares_no_shape_texture_or_background_generator_with_the_de
 
 
 @pytest.mark.parametrize("name", [*DEMO_SHAPES, *PRETRAIN_SHAPES])
-def test_every_shape_lies_within_its_circle(name):
+def test_every_shape_is_within_its_circle(name):
     shape = {**DEMO_SHAPES, **PRETRAIN_SHAPES}[name]
     coverage = rasterize(shape, np.random.default_rng(1), 96, (48.0, 48.0), 30.0, 0.3, 1.0)
     y, x = np.nonzero(coverage > 0.5)
@@ -97,7 +97,7 @@ def test_every_texture_varies_within_range(name):
     assert values.std() > 0.1
 
 
-def test_photograph_crop_is_rgb_of_the_asked_size():
+def test_photograph_crop_is_rgb_of_the_requested_size():
     crop = bg.photograph(np.random.default_rng(0), 80, bg.VAL_PHOTOGRAPHS)
     assert crop.shape == (80, 80, 3) and crop.dtype == np.uint8 and crop.std() > 1
 

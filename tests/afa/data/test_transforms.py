@@ -1,4 +1,4 @@
-"""Reading pictures and masks whatever their encoding, and the random crop."""
+"""Reading images and masks of all encodings, and the random crop."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def test_picture_encodings(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (5, 7, 3)).astype(np.uint8)
     color = Image.fromarray(rgb)
-    grey = color.convert("L")
+    gray = color.convert("L")
     alpha = color.convert("RGBA")
     alpha.putpixel((0, 0), (9, 9, 9, 0))
     cases: dict[str, tuple[Image.Image, np.ndarray]] = {
         "rgb": (color, rgb),
-        "grey": (grey, np.asarray(grey)[..., None].repeat(3, 2)),
-        "palette": (grey.convert("P"), np.asarray(grey)[..., None].repeat(3, 2)),
+        "gray": (gray, np.asarray(gray)[..., None].repeat(3, 2)),
+        "palette": (gray.convert("P"), np.asarray(gray)[..., None].repeat(3, 2)),
         "sixteen": (
-            Image.fromarray(np.asarray(grey).astype(np.uint16) * 257),
-            np.asarray(grey)[..., None].repeat(3, 2),
+            Image.fromarray(np.asarray(gray).astype(np.uint16) * 257),
+            np.asarray(gray)[..., None].repeat(3, 2),
         ),
     }
     for name, (image, expected) in cases.items():
@@ -72,9 +72,9 @@ def test_mask_encodings(tmp_path: Path) -> None:
     indexed.putpalette(palette.reshape(-1).tolist())
     assert indexed.mode == "P"
     indexed.save(tmp_path / "indexed.png")
-    Image.fromarray(mask).save(tmp_path / "grey.png")
+    Image.fromarray(mask).save(tmp_path / "gray.png")
     Image.fromarray(palette[mask]).save(tmp_path / "colors.png")
-    for name in ("indexed", "grey", "colors"):
+    for name in ("indexed", "gray", "colors"):
         assert np.array_equal(read_mask(tmp_path / f"{name}.png", 3, (2, 3)), mask), name
 
 
@@ -94,8 +94,8 @@ def test_voc_palette() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (31, 97), (5, 3), (200, 20)])
 @pytest.mark.parametrize("size", [32, 48])
-def test_crop_box_is_where_the_picture_lies(height: int, width: int, size: int) -> None:
-    # No pixel is near the padding's color, so that padding can be told from picture.
+def test_crop_box_is_the_position_of_the_image(height: int, width: int, size: int) -> None:
+    # No pixel is close to the padding's color, so that padding and image can be distinguished.
     image = Image.new("RGB", (width, height), (250, 10, 250))
     seen = set()
     for seed in range(40):
@@ -108,7 +108,7 @@ def test_crop_box_is_where_the_picture_lies(height: int, width: int, size: int) 
         assert (crop[~inside] == 0).all(), "black, as in the published code"
         seen.add((y0, y1, x0, x1))
     if 2 * max(height, width) < size:
-        assert len(seen) > 20  # a picture smaller than the crop falls at random places
+        assert len(seen) > 20  # an image smaller than the crop gets a random position
 
 
 def test_crop_equals_the_crop_of_the_whole_scaled_image() -> None:
@@ -177,13 +177,13 @@ def test_mask_of_an_image_that_was_not_turned(tmp_path: Path) -> None:
 
 def test_more_mask_encodings(tmp_path: Path) -> None:
     mask = np.array([[0, 1, 1], [1, 0, 0]], np.uint8)
-    grey = Image.fromarray(mask)
-    indexed = grey.copy()
+    gray = Image.fromarray(mask)
+    indexed = gray.copy()
     indexed.putpalette(voc_palette().reshape(-1).tolist())
     cases = {
         "bits": Image.fromarray(mask.astype(bool)),
         "sixteen": Image.fromarray(mask.astype(np.uint16)),
-        "grey and alpha": grey.convert("LA"),
+        "gray and alpha": gray.convert("LA"),
         "colors and alpha": indexed.convert("RGBA"),
     }
     for name, image in cases.items():
@@ -210,10 +210,10 @@ def test_more_picture_encodings(tmp_path: Path) -> None:
     assert abs(found[-1, -1].astype(int) - rgb[-1, -1]).max() < 40
     color.convert("CMYK").save(tmp_path / "print.jpg", quality=100)
     found = np.asarray(read_image(tmp_path / "print.jpg")).astype(int)
-    assert abs(found - rgb).mean() < 3  # the colors themselves, and not their negatives
+    assert abs(found - rgb).mean() < 3  # the colors, not their negatives
     Image.fromarray(np.full((2, 3), 70_000, np.int32)).save(tmp_path / "wide.tif")
     assert np.asarray(read_image(tmp_path / "wide.tif")).max() == 255
-    for name, mode in (("bits.png", "1"), ("grey and alpha.png", "LA"), ("scan.tif", "L"), ("web.webp", "RGB")):
+    for name, mode in (("bits.png", "1"), ("gray and alpha.png", "LA"), ("scan.tif", "L"), ("web.webp", "RGB")):
         color.convert(mode).save(tmp_path / name)
         image = read_image(tmp_path / name)
         assert (image.mode, image.size) == ("RGB", (31, 24)), name
@@ -226,7 +226,7 @@ def test_more_picture_encodings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"format": "JPEG"}, {"format": "JPEG", "progressive": True}, {"format": "PNG"}])
 @pytest.mark.parametrize("kept", [0.99, 0.5, 0.02, 0])
-def test_the_check_finds_what_reading_would(tmp_path: Path, options: dict[str, Any], kept: float) -> None:
+def test_the_check_finds_the_errors_that_reading_finds(tmp_path: Path, options: dict[str, Any], kept: float) -> None:
     path = tmp_path / "image"
     noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3)).astype(np.uint8)
     Image.fromarray(noise).save(path, **options)
@@ -286,7 +286,7 @@ def test_orientation_of_every_format_and_mode(tmp_path: Path, name: str, mode: s
         (70_000, np.int32, 127.5),
     ],
 )
-def test_range_of_deep_greys(tmp_path: Path, values: float, kind: Any, mean: float) -> None:
+def test_range_of_deep_grays(tmp_path: Path, values: float, kind: Any, mean: float) -> None:
     ramp = (np.linspace(0, values, 2400).reshape(40, 60)).astype(kind)
     Image.fromarray(ramp).save(tmp_path / "deep.tif")
     found = np.asarray(read_image(tmp_path / "deep.tif"))
@@ -294,7 +294,7 @@ def test_range_of_deep_greys(tmp_path: Path, values: float, kind: Any, mean: flo
     assert found.mean() == pytest.approx(mean, abs=0.6)
 
 
-def test_deep_greys_below_zero_and_of_no_number(tmp_path: Path) -> None:
+def test_deep_grays_with_negative_values_and_nan(tmp_path: Path) -> None:
     Image.fromarray(np.linspace(-1000, 3000, 2400).reshape(40, 60).astype(np.int32)).save(tmp_path / "scan.tif")
     found = np.asarray(read_image(tmp_path / "scan.tif"))
     assert (found.min(), found.max()) == (0, 255)

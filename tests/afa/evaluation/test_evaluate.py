@@ -1,4 +1,4 @@
-"""Measurement: the four rows, samples, and batches."""
+"""Evaluation: the four rows, samples, and batches."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rows_and_samples(setting: tuple[AFANet, TaggedDataset, Config]) -> None
     model, dataset, config = setting
     model.train()
     result = evaluate(model, dataset, config, progress=False, keep=3)
-    assert model.training, "the mode is put back"
+    assert model.training, "the mode is restored"
     assert result.images == 4 and result.seconds > 0 and 0 <= result.f1 <= 1
     assert [sample["name"] for sample in result.samples] == ["v0", "v2", "v3"]
     confusion = {row: np.zeros((4, 4), int) for row in ROWS}
@@ -67,7 +67,9 @@ def test_rows_and_samples(setting: tuple[AFANet, TaggedDataset, Config]) -> None
             known = sample["truth"] != 255
             np.add.at(confusion[row], (sample["truth"][known], labels[known]), 1)
     for row in ROWS:
-        assert getattr(result, row)["confusion"] == confusion[row].tolist(), "the kept pictures are those measured"
+        assert getattr(result, row)["confusion"] == confusion[row].tolist(), (
+            "the saved samples are those that were evaluated"
+        )
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 1.5), (0.5,)])
@@ -109,7 +111,7 @@ def test_segmentation_is_the_largest_of_scales_with_flips_averaged(
 
 
 def test_tags_decide_the_label_rows(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
-    """Without tags every label row is background; the segmentation row does not look at them."""
+    """Without tags every label row is background; the segmentation row does not use them."""
     model, dataset, config = setting
     before = evaluate(model, dataset, config, progress=False)
     dataset.tags = torch.zeros_like(dataset.tags)
@@ -189,7 +191,7 @@ def test_crf_row_is_the_crf_of_the_segmentation(setting: tuple[AFANet, TaggedDat
 
 
 @pytest.mark.parametrize("crf", [False, True])
-def test_stopped_evaluation_goes_on(
+def test_a_stopped_evaluation_resumes(
     setting: tuple[AFANet, TaggedDataset, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crf: bool
 ) -> None:
     if crf:
@@ -213,7 +215,7 @@ def test_stopped_evaluation_goes_on(
     kept = sorted((tmp_path / "store/one").iterdir())
     assert [path.name for path in kept] == ["v0.png", "v1.png"]
     assert all(path.stat().st_size < 4000 for path in kept)
-    kept[1].write_bytes(kept[1].read_bytes()[:200])  # damaged: measured again
+    kept[1].write_bytes(kept[1].read_bytes()[:200])  # damaged: evaluated again
     (tmp_path / "store/other").mkdir()
 
     computed.clear()
@@ -227,15 +229,15 @@ def test_stopped_evaluation_goes_on(
     found: list[int] = []
     again = evaluate(model, dataset, config, progress=False, store=store, on_resume=found.append)
     assert found == [1]
-    assert len(computed) == 3, "all but the image that was whole"
+    assert len(computed) == 3, "all except the image that was complete"
     assert scores(again) == scores(whole)
     assert again.image_iou == whole.image_iou
     if crf:
         assert again.rows["crf"]["confusion"] == whole.rows["crf"]["confusion"]
-    assert not (tmp_path / "store").exists(), "a complete evaluation leaves nothing to go on from"
+    assert not (tmp_path / "store").exists(), "a complete evaluation leaves no state to resume from"
 
 
-def test_the_store_knows_model_and_settings(tmp_path: Path) -> None:
+def test_the_store_depends_on_model_and_settings(tmp_path: Path) -> None:
     config = Config()
     model = tmp_path / "model.safetensors"
     model.write_bytes(b"weights")
@@ -256,7 +258,7 @@ def test_the_store_knows_model_and_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("crf", [False, True])
-def test_without_masks_only_the_classifier_is_measured(
+def test_without_masks_only_the_classifier_is_evaluated(
     setting: tuple[AFANet, TaggedDataset, Config], crf: bool
 ) -> None:
     if crf:  # which the samples are then drawn with
@@ -277,7 +279,7 @@ def test_without_masks_only_the_classifier_is_measured(
 
 
 @pytest.mark.slow
-def test_two_processes_count_what_one_does(
+def test_two_processes_count_the_same_as_one(
     setting: tuple[AFANet, TaggedDataset, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command as torchrun starts it, over gloo; five images, so that the shares differ."""
@@ -328,10 +330,10 @@ exit(cli.main({arguments}) or cli.main({labels}))"""
     assert "on 6 images" in said[0] and len(list((tmp_path / "labels").glob("*.png"))) == 6
 
 
-def test_everything_stored_computes_nothing(
+def test_a_complete_store_needs_no_computation(
     setting: tuple[AFANet, TaggedDataset, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when a measurement is stopped between its last image and its report; names may have folders in them."""
+    """As if an evaluation is stopped between its last image and its report; names may contain folders."""
     model, dataset, config = setting
     dataset.names = [f"deep/{name}" for name in dataset.names]
     monkeypatch.setattr(dataset, "mask_path", lambda index: dataset.root / f"SegmentationClass/v{index}.png")

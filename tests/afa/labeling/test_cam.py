@@ -47,7 +47,7 @@ def by_definition(model: AFANet, image: Tensor, tags: Tensor, scales: tuple[floa
 
 
 @torch.no_grad()
-def test_is_the_definition(model: AFANet) -> None:
+def test_cams_match_the_definition(model: AFANet) -> None:
     images = torch.randn(4, 3, 64, 80)
     scales = (1.0, 0.5, 1.5)
     cams = cams_of(run_scales(model, images, cam_scales=scales), TAGS)
@@ -57,7 +57,7 @@ def test_is_the_definition(model: AFANet) -> None:
 
 
 @torch.no_grad()
-def test_a_forward_at_hand_is_used(model: AFANet) -> None:
+def test_a_given_forward_pass_is_reused(model: AFANet) -> None:
     images = torch.randn(4, 3, 64, 64)
     plain = run_scales(model, images, cam_scales=(1.0, 0.5), affinity_scale=0.5)
     base = model(images, want=("cam",)).cam
@@ -65,7 +65,7 @@ def test_a_forward_at_hand_is_used(model: AFANet) -> None:
     hook = model.backbone.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     spared = run_scales(model, images, cam_scales=(1.0, 0.5), affinity_scale=0.5, base_cam=base)
     hook.remove()
-    assert sizes == [4, 8], "at scale 1 only the mirror images are left to do"
+    assert sizes == [4, 8], "at scale 1 only the mirror images remain"
     torch.testing.assert_close(cams_of(spared, TAGS), cams_of(plain, TAGS), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(spared.affinity, plain.affinity, rtol=1e-4, atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_a_forward_at_hand_is_used(model: AFANet) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [1.0, 1.5, 2.0])
 def test_affinity_at_a_scale(model: AFANet, scale: float) -> None:
-    """2.0 is no CAM scale: it is run for the affinity alone and must not enter the CAM."""
+    """2.0 is not a CAM scale: it is only run for the affinity and must not contribute to the CAM."""
     images = torch.randn(2, 3, 64, 64)
     result = run_scales(
         model, images, cam_scales=(1.0, 1.5), affinity_scale=scale, base_cam=model(images, want=("cam",)).cam

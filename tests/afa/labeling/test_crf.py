@@ -1,4 +1,4 @@
-"""Dense CRF: against mean-field inference by the definition, and through worker processes."""
+"""Dense CRF: compared with mean-field inference by definition, and run in worker processes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_is_mean_field_inference() -> None:
     )
 
 
-def test_processes_give_what_one_gives() -> None:
+def test_processes_give_the_result_of_one() -> None:
     pytest.importorskip("pydensecrf")
     cases = [_case(seed)[:2] for seed in range(5)]
     expected = {i: dense_crf(*case, PUBLISHED).argmax(0) for i, case in enumerate(cases)}
@@ -81,7 +81,7 @@ def test_processes_give_what_one_gives() -> None:
             for i, case in enumerate(cases):
                 pool.add(i, *case)
                 found |= dict(pool.take())
-                assert len(found) >= i + 1 - 2 * workers, "no more than two a worker are under way"
+                assert len(found) >= i + 1 - 2 * workers, "at most two per worker are in progress"
             found |= dict(pool.take(everything=True))
         finally:
             pool.close()
@@ -90,7 +90,7 @@ def test_processes_give_what_one_gives() -> None:
             assert labels.dtype == np.uint8 and np.array_equal(labels, expected[i])
 
 
-def test_wrong_sizes_are_named() -> None:
+def test_wrong_sizes_are_reported() -> None:
     image, probabilities, _ = _case()
     with pytest.raises(ValueError, match=r"image must be uint8 \(30, 36, 3\).*got uint8 \(29, 36, 3\)"):
         dense_crf(image[1:], probabilities, PUBLISHED)

@@ -51,7 +51,7 @@ def test_cam_label_golden(gold: dict[str, Tensor], packed: Packed) -> None:
 
 
 def ragged() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """images, tags (0 to 3 an image), smooth CAMs, boxes, affinity on a 6 x 8 grid."""
+    """images, tags (0 to 3 per image), smooth CAMs, boxes, affinity on a 6 x 8 grid."""
     torch.manual_seed(1)
     images = F.interpolate(torch.rand(4, 3, 12, 16), size=(48, 64), mode="bicubic").clamp(0, 1).mul(255).byte()
     tags = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1]]).float()
@@ -61,7 +61,7 @@ def ragged() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return images, tags, cams, box, torch.sigmoid(logits + logits.transpose(1, 2))
 
 
-def test_batch_is_its_images_one_by_one() -> None:
+def test_a_batch_equals_its_images_one_by_one() -> None:
     images, tags, cams, box, affinity = ragged()
     config = CONFIG.model_copy(update={"walk_radius": 3, "par_dilations": (1, 2, 4)})
     classes = pack_classes(tags)
@@ -73,7 +73,9 @@ def test_batch_is_its_images_one_by_one() -> None:
         "walk single": walked_cam_labels(maps, affinity, (6, 8), classes, config, (0.35, 0.35)),
     }
     for name in ("par", "walk"):
-        assert {0, 255} < set(whole[name].unique().tolist()), "the case must hold background, ignored and classes"
+        assert {0, 255} < set(whole[name].unique().tolist()), (
+            "the case must have background, ignored pixels and classes"
+        )
     for i in range(4):
         # Packed among all five classes instead: packing must not matter either.
         one = pack_classes(tags[i : i + 1], 5)
@@ -156,7 +158,7 @@ def test_the_higher_threshold_never_adds_foreground() -> None:
     assert (low | ~high).all()
 
 
-def test_two_thresholds_ignore_what_lies_between() -> None:
+def test_two_thresholds_ignore_scores_between_them() -> None:
     """One rule for every kind of label, here of the CAM and of the walked CAM."""
     _, tags, cams, _, affinity = ragged()
     classes = pack_classes(tags)

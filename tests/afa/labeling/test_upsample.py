@@ -1,4 +1,4 @@
-"""Label maps of full size from small scores, and pictures drawn in strips."""
+"""Full-size label maps from small scores, and images drawn in strips."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_slanted_border_has_no_steps() -> None:
 
 
 @pytest.mark.parametrize("draw", [overlay, heat])
-def test_strips_do_not_show(draw: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_do_not_change_the_result(draw: object, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (37, 23, 3)).astype(np.uint8)
     second = rng.choice(np.array([0, 1, 2, 255], np.uint8), (37, 23)) if draw is overlay else rng.random((37, 23))

@@ -1,4 +1,4 @@
-"""Backbones by timm name: attention read from hooks, strides, weights, and what is refused."""
+"""Backbones by timm name: attention read with hooks, strides, weights, and rejected models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BACKBONES = {
 def test_attention_logits_are_those_timm_computes(make: Any) -> None:
     """timm's own probabilities, from its unfused path, are the softmax of scale times the logits read."""
     backbone = make()
-    # Larger queries and keys than at initialisation: a flat softmax would hide mistakes.
+    # Larger queries and keys than at initialization: a flat softmax would hide mistakes.
     for path in backbone.attention_paths:
         for name, parameter in backbone.net.get_submodule(path).named_parameters():
             if name.startswith(("q", "kv")) and name.endswith("weight") and parameter.dim() == 2:
@@ -98,7 +98,7 @@ def test_gradient_reaches_q_and_k_and_not_v() -> None:
     assert attention.q.weight.grad.abs().sum() > 0
     key, value = attention.kv.weight.grad.chunk(2)
     assert key.abs().sum() > 0
-    assert value.abs().sum() == 0  # the last block's values feed the map, which has no part in this loss
+    assert value.abs().sum() == 0  # the last block's values only affect the map, which this loss does not use
 
 
 @pytest.mark.parametrize(("stride", "grids"), [(32, (16, 8, 4, 2)), (16, (16, 8, 4, 4)), (8, (16, 8, 8, 8))])
@@ -156,7 +156,7 @@ class TestWeights:
     def test_round_trip(self, tmp_path: Path, suffix: str, prefix: str) -> None:
         source, target = pvt(), Backbone("pvt_v2_b0", PVT)
         state = {prefix + key: value for key, value in source.net.state_dict().items()}
-        state[prefix + "head.weight"] = torch.zeros(10, 32)  # a classifier is no mistake
+        state[prefix + "head.weight"] = torch.zeros(10, 32)  # a classifier is allowed
         path = tmp_path / f"weights.{suffix}"
         save_file(state, path) if suffix == "safetensors" else torch.save({"model": state}, path)
         load_backbone_weights(target, str(path))
@@ -164,8 +164,8 @@ class TestWeights:
             assert torch.equal(value, target.net.state_dict()[key])
 
     def test_official_mit_file(self, tmp_path: Path) -> None:
-        """Tensors named and shaped as in SegFormer's mit_b0.pth, with values of our own, give the network they were
-        taken from."""
+        """Tensors with the names and shapes of SegFormer's mit_b0.pth give the network that their values were taken
+        from."""
         source = Backbone("mit_b0").eval()
         assert source.channels == (32, 64, 160, 256) and net(source).stages[0].blocks[0].mlp.fc1.out_features == 128
         official: dict[str, torch.Tensor] = {}
@@ -207,13 +207,13 @@ class TestWeights:
         torch.testing.assert_close(net(target).pos_embed.reshape(1, 7, 7, -1).permute(0, 3, 1, 2), expected)
         assert torch.equal(net(source).blocks[1].attn.qkv.weight, net(target).blocks[1].attn.qkv.weight)
 
-    def test_none_leaves_it_random(self) -> None:
+    def test_without_weights_the_backbone_stays_random(self) -> None:
         backbone = pvt()
         before = copy.deepcopy(backbone.state_dict())
         load_backbone_weights(backbone, None)
         assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
-    def test_wrong_file_names_the_tensors(self, tmp_path: Path) -> None:
+    def test_a_mismatched_file_is_reported_with_its_tensors(self, tmp_path: Path) -> None:
         state = pvt().net.state_dict()
         del state["patch_embed.proj.bias"]
         state["stages.9.what"] = torch.zeros(1)

@@ -1,4 +1,4 @@
-"""AFANet: what a forward computes, decoders, and the model's file."""
+"""AFANet: outputs of a forward pass, decoders, and the model's file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_shapes(make: Make, decoder: str) -> None:
     torch.testing.assert_close(out.affinity, expected)
 
 
-def test_only_what_is_asked_for_is_computed(make: Make) -> None:
+def test_only_requested_outputs_are_computed(make: Make) -> None:
     model, _ = make()
     ran = []
     for name in ("decoder", "affinity_head", "classifier"):
@@ -143,7 +143,7 @@ def test_images_are_normalized_as_the_backbone_was_pretrained(tiny_config: Any, 
 
 class TestFile:
     def test_normalization_travels_with_the_model(self, make: Make, tmp_path: Path) -> None:
-        """And not with timm's settings, which may change."""
+        """Not with timm's settings, which may change."""
         model, config = make()
         model.normalization = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
         save_model(tmp_path / "m.safetensors", model, config, ["a", "b", "c"])
@@ -152,7 +152,7 @@ class TestFile:
     def test_round_trip(self, make: Make, tmp_path: Path) -> None:
         model, config = make()
         images = torch.randn(1, 3, 64, 64)
-        model.train()(images.repeat(2, 1, 1, 1))  # running statistics must travel too
+        model.train()(images.repeat(2, 1, 1, 1))  # running statistics must be saved, too
         save_model(tmp_path / "m.safetensors", model, config, ["a", "b", "c"])
         loaded, classes, back = load_model(tmp_path / "m.safetensors")
         assert classes == ["a", "b", "c"] and back == config and not loaded.training
@@ -169,7 +169,7 @@ class TestFile:
         with pytest.raises(UserError, match="can't be read as a safetensors file"):
             load_model(path)
         save_file({"a": torch.zeros(1)}, path)
-        with pytest.raises(UserError, match="not a model of this program"):
+        with pytest.raises(UserError, match="was not saved by this program"):
             load_model(path)
         model, config = make()
         save_model(path, model, config, ["a", "b", "c"])

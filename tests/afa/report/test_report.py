@@ -76,7 +76,7 @@ def _log(run: Path) -> None:
 
 
 class _Page(HTMLParser):
-    """Tags that are open at the end or closed out of turn, addresses and text of a page."""
+    """Tags of a page that are not closed or closed in the wrong order, its addresses and its text."""
 
     VOID = frozenset({"meta", "img", "br", "link", "rect", "line", "path", "circle"})
 
@@ -106,7 +106,7 @@ class _Page(HTMLParser):
         self.text += data
 
 
-def test_page_is_whole_and_needs_nothing_else(tmp_path: Path, result: EvalResult) -> None:
+def test_the_page_is_complete_and_self_contained(tmp_path: Path, result: EvalResult) -> None:
     _log(tmp_path)
     path = write_report(tmp_path, result, CLASSES, facts={"Backbone": "a & b"}, title="Trial <1>")
     assert path == tmp_path / "report.html"
@@ -150,13 +150,13 @@ def test_curves(tmp_path: Path, result: EvalResult) -> None:
         # Both numbers are rounded to a tenth.
         assert [end for _, end in edges[:-1]] == pytest.approx([start for start, _ in edges[1:]], abs=0.11)
     first = [float(re.search(r'class="raw"[^>]* d="M([\d.]+)', chart)[1]) for chart in charts[:3]]  # type: ignore[index]
-    assert first[0] < first[1] == first[2]  # the other two losses begin with their phase
+    assert first[0] < first[1] == first[2]  # the other two losses start with their phase
     assert charts[3].count("<circle") == 8
 
 
 def test_page_without_log_and_samples(tmp_path: Path, result: EvalResult) -> None:
     result.samples = []
-    del result.seg["confusion"]  # as of a run that an earlier version measured
+    del result.seg["confusion"]  # like a run evaluated by an earlier version
     page = _Page(write_report(tmp_path, result, CLASSES).read_text(encoding="utf-8"))
     assert page.open == []
     assert "no training log" in page.text
@@ -164,7 +164,7 @@ def test_page_without_log_and_samples(tmp_path: Path, result: EvalResult) -> Non
     assert "predicted as" not in page.text
 
 
-def test_read_log_merges_and_passes_over_a_cut_line(tmp_path: Path) -> None:
+def test_read_log_merges_rows_and_skips_an_incomplete_line(tmp_path: Path) -> None:
     _log(tmp_path)
     rows = read_log(tmp_path / "log.jsonl")
     assert [row["iteration"] for row in rows] == list(range(10, 1010, 10))
@@ -224,7 +224,7 @@ def test_tables(tmp_path: Path, result: EvalResult) -> None:
     assert again.crf is not None and again.crf["confusion"] == [[800, 40, 0], [90, 60, 10], [0, 0, 0]]
     assert [[sample["name"] for sample in group] for group in (again.best, again.worst)] == [["v2&"], ["v0&"]]
 
-    # A split without masks has no tables, and those of an earlier measurement go.
+    # A split without masks has no tables, and those of an earlier evaluation are removed.
     nothing = {**_row(math.nan), "iou": [math.nan] * 3}
     save_result(
         tmp_path,
@@ -238,7 +238,7 @@ def test_tables(tmp_path: Path, result: EvalResult) -> None:
     assert not again.has_masks and again.f1 == 0.5 and math.isnan(again.seg["miou"])
 
 
-def test_unmeasured_and_damaged_runs_are_named(tmp_path: Path, result: EvalResult) -> None:
+def test_damaged_runs_and_runs_without_evaluation_are_reported(tmp_path: Path, result: EvalResult) -> None:
     with pytest.raises(UserError, match=r"metrics\.json does not exist.*afa evaluate"):
         make_report(tmp_path)
     save_result(tmp_path, result, CLASSES, Config(), {})
@@ -333,7 +333,7 @@ def test_sections_of_a_full_run(tmp_path: Path, result: EvalResult) -> None:
     ]
     assert "t<7>" in page.text
     assert text.count("IoU 0.75") == 2 and text.count("IoU 0.25") == 2  # as best or worst, and as an example
-    # 90 of 160 star pixels are taken for background.
+    # 90 of 160 star pixels are predicted as background.
     assert "56.2% of star predicted as background" in text
     assert re.search(r"56\.2%</td><td>.*?star</td><td>.*?background</td>", text)
 

@@ -1,4 +1,4 @@
-"""report.html as a browser shows it: wide and narrow, light and dark. Skipped where there is no Chromium."""
+"""report.html in a browser: wide and narrow, light and dark. Skipped without Chromium."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _chromium(tmp_path: Path, page: Path, *options: str, dark: bool = False) -> 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of an invented run that has everything: 21 classes, a CRF, three phases, long names."""
+    """The report of an artificial run with all sections: 21 classes, a CRF, three phases, long names."""
     run = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(0)
     names = ["background", *CLASSES]
@@ -98,8 +98,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _measuring(page: Path, out: Path) -> Path:
-    """A page that shows `page` in frames of several widths and writes down how wide each frame's content is, the size
-    of what sticks out, pictures that failed, and text too faint to read (WCAG AA)."""
+    """A page that shows `page` in frames of several widths and records the width of each frame's content, the size of
+    overflowing elements, images that failed to load, and text with low contrast (WCAG AA)."""
     frames = "".join(
         f'<iframe width="{width}" height="900" srcdoc="{html.escape(page.read_text(encoding="utf-8"))}"></iframe>'
         for width in WIDTHS
@@ -145,7 +145,7 @@ def _measuring(page: Path, out: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_fits_and_reads_at_every_width(page: Path, tmp_path: Path, dark: bool) -> None:
+def test_the_page_fits_and_is_readable_at_every_width(page: Path, tmp_path: Path, dark: bool) -> None:
     measuring = _measuring(page, tmp_path / "measure.html")
     shown, console = _chromium(tmp_path, measuring, "--dump-dom", "--virtual-time-budget=5000", dark=dark)
     assert console == ""

@@ -1,4 +1,4 @@
-"""Stopping at any moment and going on: whole checkpoints, damaged ones, SIGKILL and SIGTERM."""
+"""Stopping at any time and resuming: complete and damaged checkpoints, SIGKILL and SIGTERM."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def cut(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / "run"
 
 
-def test_what_a_checkpoint_holds(cut: Path) -> None:
+def test_contents_of_a_checkpoint(cut: Path) -> None:
     assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == ["00000004", "00000006"]
     folder = cut / "checkpoints/00000006"
     names = ["ema.safetensors", "model.safetensors", "sha256.json", "state.pt"]
@@ -89,7 +89,7 @@ def test_resumes_average_and_loss_scale(config: Config, cut: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("harm", ["cut short", "one bit", "missing", "sums"])
-def test_damaged_is_named_and_the_one_before_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     config: Config, cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
 ) -> None:
     newest = cut / "checkpoints/00000006"
@@ -110,7 +110,7 @@ def test_damaged_is_named_and_the_one_before_used(
         assert_equal(whole, run_train(config, cut, resume=True))
 
 
-def test_none_whole_is_left(config: Config, cut: Path) -> None:
+def test_no_valid_checkpoint_is_left(config: Config, cut: Path) -> None:
     for folder in (cut / "checkpoints").iterdir():
         (folder / "state.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"00000006 is damaged.*00000004 is damaged.*there is no valid checkpoint"):
@@ -133,7 +133,9 @@ def test_no_pickle_is_executed(config: Config, cut: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_keeps_as_many_as_asked(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+def test_keeps_the_configured_number_of_checkpoints(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
     config.train.keep_checkpoints = keep
     config.train.checkpoint_every = 1
     with monkeypatch.context() as patch:
@@ -345,7 +347,7 @@ def test_killed_before_every_operation_on_files(config: Config, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_half_deleted_checkpoint_is_no_reason_to_lose_a_finished_run(config: Config, tmp_path: Path) -> None:
+def test_a_half_deleted_checkpoint_does_not_lose_a_finished_run(config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     whole = run_train(config, run)
     (run / "checkpoints/00000009/state.pt").unlink()

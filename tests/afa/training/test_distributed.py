@@ -1,4 +1,4 @@
-"""The processes of one run: sums, gradients, batch norm; and none of it in a process alone."""
+"""The processes of one run: sums, gradients, batch norm; no communication in a single process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ d.barrier()
 assert d.gather({"rank": rank}) == ([{"rank": 0}, {"rank": 1}] if rank == 0 else [])
 assert d.broadcast(f"from {rank}") == "from 0"
 
-# One model on the whole batch, and two on a half each: same statistics, same gradients.
+# One model on the whole batch, and two models on one half each: same statistics, same gradients.
 torch.manual_seed(rank)
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 2, 1))
 model = model.double().to(memory_format=torch.channels_last)
@@ -88,7 +88,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert all("fine" in output for output in outputs)
 
 
-def test_alone_it_does_nothing() -> None:
+def test_a_single_process_needs_no_communication() -> None:
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     assert distributed.setup("cpu") == torch.device("cpu")
     counts = torch.tensor([3, 4])
@@ -105,7 +105,7 @@ def test_alone_it_does_nothing() -> None:
     distributed.teardown()
 
 
-def test_batch_norm_alone_is_batch_norm() -> None:
+def test_synchronized_batch_norm_in_one_process_is_batch_norm() -> None:
     torch.manual_seed(0)
     x = torch.rand(2, 3, 4, 4)
     plain, synchronized = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))
@@ -115,7 +115,7 @@ def test_batch_norm_alone_is_batch_norm() -> None:
     assert torch.equal(plain.running_var, synchronized.get_buffer("0.running_var"))
 
 
-def test_devices_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="cuda:0 is one GPU for 2 processes; use --device cuda"):

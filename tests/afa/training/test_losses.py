@@ -50,7 +50,7 @@ def test_affinity_head_is_the_definition_without_the_maps() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_affinity_head_starts_as_likeness_of_tokens() -> None:
+def test_affinity_head_starts_as_token_similarity() -> None:
     queries = torch.randn(1, 4, 5, 16)
     affinity = AffinityHead(4, 16)(queries, queries)
     scaled = (queries @ queries.transpose(-2, -1)).mean(1) / 4  # sqrt(16)

@@ -88,7 +88,7 @@ def test_parameter_groups(tiny_config: Any, factor: float) -> None:
         assert groups["norms"]["weight_decay"] == 0
         assert any(p is norm for p in groups["norms"]["params"])
     assert groups["backbone"]["weight_decay"] == groups["heads"]["weight_decay"] == config.train.weight_decay == 0.01
-    # The decoder's batch norm is a head's, and learns.
+    # The decoder's batch norm is part of a head and is trained.
     assert any(p is model.get_parameter("decoder.norm.weight") for p in groups["heads"]["params"])
     grouped = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -132,7 +132,7 @@ def test_phases_compute_what_they_need(tiny_config: Any, monkeypatch: pytest.Mon
     assert ran == ["backbone 3"]
     ran.clear()
     step = train_step.update(batch, 4)
-    # One training forward, the mirror images at scale 1, and both at scale 0.5.
+    # One training forward pass, the mirror images at scale 1, and both at scale 0.5.
     assert ran == ["backbone 3", "decoder", "backbone 3", "backbone 6", "par_weights", "par_labels"]
     assert step.labels is not None and step.pairs is not None
     assert step.labels.shape == (3, 64, 64) and step.pairs.shape == (3, 16, 16)
@@ -148,7 +148,7 @@ def test_phases_compute_what_they_need(tiny_config: Any, monkeypatch: pytest.Mon
     assert ran[4:] == (["par_weights", "walk_labels"] if boxes == "whole" else ["walk_labels"])
 
 
-def test_affinity_target_follows_the_segmentation_only_when_asked(tiny_config: Any) -> None:
+def test_affinity_target_follows_the_segmentation_only_if_configured(tiny_config: Any) -> None:
     config = tiny_config()
     torch.manual_seed(0)
     train_step = TrainStep(build_model(config.model, 3), config)
@@ -168,7 +168,7 @@ def test_affinity_target_follows_the_segmentation_only_when_asked(tiny_config: A
     assert not torch.equal(pairs[True], pairs[False])
 
 
-def test_drop_path_is_active_in_the_forwards_that_make_labels(tiny_config: Any) -> None:
+def test_drop_path_is_active_in_the_forward_passes_for_labels(tiny_config: Any) -> None:
     config = tiny_config()
     config.model.backbone_args["drop_path_rate"] = 0.9
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def test_drop_path_is_active_in_the_forwards_that_make_labels(tiny_config: Any) 
 
 
 @pytest.mark.slow
-def test_learns_a_batch_by_heart(tiny_config: Any) -> None:
+def test_overfits_a_single_batch(tiny_config: Any) -> None:
     config = tiny_config()
     config.train.iterations, config.train.classify_until, config.train.par_until = 70, 30, 60
     config.train.poly_power, config.train.weight_seg, config.train.weight_affinity = 0.0, 1.0, 1.0
@@ -212,8 +212,8 @@ def test_bf16_is_near_fp32(tiny_config: Any) -> None:
     torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0.05, atol=0.01)
 
 
-def test_heads_are_counted_by_adam_from_the_start(tiny_config: Any) -> None:
-    """As published, where they are in the graph with a loss weight of 0; the first gradients then make larger steps."""
+def test_adam_counts_steps_of_the_heads_from_the_start(tiny_config: Any) -> None:
+    """As published, where they are in the graph with a loss weight of 0; so the first gradients cause larger steps."""
     config = tiny_config()
     config.train.weight_decay = 0.0
     torch.manual_seed(0)
@@ -224,7 +224,7 @@ def test_heads_are_counted_by_adam_from_the_start(tiny_config: Any) -> None:
     before = predict.clone()
     for iteration in range(4):
         train_step.update(batch_of(), iteration)
-    assert torch.equal(predict, before), "a gradient of 0 moves nothing"
+    assert torch.equal(predict, before), "a gradient of 0 changes nothing"
     for parameter in (predict, affinity):
         state = train_step.optimizer.state[parameter]
         assert float(state["step"]) == 4 and not state["exp_avg_sq"].any()
@@ -316,7 +316,7 @@ class TestRun:
 
         assert losses(run) == losses(tmp_path / "whole")
 
-    def test_half_a_checkpoint_is_none(self, config: Config, tmp_path: Path) -> None:
+    def test_an_incomplete_checkpoint_is_ignored(self, config: Config, tmp_path: Path) -> None:
         run = tmp_path / "run"
         (run / "checkpoints" / ".00000003.tmp").mkdir(parents=True)
         with pytest.raises(UserError, match="no checkpoint"):
@@ -333,7 +333,7 @@ class TestRun:
         with pytest.raises(UserError, match=r"train\.lr is 0\.0005.*started with 0\.001"):
             run_train(config, tmp_path / "run", resume=True)
 
-    def test_earlier_run_is_put_aside(self, config: Config, tmp_path: Path) -> None:
+    def test_an_earlier_run_is_moved_away(self, config: Config, tmp_path: Path) -> None:
         config.train.iterations = 1
         run = tmp_path / "run"
         first = run_train(config, run)
@@ -345,7 +345,7 @@ class TestRun:
         assert len((run / "log.jsonl").read_text().splitlines()) == 1
 
     @pytest.mark.parametrize(("name", "column"), [("classification", 0), ("segmentation", 1), ("affinity", 2)])
-    def test_loss_that_is_not_finite_is_named(
+    def test_a_loss_that_is_not_finite_is_reported(
         self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, column: int
     ) -> None:
         real = TrainStep.update
@@ -362,7 +362,7 @@ class TestRun:
             run_train(config, tmp_path / "run")
         assert not (tmp_path / "run" / "model.safetensors").exists()
 
-    def test_measures_on_the_way(self, config: Config, tmp_path: Path) -> None:
+    def test_evaluates_during_training(self, config: Config, tmp_path: Path) -> None:
         config.train.eval_every = 4
         records: list[Any] = []
         train(config, tmp_path / "run", on_log=records.append, progress=False)
@@ -371,7 +371,7 @@ class TestRun:
         assert all(0 <= record[f"val_{row}_miou"] <= 1 for record in measured for row in ("cam", "walk", "par", "seg"))
 
     def test_keeps_the_best(self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The evaluation after iteration 3 is made the best: its weights are saved, whatever comes later."""
+        """The evaluation after iteration 3 is made the best one: its weights are saved, whatever the later scores."""
         config.train.eval_every, config.train.checkpoint_every, config.train.keep_best = 3, 3, "seg"
         config.train.ema = 0.5
         real = afa.training.loop.evaluate
@@ -401,7 +401,7 @@ class TestRun:
         with pytest.raises(UserError, match=r"train\.keep_best is walk, but the split 'val' has no masks"):
             train(config, tmp_path / "run", device="cpu", progress=False)
 
-    def test_a_best_model_that_is_repeated_is_forgotten(self, config: Config, tmp_path: Path) -> None:
+    def test_a_later_best_model_is_removed_when_resuming_before_it(self, config: Config, tmp_path: Path) -> None:
         train_step = TrainStep(build_model(config.model, 3), config)
         for iteration, score in ((3, 0.5), (6, 0.4), (9, 0.7)):
             save_if_best(tmp_path, train_step, ["a", "b", "c"], iteration, score)

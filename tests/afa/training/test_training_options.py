@@ -1,4 +1,4 @@
-"""Half precision, micro-batches, processes, averages, clipping, compiling, TensorBoard: what the defaults leave off."""
+"""Options off by default: half precision, micro-batches, processes, averages, clipping, compiling, TensorBoard."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def batch_of(images: int = 4, side: int = 64) -> dict[str, Any]:
 def train_step_of(config: Config) -> TrainStep:
     torch.manual_seed(0)
     train_step = TrainStep(build_model(config.model, 3), config)
-    # CAMs of random weights are all alike, and labels with them.
+    # CAMs of random weights are all similar, and so are labels computed from them.
     train_step.model.classifier.weight.data.normal_()
     return train_step
 
@@ -82,7 +82,7 @@ def test_losses_of_parts_add_up() -> None:
         (afa_ext.affinity_loss(affinity, pairs), [affinity_loss(affinity[i], pairs[i], counts) for i in HALVES]),
     ):
         torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=0)
-    # Each half as a batch of its own, as published, would be another loss.
+    # Treating each half as a separate batch, as published, would give a different loss.
     alone = sum(segmentation_loss(logits[i], labels[i]) for i in HALVES) / 2
     assert abs(alone - segmentation_loss(logits, labels)) > 0.01
 
@@ -125,7 +125,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(config: Config, pha
             torch.testing.assert_close(gradient, found[1][2][name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
 
 
-def test_a_batch_that_can_not_be_divided(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_indivisible_batch_is_rejected(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     with pytest.raises(UserError, match=r"train.accumulate .* must be a divisor of train.batch_size \(3\), got 2"):
         load_config(tmp_path / "c.yaml", ["train.accumulate=2"])
@@ -140,7 +140,7 @@ def test_a_batch_that_can_not_be_divided(config: Config, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(config: Config, tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(config: Config, tmp_path: Path) -> None:
     """`torchrun -m afa train` from data to report: losses and scores of one process, within rounding."""
     # Phases end, measurements and checkpoints fall between two lines of the log too.
     config.train.batch_size, config.train.log_every, config.train.eval_every = 4, 2, 5
@@ -155,7 +155,7 @@ def test_two_processes_give_what_one_gives(config: Config, tmp_path: Path) -> No
         shown[name] = done.stdout
     assert "9 iterations of 4 crops on 2 processes on cpu" in shown["two"]
     lines = [[line.split()[0] for line in text.splitlines() if line] for text in shown.values()]
-    assert lines[0] == lines[1]  # rank 0 alone speaks
+    assert lines[0] == lines[1]  # only rank 0 prints
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("one", "two")
@@ -211,7 +211,7 @@ def test_fp16_is_near_fp32(config: Config) -> None:
     torch.testing.assert_close(found["fp16"], found["fp32"], rtol=0.02, atol=0.005)
 
 
-def test_fp16_leaves_out_an_update_that_overflows(config: Config) -> None:
+def test_fp16_skips_an_update_that_overflows(config: Config) -> None:
     config.train.precision = "fp16"
     train_step = train_step_of(config)
     train_step.scaler.load_state_dict({**train_step.scaler.state_dict(), "scale": 2.0**60})
@@ -233,7 +233,7 @@ def log_of(config: Config, norms: list[float], path: Path, first: int = 0) -> Ru
     return log
 
 
-def test_gradients_that_are_not_finite_are_named(config: Config, tmp_path: Path) -> None:
+def test_gradients_that_are_not_finite_are_reported(config: Config, tmp_path: Path) -> None:
     log = log_of(config, [1.0, float("inf")], tmp_path / "log")
     with pytest.raises(
         UserError, match="the gradients became inf at iteration 2, although the losses are finite; lower"
@@ -279,7 +279,7 @@ def test_average_of_weights(config: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_average_is_what_is_measured_and_saved(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_is_evaluated_and_saved(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[nn.Module] = []
     real = afa.training.loop.evaluate
 
@@ -327,7 +327,7 @@ def test_clips_gradients(config: Config) -> None:
 def test_compiled_network_reads_the_same_attention(
     config: Config, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Through all phases, with the graphs run as they are captured: code generation is torch's own affair."""
+    """Through all phases, running the captured graphs: code generation is tested by torch."""
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     config.labels.cam_scales = (1.0,)
     config.model.backbone_args["depths"] = [1, 1, 1, 1]
@@ -344,7 +344,7 @@ def test_compiled_network_reads_the_same_attention(
     assert found[True][1].keys() == found[False][1].keys()
 
 
-def test_what_is_compiled(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_parts(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
     model = build_model(config.model, 3)
     names = compile_network(model)
@@ -354,10 +354,10 @@ def test_what_is_compiled(config: Config, monkeypatch: pytest.MonkeyPatch) -> No
         assert not any(f"backbone.net.{path}".startswith(name + ".") or name.endswith(path) for name in names)
 
 
-# ---- what is shown
+# ---- printed output
 
 
-def test_line_beside_the_bar() -> None:
+def test_summary_next_to_the_progress_bar() -> None:
     record = {"loss_cls": 0.5, "loss_seg": None, "loss_aff": None, "images_per_s": 12.34, "wait_share": 0.071}
     assert summary(record) == "cls 0.500 | 12.3 img/s | wait 7%"
     record = {**record, "loss_seg": 1.0, "loss_aff": 0.25, "peak_memory_gib": 7.89}
@@ -415,7 +415,7 @@ def test_tensorboard(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "run/tensorboard").exists() and (tmp_path / "run/previous/1/tensorboard").is_dir()
 
 
-def test_tensorboard_wanted_but_absent(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tensorboard_is_reported(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afa.training.board.find_spec", lambda _: None)
     config.train.iterations, config.train.tensorboard = 1, None
     train(config, tmp_path / "run", device="cpu", progress=False)

@@ -348,7 +348,7 @@ def test_affinity_of_misaligned_tensors(layout, dtype, kernels, assert_relative)
     compare(kernels, "affinity_loss_backward", (torch.rand_like(sums), sums, misaligned(labels)), 1e-6, assert_relative)
 
 
-def test_affinity_ignores_what_lies_outside_the_window(kernels, assert_relative):
+def test_affinity_ignores_entries_outside_the_window(kernels, assert_relative):
     grid, radius = (5, 8), 1  # vectors of four reach past the window
     attention = torch.randn(1, 3, 40, 40)
     settings, weight, bias = (*grid, radius, True), torch.randn(3), torch.randn(1)
@@ -363,7 +363,7 @@ def test_affinity_ignores_what_lies_outside_the_window(kernels, assert_relative)
     assert_relative(actual, expected, 1e-6)
 
 
-def test_affinity_loss_of_many_blocks_and_of_nothing(kernels, assert_relative):
+def test_affinity_loss_of_many_blocks_and_of_no_pairs(kernels, assert_relative):
     affinity, labels = torch.rand(40_000, dtype=torch.float64), torch.randint(0, 3, (40_000,), dtype=torch.uint8)
     for count in (40_000, 0):
         compare(kernels, "affinity_loss", (affinity[:count], labels[:count]), 1e-12, assert_relative)

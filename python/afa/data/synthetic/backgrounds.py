@@ -59,8 +59,8 @@ def photograph(rng: np.random.Generator, size: int, names: tuple[str, ...]) -> n
     crop = image.transform((size, size), Image.Transform.QUAD, tuple(corners.ravel()), Image.Resampling.BICUBIC)
     pixels = np.asarray(crop, dtype=np.float32) / 255
     pixels = pixels[..., rng.permutation(3)] ** np.float32(rng.uniform(0.6, 1.6))
-    grey = pixels.mean(-1, keepdims=True)
-    pixels = grey + (pixels - grey) * np.float32(rng.uniform(0.4, 1.5))
+    gray = pixels.mean(-1, keepdims=True)
+    pixels = gray + (pixels - gray) * np.float32(rng.uniform(0.4, 1.5))
     tint = rng.uniform(0.65, 1.25, 3).astype(np.float32)
     return (np.clip(pixels * tint, 0, 1) * 255).astype(np.uint8)
 
