@@ -18,7 +18,7 @@ demo: install ## install, build, train AFA on the embedded data set, write runs/
 	$(BIN)/afa train demo
 
 # One thread per process: processes that each start a thread per core slow each other down.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test: install ## install and build if needed, run every test on all cores
 	$(PYTEST)

@@ -14,14 +14,13 @@ from tests.cuda import device as stand_in
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before `-m` reads the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU, skips the tests that need one. On the stand-in GPU (tests/cuda/README.md), keeps only these tests
     and skips those that it does not support."""
     no_gpu = pytest.mark.skip(reason="no GPU on this machine; the stand-in GPU runs it: python -m tests.cuda.run")
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent / "cuda") or "stand_in" in item.name:
-            item.add_marker(pytest.mark.xdist_group("stand-in"))  # one build folder, so one process
             item.add_marker(pytest.mark.slow)  # the first one builds it
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)

@@ -1,20 +1,22 @@
 """Builds the stand-in GPU: its runtime, the bridge to torch, and the package whose CUDA kernels g++ compiled.
 
-Only what changed is compiled. Everything lies under build/cuda_stand_in.
+Only what changed is compiled. Everything lies under build/cuda_stand_in, which one process at a time builds.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -30,6 +32,31 @@ HARNESS = [KERNELS / name for name in ("cuda_on_host.cpp", "memory_check.cpp", "
 TORCH_LIBRARIES = ("libc10_cuda.so", "libtorch_cuda.so", "libtorch_python.so", "libtorch_cuda_linalg.so")
 # Of the runtime functions that torch imports, those that tell the host nothing it relies on.
 SUCCEED = ("cudaProfilerStart", "cudaProfilerStop")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_holds_lock = False
+
+
+def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """Holds a lock on the build folder during a call, as pytest-xdist's workers build at the same time. Calls nest."""
+
+    @wraps(function)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+        global _holds_lock
+        if _holds_lock:
+            return function(*args, **kwargs)
+        target_folder = ROOT / "build" / "cuda_stand_in"
+        target_folder.mkdir(parents=True, exist_ok=True)
+        with open(target_folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _holds_lock = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _holds_lock = False
+
+    return locked
 
 
 @cache
@@ -128,6 +155,7 @@ def symbols(library: Path, option: str) -> set[str]:
     return {line.split()[-1].partition("@")[0] for line in output.splitlines() if line.strip()}
 
 
+@one_at_a_time
 def build_runtime() -> Path:
     """The folder of libstand_in_cudart.so, to preload, and of libcuda.so.1."""
     target_folder = folder(sanitize=False) / "runtime"
@@ -166,6 +194,7 @@ def runtime_link_flags() -> list[str]:
     return [f"-L{path}", "-lstand_in_cudart", f"-Wl,-rpath,{path}"]
 
 
+@one_at_a_time
 def build_bridge() -> Path:
     """The library that tells the runtime of torch, and gives torch's own operators real values."""
     target_folder = folder(sanitize=False) / "bridge"
@@ -178,6 +207,7 @@ def build_bridge() -> Path:
 # ---- the package ----
 
 
+@one_at_a_time
 def build_package(sanitize: bool = False) -> Path:
     """A folder with a copy of the package afa_ext whose CUDA kernels g++ compiled."""
     import pybind11
@@ -240,6 +270,7 @@ def why_not_shipped() -> str | None:
     return f"the library's objects are not here: {missing[0]}" if missing else None
 
 
+@one_at_a_time
 def build_shipped_package(linked_to_torch: bool) -> Path:
     """A folder with a copy of the package around the library that ships, linked by CMake's own command but for the
     runtime. Without `linked_to_torch`, also without libtorch.so, as a library that can't find torch's CUDA part."""
@@ -254,6 +285,7 @@ def build_shipped_package(linked_to_torch: bool) -> Path:
     return copy_package(target_folder / "lib", library)
 
 
+@one_at_a_time
 def build_planted_faults() -> Path:
     """The library of planted_faults.cu."""
     target_folder = folder(sanitize=False) / "planted_faults"
@@ -263,6 +295,7 @@ def build_planted_faults() -> Path:
     return link(objects, target_folder / "planted_faults.so", *flags)
 
 
+@one_at_a_time
 def build_program(source: Path, sanitize: bool) -> Path:
     """A program of one .cu file with a main."""
     extra = SANITIZE if sanitize else []

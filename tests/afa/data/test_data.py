@@ -51,7 +51,7 @@ def test_voc_classes_without_classes_txt(make_voc_tree: MakeTree) -> None:
     root = make_voc_tree(tags="xml")
     (root / "classes.txt").unlink()
     for path in (root / "Annotations").iterdir():
-        # A person's head is a part with a name of its own, and no tag.
+        # A person's head is a part with its own name, but not a tag.
         path.write_text(
             "<annotation><object><name>person</name><part><name>head</name></part></object>"
             "<object><name>tvmonitor</name></object><object><name>person</name></object></annotation>"
@@ -77,7 +77,7 @@ def test_split_lists_may_hold_paths(voc_root: Path) -> None:
     assert TaggedDataset(voc_root, "aug", train=True, crop_size=16, with_mask=False).names == ["t0", "t1", "t2"]
 
 
-def test_batches_depend_on_seed_and_position_alone(voc_root: Path) -> None:
+def test_batches_depend_only_on_seed_and_position(voc_root: Path) -> None:
     train = _train(voc_root)
     whole = list(itertools.islice(train_loader(train, 4, seed=5), 8))
     workers = list(itertools.islice(train_loader(train, 4, seed=5, workers=2), 8))
@@ -134,7 +134,7 @@ def test_processes_share_the_batches_of_one(voc_root: Path, world_size: int) -> 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
-def test_evaluation_is_shared_out_in_order_and_without_duplicates(voc_root: Path, world_size: int) -> None:
+def test_evaluation_is_distributed_in_order_and_without_duplicates(voc_root: Path, world_size: int) -> None:
     val = TaggedDataset(voc_root, "val", train=False, with_mask=True)
     for size in (1, 3):
         shares = [list(eval_loader(val, size, rank=rank, world_size=world_size)) for rank in range(world_size)]
@@ -167,11 +167,11 @@ def test_waiting_for_batches_is_counted(voc_root: Path, monkeypatch: pytest.Monk
     next(batches)
     assert batches.wait_seconds >= 0.1
     before = batches.wait_seconds
-    time.sleep(0.1)  # the caller's own work is no waiting
+    time.sleep(0.1)  # the caller's work does not count as waiting
     assert batches.wait_seconds == before
 
 
-def test_a_split_without_masks_has_nothing_to_count(voc_root: Path) -> None:
+def test_masks_of_a_split_without_masks_are_all_ignored(voc_root: Path) -> None:
     for path in (voc_root / "SegmentationClass").glob("v*.png"):
         path.unlink()
     val = TaggedDataset(voc_root, "val", train=False, with_mask=True)
@@ -195,7 +195,7 @@ def test_class_lists() -> None:
 
 
 def test_training_works_with_unreadable_train_masks(voc_root: Path) -> None:
-    # Garbage instead of file permissions, which do not hold the superuser back.
+    # Invalid contents instead of file permissions, which do not apply to the superuser.
     for path in (voc_root / "SegmentationClass").glob("t*.png"):
         path.write_bytes(b"no picture at all")
     train = _train(voc_root)
@@ -251,7 +251,7 @@ def test_a_training_set_refuses_masks(voc_root: Path) -> None:
 def test_small_images_load_fast(make_voc_tree: MakeTree) -> None:
     train = _train(make_voc_tree(train=30, size=(128, 128)), crop_size=128)
     best = min(_seconds(train) for _ in range(3))
-    # Measured: 700 to 1,300 per second on one core; the bound is lower for busy machines.
+    # Measured: 700 to 1,300 per second on one core; the bound is lower for slow machines.
     assert len(train) / best > 150
 
 

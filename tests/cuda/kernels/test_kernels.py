@@ -145,13 +145,13 @@ def test_walk(grid, radius, window, dtype, kernels, assert_relative):
     scores, grad = torch.rand(2, 2, classes, *grid, dtype=transition.dtype)
     keep = torch.rand(2, classes) > 0.4
     for mask in (None, keep):
-        settings = (radius, window, 2, mask)
+        walk = (radius, window, 2, mask)
         for name, arguments in (
             ("walk_propagate", (scores, transition)),
             ("walk_propagate_backward_scores", (grad, transition)),
             ("walk_propagate_backward_transition", (grad, scores, transition)),
         ):
-            compare(kernels, name, (*arguments, *settings), max(limit, 1e-10), assert_relative)
+            compare(kernels, name, (*arguments, *walk), max(limit, 1e-10), assert_relative)
 
 
 def test_walk_transition_is_exact_in_float32(kernels):
