@@ -146,12 +146,12 @@ def test_walk(grid, radius, window, dtype, kernels, assert_relative):
     keep = torch.rand(2, classes) > 0.4
     for mask in (None, keep):
         walk = (radius, window, 2, mask)
-        for name, arguments in (
+        for name, tensors in (
             ("walk_propagate", (scores, transition)),
             ("walk_propagate_backward_scores", (grad, transition)),
             ("walk_propagate_backward_transition", (grad, scores, transition)),
         ):
-            compare(kernels, name, (*arguments, *walk), max(limit, 1e-10), assert_relative)
+            compare(kernels, name, (*tensors, *walk), max(limit, 1e-10), assert_relative)
 
 
 def test_walk_transition_is_exact_in_float32(kernels):
