@@ -55,4 +55,10 @@
     "bool windowed) -> Tensor")                                                                            \
   X(affinity_labels, "(Tensor tokens, int radius, int ignore_index, bool windowed) -> Tensor")             \
   X(affinity_loss, "(Tensor affinity, Tensor labels) -> Tensor")                                           \
-  X(affinity_loss_backward, "(Tensor grad, Tensor sums, Tensor labels) -> Tensor")
+  X(affinity_loss_backward, "(Tensor grad, Tensor sums, Tensor labels) -> Tensor")                                   \
+  X(lattice_build, "(Tensor features) -> Tensor")                                                          \
+  X(lattice_filter,                                                                                        \
+    "(Tensor values, Tensor lattice, int dims, str normalize, bool reverse) -> Tensor")                    \
+  X(mean_field,                                                                                            \
+    "(Tensor scores, Tensor gaussian, Tensor bilateral, float gaussian_weight, float bilateral_weight, "   \
+    "Tensor? compatibility, Tensor? class_mask, bool probabilities, int num_iter) -> Tensor")

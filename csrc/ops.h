@@ -73,4 +73,11 @@ AFA_DECLARE(affinity_labels, const Tensor& tokens, int64_t radius, int64_t ignor
 AFA_DECLARE(affinity_loss, const Tensor& affinity, const Tensor& labels);
 AFA_DECLARE(affinity_loss_backward, const Tensor& grad, const Tensor& sums, const Tensor& labels);
 
+AFA_DECLARE(lattice_build, const Tensor& features);
+AFA_DECLARE(lattice_filter, const Tensor& values, const Tensor& lattice, int64_t dims,
+            const std::string& normalize, bool reverse);
+AFA_DECLARE(mean_field, const Tensor& scores, const Tensor& gaussian, const Tensor& bilateral,
+            double gaussian_weight, double bilateral_weight, const std::optional<Tensor>& compatibility,
+            const std::optional<Tensor>& class_mask, bool probabilities, int64_t num_iter);
+
 }  // namespace afa
