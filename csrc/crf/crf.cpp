@@ -90,6 +90,29 @@ void fill_scale(int64_t dims, float* scale) {
 
 // ---- building a lattice on the CPU ----
 
+void add_blocks(int64_t y, int64_t x, int64_t size, int64_t height, int64_t width, std::vector<int32_t>& order) {
+  if (y * kBlockHeight >= height || x * kBlockWidth >= width) return;
+  if (size > 1) {
+    const int64_t half = size / 2;
+    for (int n = 0; n < 4; ++n) add_blocks(y + n / 2 * half, x + n % 2 * half, half, height, width, order);
+    return;
+  }
+  for (int64_t row = y * kBlockHeight; row < std::min((y + 1) * kBlockHeight, height); ++row) {
+    for (int64_t column = x * kBlockWidth; column < std::min((x + 1) * kBlockWidth, width); ++column) {
+      order.push_back(static_cast<int32_t>(row * width + column));
+    }
+  }
+}
+
+std::vector<int32_t> pixel_order(int64_t height, int64_t width) {
+  std::vector<int32_t> order;
+  order.reserve(height * width);
+  int64_t size = 1;
+  while (size * kBlockHeight < height || size * kBlockWidth < width) size *= 2;
+  add_blocks(0, 0, size, height, width, order);
+  return order;
+}
+
 // Numbers keys in the order they come.
 class KeyTable {
  public:
@@ -203,10 +226,11 @@ void filter_ones(const LatticeLayout& layout, int32_t* words) {
 }
 
 // False if a feature is not finite or too far from 0.
-bool build_lattice(const LatticeLayout& layout, const float* features, int32_t* words) {
+bool build_lattice(const LatticeLayout& layout, const int32_t* order, const float* features, int32_t* words) {
   SimplexParams p;
   p.pixels = layout.pixels;
   p.dims = layout.dims;
+  p.order = order;
   p.features = features;
   p.weight = reinterpret_cast<float*>(words + layout.weight());
   fill_scale(p.dims, p.scale);
@@ -354,13 +378,14 @@ T* at(void* base, int64_t index) {
 Tensor lattice_build_cpu(const Tensor& features) {
   const LatticeLayout layout = check_features(features);
   const int64_t batch = features.size(0);
-  const Tensor lattice = empty(features, {batch, layout.words()}, ScalarType::Int);
+  const Tensor lattice = empty_in_huge_pages(features, {batch, layout.words()}, ScalarType::Int);
   if (batch == 0) return lattice;
   const Tensor dense = torch::stable::contiguous(features);
   int32_t* words = static_cast<int32_t*>(lattice.mutable_data_ptr());
   const float* from = static_cast<const float*>(dense.const_data_ptr());
+  const std::vector<int32_t> order = pixel_order(features.size(2), features.size(3));
   for (int64_t b = 0; b < batch; ++b) {
-    AFA_CHECK(build_lattice(layout, from + b * layout.dims * layout.pixels, words + b * layout.words()),
+    AFA_CHECK(build_lattice(layout, order.data(), from + b * layout.dims * layout.pixels, words + b * layout.words()),
               "features must be finite and within about ", key_limit(layout.dims),
               " standard deviations of 0, which those of image ", b, " are not");
   }
@@ -380,6 +405,7 @@ Tensor lattice_filter_cpu(const Tensor& values, const Tensor& lattice, int64_t d
   const int64_t chunks = chunks_for(channels), tiles = tiles_for(chunks);
   const int64_t widest = std::min(chunks, kMaxChunks) * kChunk;
   const Tensor rows = empty_in_huge_pages(values, {pixels, widest}, sum_type(values));
+  const std::vector<int32_t> order = pixel_order(values.size(2), values.size(3));
   for (int64_t b = 0; b < batch; ++b) {
     const Lattice own = lattice_at(layout, image_lattice(words, b, layout));
     const std::vector<float> before = pixel_factors(own, mode, true, 1);
@@ -395,6 +421,7 @@ Tensor lattice_filter_cpu(const Tensor& values, const Tensor& lattice, int64_t d
       gather.stride = width * kChunk;
       gather.channels = std::min(width * kChunk, channels - chunk * kChunk);
       gather.chunks = width;
+      gather.order = order.data();
       gather.planes = static_cast<const char*>(dense.const_data_ptr()) + plane;
       gather.factor = before.data();
       gather.rows = rows.mutable_data_ptr();
@@ -412,6 +439,7 @@ Tensor lattice_filter_cpu(const Tensor& values, const Tensor& lattice, int64_t d
       slice.lattice = own;
       slice.channels = gather.channels;
       slice.chunks = width;
+      slice.order = order.data();
       slice.table = first.const_data_ptr();
       slice.factor = after.data();
       slice.planes = static_cast<char*>(out.mutable_data_ptr()) + plane;
@@ -440,6 +468,7 @@ Tensor mean_field_cpu(const Tensor& scores, const Tensor& gaussian, const Tensor
   if (class_mask) mask = torch::stable::contiguous(*class_mask);
   if (compatibility) matrix = torch::stable::contiguous(*compatibility);
 
+  const std::vector<int32_t> order = pixel_order(scores.size(2), scores.size(3));
   for (int64_t b = 0; b < batch; ++b) {
     std::vector<int32_t> kept;  // the classes in play
     for (int64_t c = 0; c < channels; ++c) {
@@ -453,13 +482,16 @@ Tensor mean_field_cpu(const Tensor& scores, const Tensor& gaussian, const Tensor
     const int64_t widest = std::min(chunks, kMaxChunks) * kChunk;
     const Tensor logits = empty_in_huge_pages(scores, {pixels, row}, ScalarType::Float);
     const Tensor current = empty_in_huge_pages(scores, {pixels, row}, ScalarType::Float);
+    float* rows = static_cast<float*>(current.mutable_data_ptr());
 
     FieldParams p;
     p.pixels = pixels;
     p.row = row;
     p.channels = classes;
     p.logits = static_cast<const float*>(logits.const_data_ptr());
-    p.out = static_cast<float*>(current.mutable_data_ptr());
+    p.planes = at<float>(out.mutable_data_ptr(), b * channels * pixels);
+    p.index = kept.data();
+    p.order = order.data();
     std::vector<float> mixing;  // symmetric, as pydensecrf makes it
     if (matrix) {
       const float* m = static_cast<const float*>(matrix->const_data_ptr());
@@ -502,6 +534,7 @@ Tensor mean_field_cpu(const Tensor& scores, const Tensor& gaussian, const Tensor
     gather.stride = row;
     gather.channels = classes;
     gather.chunks = chunks;
+    gather.order = order.data();
     gather.planes = static_cast<const char*>(dense.const_data_ptr()) + b * channels * pixels * bytes;
     gather.index = kept.data();
     gather.rows = logits.mutable_data_ptr();
@@ -510,37 +543,34 @@ Tensor mean_field_cpu(const Tensor& scores, const Tensor& gaussian, const Tensor
     gather.padding = -1e30f;
     over_pixels(pixels, 8 * row,
                 [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(lattice_gather, gather, begin, end); });
-    over_pixels(pixels, 8 * row, [&](int64_t begin, int64_t end) {
-      AFA_SIMD_CALL(field_softmax, p.logits, p.out, row, pixels, begin, end);
-    });
+    const auto step = [&](const FieldParams& now) {
+      over_pixels(pixels, 16 * row, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(field_scratch(now));
+        AFA_SIMD_CALL(field_step, now, begin, end, scratch.data());
+      });
+    };
+    FieldParams initial = p;
+    initial.kernels = 0;
+    initial.compatibility = nullptr;
+    initial.rows = num_iter > 0 ? rows : nullptr;
+    step(initial);
     for (int64_t iteration = 0; iteration < num_iter; ++iteration) {
       for (int n = 0; n < p.kernels; ++n) {
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t chunk = tile_begin(tile, chunks);
           SplatParams splat;
           splat.lattice = p.kernel[n].lattice;
-          splat.in = p.out + chunk * kChunk;
+          splat.in = rows + chunk * kChunk;
           splat.stride = row;
           splat.chunks = tile_begin(tile + 1, chunks) - chunk;
           splat.share = share[n].data();
-          splat_and_blur(Kind::f32, splat, at<float>(table[n].mutable_data_ptr(), chunk * kChunk * (splat.lattice.vertices + 1)),
-                         other.mutable_data_ptr(), false);
+          float* own_table = at<float>(table[n].mutable_data_ptr(), chunk * kChunk * (splat.lattice.vertices + 1));
+          splat_and_blur(Kind::f32, splat, own_table, other.mutable_data_ptr(), false);
         }
       }
-      over_pixels(pixels, 16 * row, [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(field_scratch(p));
-        AFA_SIMD_CALL(field_step, p, begin, end, scratch.data());
-      });
+      p.rows = iteration + 1 < num_iter ? rows : nullptr;
+      step(p);
     }
-    ScatterParams scatter;
-    scatter.pixels = pixels;
-    scatter.stride = row;
-    scatter.channels = classes;
-    scatter.rows = p.out;
-    scatter.index = kept.data();
-    scatter.planes = at<float>(out.mutable_data_ptr(), b * channels * pixels);
-    over_pixels(pixels, 2 * row,
-                [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(field_scatter, scatter, begin, end); });
   }
   return out;
 }

@@ -107,8 +107,13 @@ AFA_HOST_DEVICE inline float lattice_gain(int64_t dims) {
 
 // ---- CPU ----
 
+// The CPU kernels number pixels along a Z-order curve of blocks of 8 x 4: what is near in the image is near in
+// memory, in rows as in columns. `order` maps these numbers to y * W + x.
+constexpr int64_t kBlockWidth = 8, kBlockHeight = 4;
+
 struct SimplexParams {
   int64_t pixels = 0, dims = 0;
+  const int32_t* order = nullptr;
   const float* features = nullptr;  // [dims, N]
   float* weight = nullptr;          // [N, dims + 1]
   float scale[kMaxFeatures] = {};
@@ -132,6 +137,7 @@ struct BlurParams {
 struct GatherParams {
   Kind kind = Kind::f32;
   int64_t pixels = 0, stride = 0, channels = 0, chunks = 1;
+  const int32_t* order = nullptr;
   const void* planes = nullptr;     // [channels, N], or all planes if `index`
   const int32_t* index = nullptr;   // which planes
   const float* factor = nullptr;    // [N]
@@ -140,25 +146,21 @@ struct GatherParams {
   bool negate = false;              // -value instead
   float padding = 0;                // of channels up to the chunks' end
 };
-struct ScatterParams {
-  Kind kind = Kind::f32;
-  int64_t pixels = 0, stride = 0, channels = 0;
-  const void* rows = nullptr;
-  const int32_t* index = nullptr;
-  void* planes = nullptr;
-};
 struct SliceParams {
   Kind kind = Kind::f32;
   Lattice lattice;
   int64_t channels = 0, chunks = 1;
+  const int32_t* order = nullptr;
   const void* table = nullptr;
   const float* factor = nullptr;  // [N]
   void* planes = nullptr;         // [channels, N]
 };
 
+// One step of the mean field: rows of logits plus both kernels' filtered values, through a softmax.
 constexpr int kMaxKernels = 2;
 struct FieldParams {
-  int64_t pixels = 0, row = 0;  // row: padded channels
+  int64_t pixels = 0, channels = 0;
+  int64_t row = 0;  // channels padded to chunks
   int kernels = 0;
   struct {
     Lattice lattice;
@@ -166,9 +168,11 @@ struct FieldParams {
     const float* factor = nullptr;  // [N]: normalization, gain and weight
   } kernel[kMaxKernels];
   const float* logits = nullptr;         // [N, row]
-  const float* compatibility = nullptr;  // [channels, channels], or null for Potts
-  int64_t channels = 0;
-  float* out = nullptr;  // [N, row]
+  const float* compatibility = nullptr;  // [channels, row], or null for Potts
+  float* rows = nullptr;                 // [N, row]; where null, the planes are written:
+  float* planes = nullptr;               // [all channels, N]
+  const int32_t* order = nullptr;
+  const int32_t* index = nullptr;        // [channels]: the plane of each channel
 };
 
 namespace {
@@ -199,9 +203,6 @@ AFA_SIMD_DECLARE(void lattice_blur(Kind kind, const BlurParams& p, int64_t begin
 // Blocks of kPixelBlock pixels.
 AFA_SIMD_DECLARE(void lattice_gather(const GatherParams& p, int64_t begin, int64_t end))
 AFA_SIMD_DECLARE(void lattice_slice(const SliceParams& p, int64_t begin, int64_t end))
-AFA_SIMD_DECLARE(void field_scatter(const ScatterParams& p, int64_t begin, int64_t end))
-AFA_SIMD_DECLARE(void field_softmax(const float* logits, float* out, int64_t row, int64_t pixels,
-                                    int64_t begin, int64_t end))
 AFA_SIMD_DECLARE(void field_step(const FieldParams& p, int64_t begin, int64_t end, float* scratch))
 
 }  // namespace afa

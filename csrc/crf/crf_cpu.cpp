@@ -53,6 +53,11 @@ inline Floats rounded_product(const Floats& a, const Floats& b) {
                                  Floats);
 }
 
+// Whether these are the numbers of a whole chunk of consecutive pixels.
+inline bool is_run(const int32_t* order, int64_t count) {
+  return count >= kChunk && order[kChunk - 1] - order[0] == kChunk - 1;
+}
+
 template <int D>
 void simplices(const SimplexParams& p, int64_t begin, int64_t end, uint64_t* keys, bool* valid) {
   constexpr int E = D + 1;
@@ -64,12 +69,12 @@ void simplices(const SimplexParams& p, int64_t begin, int64_t end, uint64_t* key
     const int64_t count = end - first < kChunk ? end - first : kChunk;
     Floats elevated[E], sum = {};
     for (int j = D; j > 0; --j) {
-      const float* plane = p.features + (j - 1) * p.pixels + first;
+      const float* plane = p.features + (j - 1) * p.pixels;
       Floats f = {};
-      if (count == kChunk) {
-        f = get(plane);
+      if (is_run(p.order + first, count)) {
+        f = get(plane + p.order[first]);
       } else {
-        for (int64_t i = 0; i < count; ++i) f[i] = plane[i];
+        for (int64_t i = 0; i < count; ++i) f[i] = plane[p.order[first + i]];
       }
       const Floats scaled = rounded_product(f, Floats{} + p.scale[j - 1]);
       elevated[j] = sum - rounded_product(scaled, Floats{} + static_cast<float>(j));
@@ -211,16 +216,25 @@ void gather(const GatherParams& p, int64_t block) {
   const int64_t first = block * kPixelBlock;
   const int64_t count = p.pixels - first < kPixelBlock ? p.pixels - first : kPixelBlock;
   S* rows = static_cast<S*>(p.rows) + first * p.stride;
-  S lanes[kPixelBlock] = {};
+  S lanes[kPixelBlock + kLanes<S>] = {};  // a whole vector is stored at the last chunk
   for (int64_t c = 0; c < p.chunks * kChunk; ++c) {
     if (c >= p.channels) {
       for (int64_t i = 0; i < count; ++i) rows[i * p.stride + c] = static_cast<S>(p.padding);
       continue;
     }
     const int64_t plane = p.index == nullptr ? c : p.index[c];
-    const T* from = static_cast<const T*>(p.planes) + plane * p.pixels + first;
-    for (int64_t i = 0; i < count; i += kLanes<S>) {
-      store<S>(lanes + i, load_wide_first(from + i, count - i));
+    const T* from = static_cast<const T*>(p.planes) + plane * p.pixels;
+    for (int64_t i = 0; i < count; i += kChunk) {
+      const int32_t* order = p.order + first + i;
+      T values[kChunk] = {};
+      if (is_run(order, count - i)) {
+        __builtin_memcpy(values, from + order[0], sizeof values);
+      } else {
+        for (int64_t k = 0; k < kChunk && i + k < count; ++k) values[k] = from[order[k]];
+      }
+      for (int64_t k = 0; k < kChunk; k += kLanes<S>) {
+        store<S>(lanes + i + k, load_wide_first(values + k, kChunk - k));
+      }
     }
     if (p.log) {
       for (int64_t i = 0; i < count; i += kChunk) {
@@ -241,15 +255,23 @@ void gather(const GatherParams& p, int64_t block) {
 }
 
 template <typename T>
-void write_planes(const Sum<T>* rows, int64_t stride, int64_t channels, const int32_t* index, int64_t first,
-                  int64_t count, int64_t pixels, T* planes) {
+void write_planes(const Sum<T>* rows, int64_t stride, int64_t channels, const int32_t* index,
+                  const int32_t* order, int64_t count, int64_t pixels, T* planes) {
   using S = Sum<T>;
-  S lanes[kPixelBlock] = {};
+  S lanes[kPixelBlock + kLanes<S>] = {};  // a whole vector is stored at the last chunk
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t i = 0; i < count; ++i) lanes[i] = rows[i * stride + c];
-    T* to = planes + (index == nullptr ? c : index[c]) * pixels + first;
-    for (int64_t i = 0; i < count; i += kLanes<S>) {
-      store_narrow_first(to + i, load<S>(lanes + i), count - i);
+    T* to = planes + (index == nullptr ? c : index[c]) * pixels;
+    for (int64_t i = 0; i < count; i += kChunk) {
+      T values[kChunk];
+      for (int64_t k = 0; k < kChunk; k += kLanes<S>) {
+        store_narrow_first(values + k, load<S>(lanes + i + k), kChunk - k);
+      }
+      if (is_run(order + i, count - i)) {
+        __builtin_memcpy(to + order[i], values, sizeof values);
+      } else {
+        for (int64_t k = 0; k < kChunk && i + k < count; ++k) to[order[i + k]] = values[k];
+      }
     }
   }
 }
@@ -279,7 +301,7 @@ void slice(const SliceParams& p, int64_t begin, int64_t end) {
       const S factor = static_cast<S>(p.factor[first + i]);
       for (int k = 0; k < K; ++k) put(rows + (i * K + k) * kChunk, factor * sum[k]);
     }
-    write_planes<T>(rows, K * kChunk, p.channels, nullptr, first, count, pixels, static_cast<T*>(p.planes));
+    write_planes<T>(rows, K * kChunk, p.channels, nullptr, p.order + first, count, pixels, static_cast<T*>(p.planes));
   }
 }
 
@@ -305,21 +327,21 @@ inline void with_width(int64_t chunks, const F& f) {
   }
 }
 
-inline void softmax_row(const float* logits, float* out, int64_t row) {
-  Floats top = get(logits);
-  for (int64_t c = kChunk; c < row; c += kChunk) top = upper(top, get(logits + c));
+inline void softmax_row(float* values, int64_t row) {
+  Floats top = get(values);
+  for (int64_t c = kChunk; c < row; c += kChunk) top = upper(top, get(values + c));
   float best = top[0];
   for (int k = 1; k < kChunk; ++k) best = top[k] > best ? top[k] : best;
   Floats sum = {};
   for (int64_t c = 0; c < row; c += kChunk) {
-    const Floats power = exponential(get(logits + c) - best);
+    const Floats power = exponential(get(values + c) - best);
     sum += power;
-    put(out + c, power);
+    put(values + c, power);
   }
   float total = 0;
   for (int k = 0; k < kChunk; ++k) total += sum[k];
   const Floats inverse = Floats{} + 1.0f / total;
-  for (int64_t c = 0; c < row; c += kChunk) put(out + c, get(out + c) * inverse);
+  for (int64_t c = 0; c < row; c += kChunk) put(values + c, get(values + c) * inverse);
 }
 
 // rows -= C f for each row's filtered values f, which rows hold on entry.
@@ -410,20 +432,6 @@ void lattice_slice(const SliceParams& p, int64_t begin, int64_t end) {
   });
 }
 
-void field_scatter(const ScatterParams& p, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kPixelBlock;
-    const int64_t count = p.pixels - first < kPixelBlock ? p.pixels - first : kPixelBlock;
-    write_planes<float>(static_cast<const float*>(p.rows) + first * p.stride, p.stride, p.channels, p.index, first,
-                        count, p.pixels, static_cast<float*>(p.planes));
-  }
-}
-
-void field_softmax(const float* logits, float* out, int64_t row, int64_t pixels, int64_t begin, int64_t end) {
-  const int64_t last = end * kPixelBlock < pixels ? end * kPixelBlock : pixels;
-  for (int64_t i = begin * kPixelBlock; i < last; ++i) softmax_row(logits + i * row, out + i * row, row);
-}
-
 void field_step(const FieldParams& p, int64_t begin, int64_t end, float* scratch) {
   const int64_t chunks = p.row / kChunk, tiles = tiles_for(chunks);
   for (int64_t block = begin; block < end; ++block) {
@@ -438,7 +446,12 @@ void field_step(const FieldParams& p, int64_t begin, int64_t end, float* scratch
     if (p.compatibility != nullptr) {
       mix_classes(p, p.logits + first * p.row, scratch, count, scratch + kPixelBlock * p.row);
     }
-    for (int64_t i = 0; i < count; ++i) softmax_row(scratch + i * p.row, p.out + (first + i) * p.row, p.row);
+    for (int64_t i = 0; i < count; ++i) softmax_row(scratch + i * p.row, p.row);
+    if (p.rows == nullptr) {
+      write_planes<float>(scratch, p.row, p.channels, p.index, p.order + first, count, p.pixels, p.planes);
+    } else {
+      for (int64_t c = 0; c < count * p.row; c += kChunk) put(p.rows + first * p.row + c, get(scratch + c));
+    }
   }
 }
 
