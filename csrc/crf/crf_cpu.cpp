@@ -46,6 +46,43 @@ inline Ints as_ints8(const Floats& v) {
   return bits;
 }
 
+// v with its lanes moved: lane k is lane (k ^ N) of v.
+template <int N>
+inline Floats swapped(const Floats& v) {
+  return __builtin_shufflevector(v, v, 0 ^ N, 1 ^ N, 2 ^ N, 3 ^ N, 4 ^ N, 5 ^ N, 6 ^ N, 7 ^ N);
+}
+// The largest lane, and the sum of all, in every lane.
+inline Floats largest_lane(Floats v) {
+  v = upper(v, swapped<4>(v));
+  v = upper(v, swapped<2>(v));
+  return upper(v, swapped<1>(v));
+}
+inline Floats lane_sum(Floats v) {
+  v += swapped<4>(v);
+  v += swapped<2>(v);
+  return v + swapped<1>(v);
+}
+
+// An 8 x 8 matrix in place: by single lanes, pairs, and fours.
+template <typename T>
+inline void transpose(Chunk<T> (&m)[kChunk]) {
+  Chunk<T> n[kChunk];
+  for (int i = 0; i < 8; i += 2) {
+    n[i] = __builtin_shufflevector(m[i], m[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    n[i + 1] = __builtin_shufflevector(m[i], m[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; ++i) {
+    if (i & 2) continue;
+    m[i] = __builtin_shufflevector(n[i], n[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    m[i + 2] = __builtin_shufflevector(n[i], n[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  for (int i = 0; i < 4; ++i) {
+    n[i] = __builtin_shufflevector(m[i], m[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    n[i + 4] = __builtin_shufflevector(m[i], m[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 8; ++i) m[i] = n[i];
+}
+
 // A product rounded to float, which the compiler cannot make part of a fused multiply-add: all levels, and the
 // CUDA kernels, then find the same vertices.
 inline Floats rounded_product(const Floats& a, const Floats& b) {
@@ -209,68 +246,85 @@ inline Floats exponential(Floats x) {
   return p * as_floats8(as_ints8(shifted) << 23);
 }
 
-// Rows [pixels, stride] of the type of sums from planes, for one block of pixels.
 template <typename T>
+inline Chunk<Sum<T>> widen_chunk(const T* from, const int32_t* order, int64_t count) {
+  using S = Sum<T>;
+  T values[kChunk] = {};
+  if (is_run(order, count)) {
+    __builtin_memcpy(values, from + order[0], sizeof values);
+  } else {
+    for (int64_t k = 0; k < kChunk && k < count; ++k) values[k] = from[order[k]];
+  }
+  S wide[kChunk > kLanes<S> ? kChunk : kLanes<S>];
+  for (int64_t k = 0; k < kChunk; k += kLanes<S>) store<S>(wide + k, load_wide_first(values + k, kChunk - k));
+  return get(wide);
+}
+inline Floats widen_chunk(const float* from, const int32_t* order, int64_t count) {
+  if (is_run(order, count)) return get(from + order[0]);
+  Floats v = {};
+  for (int64_t k = 0; k < kChunk && k < count; ++k) v[k] = from[order[k]];
+  return v;
+}
+
+inline Floats log_chunk(const Floats& v) {
+  return logarithm(upper(v, Floats{} + 1e-5f));
+}
+inline Doubles log_chunk(const Doubles& v) {
+  return __builtin_convertvector(log_chunk(__builtin_convertvector(v, Floats)), Doubles);
+}
+
+// Rows [pixels, stride], of the type Out, from planes, for one block of pixels.
+template <typename T, typename Out>
 void gather(const GatherParams& p, int64_t block) {
   using S = Sum<T>;
   const int64_t first = block * kPixelBlock;
-  const int64_t count = p.pixels - first < kPixelBlock ? p.pixels - first : kPixelBlock;
-  S* rows = static_cast<S*>(p.rows) + first * p.stride;
-  S lanes[kPixelBlock + kLanes<S>] = {};  // a whole vector is stored at the last chunk
-  for (int64_t c = 0; c < p.chunks * kChunk; ++c) {
-    if (c >= p.channels) {
-      for (int64_t i = 0; i < count; ++i) rows[i * p.stride + c] = static_cast<S>(p.padding);
-      continue;
-    }
-    const int64_t plane = p.index == nullptr ? c : p.index[c];
-    const T* from = static_cast<const T*>(p.planes) + plane * p.pixels;
-    for (int64_t i = 0; i < count; i += kChunk) {
-      const int32_t* order = p.order + first + i;
-      T values[kChunk] = {};
-      if (is_run(order, count - i)) {
-        __builtin_memcpy(values, from + order[0], sizeof values);
-      } else {
-        for (int64_t k = 0; k < kChunk && i + k < count; ++k) values[k] = from[order[k]];
+  const int64_t last = p.pixels < first + kPixelBlock ? p.pixels : first + kPixelBlock;
+  const T* planes = static_cast<const T*>(p.planes);
+  for (int64_t i = first; i < last; i += kChunk) {
+    for (int64_t c = 0; c < p.chunks * kChunk; c += kChunk) {
+      Chunk<Out> tile[kChunk];
+      for (int64_t k = 0; k < kChunk; ++k) {
+        if (c + k >= p.channels) {
+          tile[k] = Chunk<Out>{} + static_cast<Out>(p.padding);
+          continue;
+        }
+        const int64_t plane = p.index == nullptr ? c + k : p.index[c + k];
+        Chunk<S> v = widen_chunk(planes + plane * p.pixels, p.order + i, last - i);
+        if (p.log) v = log_chunk(v);
+        if (p.negate) v = -v;
+        tile[k] = __builtin_convertvector(v, Chunk<Out>);
       }
-      for (int64_t k = 0; k < kChunk; k += kLanes<S>) {
-        store<S>(lanes + i + k, load_wide_first(values + k, kChunk - k));
-      }
-    }
-    if (p.log) {
-      for (int64_t i = 0; i < count; i += kChunk) {
-        Floats v;
-        for (int k = 0; k < kChunk; ++k) v[k] = static_cast<float>(lanes[i + k]);
-        v = logarithm(upper(v, Floats{} + 1e-5f));
-        for (int k = 0; k < kChunk; ++k) lanes[i + k] = static_cast<S>(v[k]);
+      transpose<Out>(tile);
+      Out* rows = static_cast<Out*>(p.rows) + i * p.stride + c;
+      for (int64_t k = 0; k < kChunk && i + k < last; ++k) {
+        put(rows + k * p.stride, p.factor == nullptr ? tile[k] : tile[k] * static_cast<Out>(p.factor[i + k]));
       }
     }
-    if (p.negate) {
-      for (int64_t i = 0; i < count; ++i) lanes[i] = -lanes[i];
-    }
-    if (p.factor != nullptr) {
-      for (int64_t i = 0; i < count; ++i) lanes[i] *= static_cast<S>(p.factor[first + i]);
-    }
-    for (int64_t i = 0; i < count; ++i) rows[i * p.stride + c] = lanes[i];
   }
 }
 
+// The reverse, for rows of a block in cache; rows up to a whole chunk of pixels can be read.
 template <typename T>
 void write_planes(const Sum<T>* rows, int64_t stride, int64_t channels, const int32_t* index,
                   const int32_t* order, int64_t count, int64_t pixels, T* planes) {
   using S = Sum<T>;
-  S lanes[kPixelBlock + kLanes<S>] = {};  // a whole vector is stored at the last chunk
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t i = 0; i < count; ++i) lanes[i] = rows[i * stride + c];
-    T* to = planes + (index == nullptr ? c : index[c]) * pixels;
-    for (int64_t i = 0; i < count; i += kChunk) {
-      T values[kChunk];
-      for (int64_t k = 0; k < kChunk; k += kLanes<S>) {
-        store_narrow_first(values + k, load<S>(lanes + i + k), kChunk - k);
-      }
-      if (is_run(order + i, count - i)) {
-        __builtin_memcpy(to + order[i], values, sizeof values);
-      } else {
-        for (int64_t k = 0; k < kChunk && i + k < count; ++k) to[order[i + k]] = values[k];
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const bool run = is_run(order + i, count - i);
+    for (int64_t c = 0; c < channels; c += kChunk) {
+      Chunk<S> tile[kChunk];
+      for (int64_t k = 0; k < kChunk; ++k) tile[k] = get(rows + (i + k) * stride + c);
+      transpose<S>(tile);
+      for (int64_t k = 0; k < kChunk && c + k < channels; ++k) {
+        T* to = planes + (index == nullptr ? c + k : index[c + k]) * pixels;
+        S wide[kChunk > kLanes<S> ? kChunk : kLanes<S>] = {};
+        T values[kChunk];
+        put(wide, tile[k]);
+        for (int64_t n = 0; n < kChunk; n += kLanes<S>) store_narrow_first(values + n, load<S>(wide + n), kChunk - n);
+        if (run) {
+          __builtin_memcpy(to + order[i], values, sizeof values);
+        } else {
+          for (int64_t n = 0; n < kChunk && i + n < count; ++n) to[order[i + n]] = values[n];
+        }
       }
     }
   }
@@ -330,17 +384,14 @@ inline void with_width(int64_t chunks, const F& f) {
 inline void softmax_row(float* values, int64_t row) {
   Floats top = get(values);
   for (int64_t c = kChunk; c < row; c += kChunk) top = upper(top, get(values + c));
-  float best = top[0];
-  for (int k = 1; k < kChunk; ++k) best = top[k] > best ? top[k] : best;
+  const Floats best = largest_lane(top);
   Floats sum = {};
   for (int64_t c = 0; c < row; c += kChunk) {
     const Floats power = exponential(get(values + c) - best);
     sum += power;
     put(values + c, power);
   }
-  float total = 0;
-  for (int k = 0; k < kChunk; ++k) total += sum[k];
-  const Floats inverse = Floats{} + 1.0f / total;
+  const Floats inverse = 1.0f / lane_sum(sum);
   for (int64_t c = 0; c < row; c += kChunk) put(values + c, get(values + c) * inverse);
 }
 
@@ -421,7 +472,14 @@ void lattice_blur(Kind kind, const BlurParams& p, int64_t begin, int64_t end) {
 
 void lattice_gather(const GatherParams& p, int64_t begin, int64_t end) {
   with_type(p.kind, [&](auto type) {
-    for (int64_t block = begin; block < end; ++block) gather<decltype(type)>(p, block);
+    using T = decltype(type);
+    for (int64_t block = begin; block < end; ++block) {
+      if (p.log || p.negate) {  // logits, in float32
+        gather<T, float>(p, block);
+      } else {
+        gather<T, Sum<T>>(p, block);
+      }
+    }
   });
 }
 
