@@ -577,16 +577,176 @@ Tensor mean_field_cpu(const Tensor& scores, const Tensor& gaussian, const Tensor
 
 // ---- CUDA ----
 
+namespace {
+
+constexpr int64_t kTableWidth = 32;  // channels that are filtered at a time, for the tables' size
+
+// Two tables for a lattice's vertices, of which there may be one per corner of each pixel.
+struct Tables {
+  Tensor first, second;
+  Tables(const LatticeLayout& layout, int64_t width, const Tensor& like, ScalarType type)
+      : first(empty(like, {layout.entries(), width}, type)), second(empty(like, {layout.entries(), width}, type)) {}
+};
+
+// Filters all channels of rows [N, channels], a few at a time; the result is written or added to `out`.
+void filter_on_cuda([[maybe_unused]] const char* op, LatticeStepParams step, const void* in, void* out,
+                    const Tables& tables, bool reverse, [[maybe_unused]] void* stream) {
+  const int64_t corners = step.layout.corners();
+  for (int64_t first = 0; first < step.channels; first += kTableWidth) {
+    step.first = first;
+    step.width = std::min(kTableWidth, step.channels - first);
+    void* from = tables.first.mutable_data_ptr();
+    void* to = tables.second.mutable_data_ptr();
+    step.in = in;
+    step.out = from;
+    AFA_CUDA_LAUNCH(op, launch_lattice_splat(step, stream));
+    for (int64_t n = 0; n < corners; ++n) {
+      step.axis = reverse ? corners - 1 - n : n;
+      step.in = from;
+      step.out = to;
+      AFA_CUDA_LAUNCH(op, launch_lattice_blur(step, stream));
+      std::swap(from, to);
+    }
+    step.in = from;
+    step.out = out;
+    AFA_CUDA_LAUNCH(op, launch_lattice_slice(step, stream));
+  }
+}
+
+}  // namespace
+
 Tensor lattice_build_cuda(const Tensor& features) {
-  check_features(features);
-  built_without_cuda("lattice_build");
+  const LatticeLayout layout = check_features(features);
+  const CudaScope scope(features);
+  const int64_t batch = features.size(0), entries = layout.entries();
+  const Tensor lattice = empty(features, {batch, layout.words()}, ScalarType::Int);
+  if (batch == 0 || entries == 0) return lattice;
+  const Tensor dense = torch::stable::contiguous(features);
+  const int64_t tiles = (entries + kSortTile - 1) / kSortTile;
+  const Tensor keys = empty(features, {2, entries}, ScalarType::Long);
+  const Tensor numbers = empty(features, {2, entries}, ScalarType::Int);
+  const Tensor counts = empty(features, {kDigits, tiles}, ScalarType::Int);
+  const Tensor values = empty(features, {2, entries}, ScalarType::Float);
+  LatticeBuildParams p;
+  p.layout = layout;
+  fill_scale(layout.dims, p.scale);
+  for (int n = 0; n < 2; ++n) {
+    p.keys[n] = at<uint64_t>(keys.mutable_data_ptr(), n * entries);
+    p.entries[n] = at<int32_t>(numbers.mutable_data_ptr(), n * entries);
+    p.values[n] = at<float>(values.mutable_data_ptr(), n * entries);
+  }
+  p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    p.features = static_cast<const float*>(dense.const_data_ptr()) + b * layout.dims * layout.pixels;
+    p.words = at<int32_t>(lattice.mutable_data_ptr(), b * layout.words());
+    AFA_CUDA_LAUNCH("lattice_build", launch_lattice_build(p, scope.stream()));
+  }
+  return lattice;
 }
-Tensor lattice_filter_cuda(const Tensor&, const Tensor&, int64_t, const std::string&, bool) {
-  built_without_cuda("lattice_filter");
+
+Tensor lattice_filter_cuda(const Tensor& values, const Tensor& lattice, int64_t dims,
+                           const std::string& normalize, bool reverse) {
+  const LatticeLayout layout = check_filter(values, lattice, dims);
+  const Normalize mode = normalize_of(normalize);
+  const CudaScope scope(values);
+  const int64_t batch = values.size(0), channels = values.size(1), pixels = layout.pixels;
+  const Tensor out = torch::stable::new_empty(values, values.sizes());
+  if (out.numel() == 0) return out;
+  const Tensor dense = torch::stable::contiguous(values), words = torch::stable::contiguous(lattice);
+  const Kind kind = kind_of(values, "values");
+  const Tensor from = empty(values, {pixels, channels}, sum_type(values));
+  const Tensor to = empty(values, {pixels, channels}, sum_type(values));
+  const Tables tables(layout, std::min(channels, kTableWidth), values, sum_type(values));
+  LatticeStepParams step;
+  step.layout = layout;
+  step.kind = kind == Kind::f64 ? Kind::f64 : Kind::f32;
+  step.normalize = mode;
+  step.channels = channels;
+  step.gain = lattice_gain(dims);
+  RowsParams rows;
+  rows.kind = kind;
+  rows.pixels = pixels;
+  rows.channels = channels;
+  const int64_t bytes = channels * pixels * static_cast<int64_t>(values.element_size());
+  for (int64_t b = 0; b < batch; ++b) {
+    rows.from = static_cast<const char*>(dense.const_data_ptr()) + b * bytes;
+    rows.to = from.mutable_data_ptr();
+    AFA_CUDA_LAUNCH("lattice_filter", launch_rows_from_planes(rows, scope.stream()));
+    step.words = image_lattice(words, b, layout);
+    filter_on_cuda("lattice_filter", step, from.const_data_ptr(), to.mutable_data_ptr(), tables, reverse,
+                   scope.stream());
+    rows.from = to.const_data_ptr();
+    rows.to = static_cast<char*>(out.mutable_data_ptr()) + b * bytes;
+    AFA_CUDA_LAUNCH("lattice_filter", launch_planes_from_rows(rows, scope.stream()));
+  }
+  return out;
 }
-Tensor mean_field_cuda(const Tensor&, const Tensor&, const Tensor&, double, double, const std::optional<Tensor>&,
-                       const std::optional<Tensor>&, bool, int64_t) {
-  built_without_cuda("mean_field");
+
+Tensor mean_field_cuda(const Tensor& scores, const Tensor& gaussian, const Tensor& bilateral,
+                       double gaussian_weight, double bilateral_weight,
+                       const std::optional<Tensor>& compatibility, const std::optional<Tensor>& class_mask,
+                       bool probabilities, int64_t num_iter) {
+  const Field field = check_field(scores, gaussian, bilateral, compatibility, class_mask, num_iter);
+  const CudaScope scope(scores);
+  const int64_t batch = scores.size(0), channels = scores.size(1), pixels = scores.size(2) * scores.size(3);
+  const Tensor out = empty(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float);
+  if (out.numel() == 0) return out;
+  const Tensor dense = torch::stable::contiguous(scores);
+  const Tensor lattices[kMaxKernels] = {torch::stable::contiguous(gaussian), torch::stable::contiguous(bilateral)};
+  const float weights[kMaxKernels] = {static_cast<float>(gaussian_weight), static_cast<float>(bilateral_weight)};
+  std::optional<Tensor> mask, matrix;
+  if (class_mask) mask = torch::stable::contiguous(*class_mask);
+  if (compatibility) matrix = torch::stable::contiguous(*compatibility);
+  const Tensor logits = empty(scores, {pixels, channels}, ScalarType::Float);
+  const Tensor current = empty(scores, {pixels, channels}, ScalarType::Float);
+  const Tensor filtered = empty(scores, {pixels, channels}, ScalarType::Float);
+  const Tables tables(field.layout[1], std::min(channels, kTableWidth), scores, ScalarType::Float);
+  const int64_t bytes = channels * pixels * static_cast<int64_t>(scores.element_size());
+
+  for (int64_t b = 0; b < batch; ++b) {
+    RowsParams rows;
+    rows.kind = kind_of(scores, "scores");
+    rows.pixels = pixels;
+    rows.channels = channels;
+    rows.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) + b * channels : nullptr;
+    rows.from = static_cast<const char*>(dense.const_data_ptr()) + b * bytes;
+    rows.to = logits.mutable_data_ptr();
+    rows.log = probabilities;
+    rows.negate = !probabilities;
+    AFA_CUDA_LAUNCH("mean_field", launch_rows_from_planes(rows, scope.stream()));
+    SoftmaxParams softmax;
+    softmax.pixels = pixels;
+    softmax.channels = channels;
+    softmax.logits = static_cast<const float*>(logits.const_data_ptr());
+    softmax.out = static_cast<float*>(current.mutable_data_ptr());
+    AFA_CUDA_LAUNCH("mean_field", launch_field_softmax(softmax, scope.stream()));
+    for (int64_t iteration = 0; iteration < num_iter; ++iteration) {
+      bool any = false;
+      for (int n = 0; n < kMaxKernels; ++n) {
+        if (weights[n] == 0) continue;
+        LatticeStepParams step;
+        step.layout = field.layout[n];
+        step.words = image_lattice(lattices[n], b, field.layout[n]);
+        step.normalize = Normalize::symmetric;
+        step.channels = channels;
+        step.gain = lattice_gain(step.layout.dims) * weights[n];
+        step.add = any;
+        filter_on_cuda("mean_field", step, current.const_data_ptr(), filtered.mutable_data_ptr(), tables, false,
+                       scope.stream());
+        any = true;
+      }
+      if (!any) break;
+      softmax.filtered = static_cast<const float*>(filtered.const_data_ptr());
+      softmax.compatibility = matrix ? static_cast<const float*>(matrix->const_data_ptr()) : nullptr;
+      AFA_CUDA_LAUNCH("mean_field", launch_field_softmax(softmax, scope.stream()));
+    }
+    rows.kind = Kind::f32;
+    rows.from = current.const_data_ptr();
+    rows.to = at<float>(out.mutable_data_ptr(), b * channels * pixels);
+    rows.log = rows.negate = false;
+    AFA_CUDA_LAUNCH("mean_field", launch_planes_from_rows(rows, scope.stream()));
+  }
+  return out;
 }
 
 }  // namespace afa

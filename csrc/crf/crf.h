@@ -53,7 +53,7 @@ struct Lattice {
 
 namespace {  // one copy for each file: see geometry.h
 
-inline Lattice lattice_at(const LatticeLayout& layout, const int32_t* words) {
+AFA_HOST_DEVICE inline Lattice lattice_at(const LatticeLayout& layout, const int32_t* words) {
   Lattice lattice;
   lattice.pixels = layout.pixels;
   lattice.dims = layout.dims;
@@ -92,6 +92,14 @@ AFA_HOST_DEVICE inline uint64_t key_neighbor(uint64_t key, int64_t dims, int64_t
   for (int64_t i = 0; i < dims; ++i) all += key_unit(dims, i);
   return key + static_cast<uint64_t>(dims) - all + up;
 }
+// The other way.
+AFA_HOST_DEVICE inline uint64_t key_neighbor_below(uint64_t key, int64_t dims, int64_t axis) {
+  const uint64_t up = key_unit(dims, axis);
+  if ((key & 7) != static_cast<uint64_t>(dims)) return key + 1 - up;
+  uint64_t all = 0;
+  for (int64_t i = 0; i < dims; ++i) all += key_unit(dims, i);
+  return key - static_cast<uint64_t>(dims) + all - up;
+}
 AFA_HOST_DEVICE inline uint64_t key_hash(uint64_t key) {
   key ^= key >> 32;
   key *= 0x9e3779b97f4a7c15u;
@@ -104,6 +112,65 @@ AFA_HOST_DEVICE inline float lattice_gain(int64_t dims) {
 }
 
 }  // namespace
+
+// ---- CUDA: one image; `words` is its buffer ----
+
+constexpr int kDigitBits = 5;
+constexpr int64_t kDigits = 1 << kDigitBits;
+constexpr int64_t kSortItems = 32;  // of a thread
+constexpr int64_t kSortTile = 128 * kSortItems;
+
+struct LatticeBuildParams {
+  LatticeLayout layout;
+  const float* features = nullptr;  // [dims, N]
+  float scale[kMaxFeatures] = {};
+  int32_t* words = nullptr;
+  uint64_t* keys[2] = {};     // [N * E] each; the second is a copy to sort into
+  int32_t* entries[2] = {};   // likewise: which corner of which pixel
+  int32_t* counts = nullptr;  // [kDigits, tiles]
+  float* values[2] = {};      // [N * E] each: the filter of ones
+};
+
+// A step of the filter, on channels [first, first + width) of `channels`.
+struct LatticeStepParams {
+  LatticeLayout layout;
+  Kind kind = Kind::f32;  // float32 or float64: of all values
+  const int32_t* words = nullptr;
+  Normalize normalize = Normalize::none;
+  int64_t first = 0, width = 0, channels = 0;
+  int64_t axis = 0;
+  const void* in = nullptr;  // splat: rows [N, channels], or null for ones; else a table [V, width]
+  void* out = nullptr;       // slice: rows [N, channels]; else a table
+  float gain = 1;            // slice
+  bool add = false;          // slice: to what is there
+};
+
+// Planes [channels, N] from and to rows [N, channels].
+struct RowsParams {
+  Kind kind = Kind::f32;  // of the planes; rows are in the type of sums
+  int64_t pixels = 0, channels = 0;
+  const void* from = nullptr;
+  void* to = nullptr;
+  const bool* mask = nullptr;  // [channels]: from planes, others get -1e30; to planes, others get 0
+  bool log = false;            // log(max(value, 1e-5)), rows in float32
+  bool negate = false;         // -value, rows in float32
+};
+
+struct SoftmaxParams {
+  int64_t pixels = 0, channels = 0;
+  const float* logits = nullptr;         // [N, C]
+  const float* filtered = nullptr;       // [N, C]: weighted sum of both kernels; or null
+  const float* compatibility = nullptr;  // [C, C], or null
+  float* out = nullptr;                  // [N, C]
+};
+
+const char* launch_lattice_build(const LatticeBuildParams& p, void* stream);
+const char* launch_lattice_splat(const LatticeStepParams& p, void* stream);
+const char* launch_lattice_blur(const LatticeStepParams& p, void* stream);
+const char* launch_lattice_slice(const LatticeStepParams& p, void* stream);
+const char* launch_rows_from_planes(const RowsParams& p, void* stream);
+const char* launch_planes_from_rows(const RowsParams& p, void* stream);
+const char* launch_field_softmax(const SoftmaxParams& p, void* stream);
 
 // ---- CPU ----
 
