@@ -37,6 +37,14 @@ def in_sum_type(t: Tensor) -> Tensor:
     return t.detach() if t.dtype == torch.float64 else t.detach().float()
 
 
+def features(make: Make, dims: int) -> Tensor:
+    return 3 * make(2, dims, 6, 7).detach().float()
+
+
+def lattice(make: Make, dims: int) -> Tensor:
+    return torch.ops.afa_ext.lattice_build(features(make, dims))
+
+
 # For each operator, argument lists made by make(*shape): a random leaf of the device and type under test.
 CASES: dict[str, Callable[[Make], list[tuple]]] = {
     "affinity_from_attention": lambda make: [
@@ -61,6 +69,24 @@ CASES: dict[str, Callable[[Make], list[tuple]]] = {
         (make(2, 9, 20).mT, numbers(make, 2, 20, 9)),
     ],
     "affinity_loss_backward": lambda make: [(in_sum_type(make(3)), in_sum_type(make(3)), numbers(make, 2, 20, 9))],
+    "lattice_build": lambda make: [(features(make, 5),), (features(make, 2).mT,)],
+    "lattice_filter": lambda make: [
+        (make(2, 3, 6, 7), lattice(make, 5), 5, "symmetric", False),
+        (make(2, 3, 7, 6).mT, lattice(make, 2)[:1], 2, "after", True),
+    ],
+    "mean_field": lambda make: [
+        (make(2, 3, 6, 7).detach(), lattice(make, 2)[:1], lattice(make, 5), 3.0, 4.0, None, None, True, 2),
+        (
+            make(2, 3, 7, 6).detach().mT,
+            lattice(make, 2),
+            lattice(make, 5),
+            *(3.0, 4.0),
+            make(3, 3).detach().float(),
+            keep(make),
+            False,
+            1,
+        ),
+    ],
     "par_affinity": lambda make: [(make(2, 3, 6, 7).detach(), DILATIONS, 0.3, 0.01)],
     "pamr_affinity": lambda make: [(make(2, 3, 6, 7).detach(), DILATIONS)],
     "par_propagate": lambda make: [
