@@ -227,7 +227,8 @@ def test_energy_loss_and_gradient(device, assert_relative):
     masked = probabilities.detach().cpu() * settings["regions"][:, None]
     filtered = reference.bilateral_filter(masked, images=images.cpu(), sigma_xy=20.0, sigma_rgb=15.0)
     assert_relative(grad, -2e-3 / 2 * filtered * settings["regions"][:, None], 1e-5)  # as published
-    assert_relative(grad, true, 0.05)  # of the loss itself: the order of blurs makes K a little asymmetric
+    # Of the loss itself: the order of blurs makes K a little asymmetric; 3 to 4 % in this norm.
+    assert float((grad.cpu() - true).norm() / true.norm()) < 0.05
 
 
 def published_energy(module, images, segmentations, rois, labels):

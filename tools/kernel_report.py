@@ -366,6 +366,8 @@ SYMBOLS = {
     "P": "pairs of nodes, B·N·N dense or B·N·K windowed",
     "Q": "background scores",
     "L": "points of a path, on average",
+    "E": "corners of a lattice's simplices, D+1",
+    "V": "vertices of a lattice",
     "s": "bytes of an element",
 }
 SUM = 4  # bytes of a float32 sum
@@ -431,6 +433,19 @@ WORK = {
         Work("score_kernel", "B*C*(G+Q*N)*s", "B*C*N*(18+3*Q)", "B*C*N*(5+Q)", "B*ceil(N/128)"),
         Work("place_kernel", "B*(C+1)*Q*N*s", "40*B*(C+1)*Q*N", "17*B*(C+1)*Q*N", "B*ceil(N/128)"),
         Work("choice_kernel", "B*(C*Q*N*s+8*G)", "11*B*C*Q*G", "B*G*(4*C*Q+1)", "B*ceil(G/128)"),
+        Work("simplex_kernel", "N*(4*D+16*E)", "N*(5*E*E+10*E)", "N*(D+3*E)", "ceil(N/128)"),
+        Work("sort_count_kernel", "8*N*E", "0", "N*E", "ceil(N*E/4096)"),
+        Work("scan_kernel", "N*E/16", "0", "3*N*E/128", "1"),
+        Work("sort_move_kernel", "24*N*E", "0", "5*N*E", "ceil(N*E/4096)"),
+        Work("head_count_kernel", "8*N*E", "0", "2*N*E", "ceil(N*E/4096)"),
+        Work("vertex_kernel", "28*N*E+12*V", "0", "9*N*E+2*V", "ceil(N*E/4096)"),
+        Work("neighbor_kernel", "8*V*(E+1)", "0", "40*V*E", "ceil(V*E/128)"),
+        Work("splat_kernel", "4*(2*N*E+N*C+V*C)", "2*N*E*C", "C*(4*N*E+3*V)", "ceil(V*C/128)"),
+        Work("blur_kernel", "8*V*(C+1)", "3*V*C", "6*V*C", "ceil(V*C/128)"),
+        Work("slice_kernel", "4*(2*N*E+N*C+V*C)", "2*N*E*C", "N*C*(3*E+2)", "ceil(N*C/128)"),
+        Work("rows_from_planes_kernel", "N*C*(s+4)", "N*C", "2*N*C", "C*ceil(N/128)"),
+        Work("planes_from_rows_kernel", "N*C*(s+4)", "0", "2*N*C", "C*ceil(N/128)"),
+        Work("field_softmax_kernel", "12*N*C", "4*N*C", "7*N*C", "ceil(N/4)"),
     ]
 }
 
@@ -540,6 +555,39 @@ TARGETS = [
         ],
     ),
 ]
+
+
+def _crf(height: int, width: int, classes: int, iterations: int) -> Target:
+    """One image; the vertices are those of a photograph, bilateral (64, 5) and Gaussian 3."""
+    flat: dict[str, int] = {"D": 2, "E": 3, "V": height * width // 8}
+    stages = []
+    for sizes, dims, passes in ((flat, 2, 9), ({}, 5, 13)):
+        own = sizes or None
+        stages += [
+            Stage("simplex_kernel", f"simplex_kernel<{dims}>", 1, own),
+            Stage("sort_count_kernel", "sort_count_kernel", passes, own),
+            Stage("scan_kernel", "scan_kernel", passes + 1, own),
+            Stage("sort_move_kernel", "sort_move_kernel", passes, own),
+            Stage("head_count_kernel", "head_count_kernel", 1, own),
+            Stage("vertex_kernel", "vertex_kernel", 1, own),
+            Stage("neighbor_kernel", "neighbor_kernel", 1, own),
+            Stage("splat_kernel", "splat_kernel<float>", 1, {**sizes, "C": 1}),
+            Stage("blur_kernel", "blur_kernel<float>", dims + 1, {**sizes, "C": 1}),
+            Stage("slice_kernel", "slice_kernel<float>", 1, {**sizes, "C": 1}),
+            Stage("splat_kernel", "splat_kernel<float>", iterations, own),
+            Stage("blur_kernel", "blur_kernel<float>", (dims + 1) * iterations, own),
+            Stage("slice_kernel", "slice_kernel<float>", iterations, own),
+        ]
+    stages += [
+        Stage("rows_from_planes_kernel", "rows_from_planes_kernel<float, float>"),
+        Stage("field_softmax_kernel", "field_softmax_kernel", iterations + 1),
+        Stage("planes_from_rows_kernel", "planes_from_rows_kernel<float, float>"),
+    ]
+    sizes = {"C": classes, "D": 5, "E": 6, "N": height * width, "V": height * width // 3, "s": 4}
+    return Target(f"dense_crf 1×{classes}×{height}×{width}, {iterations} iterations", sizes, stages)
+
+
+TARGETS.append(_crf(375, 500, 21, 10))
 
 
 @dataclass(frozen=True)

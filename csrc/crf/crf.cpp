@@ -90,7 +90,8 @@ void fill_scale(int64_t dims, float* scale) {
 
 // ---- building a lattice on the CPU ----
 
-void add_blocks(int64_t y, int64_t x, int64_t size, int64_t height, int64_t width, std::vector<int32_t>& order) {
+void add_blocks(int64_t y, int64_t x, int64_t size, int64_t height, int64_t width,
+                std::vector<int32_t>& order) {
   if (y * kBlockHeight >= height || x * kBlockWidth >= width) return;
   if (size > 1) {
     const int64_t half = size / 2;
@@ -168,7 +169,8 @@ struct LocalVertices {
 };
 
 // The vertices of a block of pixels, numbered in the order of their first entry; offsets hold these numbers.
-LocalVertices find_vertices(const SimplexParams& p, int64_t begin, int64_t end, int32_t* offset, bool* valid) {
+LocalVertices find_vertices(const SimplexParams& p, int64_t begin, int64_t end, int32_t* offset,
+                            bool* valid) {
   const int64_t corners = p.dims + 1;
   std::vector<uint64_t> keys((end - begin) * corners);
   AFA_SIMD_CALL(lattice_simplices, p, begin, end, keys.data(), valid);
@@ -219,7 +221,8 @@ void filter_ones(const LatticeLayout& layout, int32_t* words) {
   parallel_rows(layout.pixels, 4 * corners, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float sum = 0;
-      for (int64_t e = i * corners; e < (i + 1) * corners; ++e) sum += lattice.weight[e] * from[lattice.offset[e]];
+      for (int64_t e = i * corners; e < (i + 1) * corners; ++e)
+        sum += lattice.weight[e] * from[lattice.offset[e]];
       norm[i] = gain * sum;
     }
   });
@@ -300,9 +303,8 @@ bool build_lattice(const LatticeLayout& layout, const int32_t* order, const floa
   // If w is v's neighbor up an axis, v is w's down it: one search serves both.
   int32_t* neighbor = words + layout.neighbor();
   const int32_t missing = static_cast<int32_t>(vertices);
-  parallel_rows(2 * corners * vertices, 1, [&](int64_t begin, int64_t end) {
-    std::fill(neighbor + begin, neighbor + end, missing);
-  });
+  parallel_rows(2 * corners * vertices, 1,
+                [&](int64_t begin, int64_t end) { std::fill(neighbor + begin, neighbor + end, missing); });
   parallel_rows(vertices, 64 * corners, [&](int64_t begin, int64_t end) {
     for (int64_t axis = 0; axis < corners; ++axis) {
       int32_t* of_axis = neighbor + 2 * axis * vertices;
@@ -385,7 +387,8 @@ Tensor lattice_build_cpu(const Tensor& features) {
   const float* from = static_cast<const float*>(dense.const_data_ptr());
   const std::vector<int32_t> order = pixel_order(features.size(2), features.size(3));
   for (int64_t b = 0; b < batch; ++b) {
-    AFA_CHECK(build_lattice(layout, order.data(), from + b * layout.dims * layout.pixels, words + b * layout.words()),
+    AFA_CHECK(build_lattice(layout, order.data(), from + b * layout.dims * layout.pixels,
+                            words + b * layout.words()),
               "features must be finite and within about ", key_limit(layout.dims),
               " standard deviations of 0, which those of image ", b, " are not");
   }
@@ -456,12 +459,15 @@ Tensor mean_field_cpu(const Tensor& scores, const Tensor& gaussian, const Tensor
                       bool probabilities, int64_t num_iter) {
   const Field field = check_field(scores, gaussian, bilateral, compatibility, class_mask, num_iter);
   const int64_t batch = scores.size(0), channels = scores.size(1), pixels = scores.size(2) * scores.size(3);
-  const Tensor out = class_mask ? zeros(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float)
-                                : empty(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float);
+  const Tensor out =
+      class_mask ? zeros(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float)
+                 : empty(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float);
   if (out.numel() == 0) return out;
   const Tensor dense = torch::stable::contiguous(scores);
-  const Tensor lattices[kMaxKernels] = {torch::stable::contiguous(gaussian), torch::stable::contiguous(bilateral)};
-  const float weights[kMaxKernels] = {static_cast<float>(gaussian_weight), static_cast<float>(bilateral_weight)};
+  const Tensor lattices[kMaxKernels] = {torch::stable::contiguous(gaussian),
+                                        torch::stable::contiguous(bilateral)};
+  const float weights[kMaxKernels] = {static_cast<float>(gaussian_weight),
+                                      static_cast<float>(bilateral_weight)};
   const Kind kind = kind_of(scores, "scores");
   const int64_t bytes = static_cast<int64_t>(scores.element_size());
   std::optional<Tensor> mask, matrix;
@@ -564,7 +570,8 @@ Tensor mean_field_cpu(const Tensor& scores, const Tensor& gaussian, const Tensor
           splat.stride = row;
           splat.chunks = tile_begin(tile + 1, chunks) - chunk;
           splat.share = share[n].data();
-          float* own_table = at<float>(table[n].mutable_data_ptr(), chunk * kChunk * (splat.lattice.vertices + 1));
+          float* own_table =
+              at<float>(table[n].mutable_data_ptr(), chunk * kChunk * (splat.lattice.vertices + 1));
           splat_and_blur(Kind::f32, splat, own_table, other.mutable_data_ptr(), false);
         }
       }
@@ -585,7 +592,8 @@ constexpr int64_t kTableWidth = 32;  // channels that are filtered at a time, fo
 struct Tables {
   Tensor first, second;
   Tables(const LatticeLayout& layout, int64_t width, const Tensor& like, ScalarType type)
-      : first(empty(like, {layout.entries(), width}, type)), second(empty(like, {layout.entries(), width}, type)) {}
+      : first(empty(like, {layout.entries(), width}, type)),
+        second(empty(like, {layout.entries(), width}, type)) {}
 };
 
 // Filters all channels of rows [N, channels], a few at a time; the result is written or added to `out`.
@@ -692,8 +700,10 @@ Tensor mean_field_cuda(const Tensor& scores, const Tensor& gaussian, const Tenso
   const Tensor out = empty(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float);
   if (out.numel() == 0) return out;
   const Tensor dense = torch::stable::contiguous(scores);
-  const Tensor lattices[kMaxKernels] = {torch::stable::contiguous(gaussian), torch::stable::contiguous(bilateral)};
-  const float weights[kMaxKernels] = {static_cast<float>(gaussian_weight), static_cast<float>(bilateral_weight)};
+  const Tensor lattices[kMaxKernels] = {torch::stable::contiguous(gaussian),
+                                        torch::stable::contiguous(bilateral)};
+  const float weights[kMaxKernels] = {static_cast<float>(gaussian_weight),
+                                      static_cast<float>(bilateral_weight)};
   std::optional<Tensor> mask, matrix;
   if (class_mask) mask = torch::stable::contiguous(*class_mask);
   if (compatibility) matrix = torch::stable::contiguous(*compatibility);
@@ -731,8 +741,8 @@ Tensor mean_field_cuda(const Tensor& scores, const Tensor& gaussian, const Tenso
         step.channels = channels;
         step.gain = lattice_gain(step.layout.dims) * weights[n];
         step.add = any;
-        filter_on_cuda("mean_field", step, current.const_data_ptr(), filtered.mutable_data_ptr(), tables, false,
-                       scope.stream());
+        filter_on_cuda("mean_field", step, current.const_data_ptr(), filtered.mutable_data_ptr(), tables,
+                       false, scope.stream());
         any = true;
       }
       if (!any) break;

@@ -30,13 +30,13 @@ struct LatticeLayout {
   int64_t pixels = 0, dims = 0;
   AFA_HOST_DEVICE int64_t corners() const { return dims + 1; }
   AFA_HOST_DEVICE int64_t entries() const { return pixels * corners(); }
-  AFA_HOST_DEVICE int64_t offset() const { return kLatticeHeader; }               // [N, E] vertex of a corner
-  AFA_HOST_DEVICE int64_t weight() const { return offset() + entries(); }         // [N, E] float
-  AFA_HOST_DEVICE int64_t pixel() const { return weight() + entries(); }          // [N * E], by vertex
-  AFA_HOST_DEVICE int64_t share() const { return pixel() + entries(); }           // [N * E] float, by vertex
-  AFA_HOST_DEVICE int64_t norm() const { return share() + entries(); }            // [N] float: filtered ones
-  AFA_HOST_DEVICE int64_t start() const { return norm() + pixels; }               // [V + 1]
-  AFA_HOST_DEVICE int64_t neighbor() const { return start() + entries() + 1; }    // [E, V, 2]; V where missing
+  AFA_HOST_DEVICE int64_t offset() const { return kLatticeHeader; }             // [N, E] vertex of a corner
+  AFA_HOST_DEVICE int64_t weight() const { return offset() + entries(); }       // [N, E] float
+  AFA_HOST_DEVICE int64_t pixel() const { return weight() + entries(); }        // [N * E], by vertex
+  AFA_HOST_DEVICE int64_t share() const { return pixel() + entries(); }         // [N * E] float, by vertex
+  AFA_HOST_DEVICE int64_t norm() const { return share() + entries(); }          // [N] float: filtered ones
+  AFA_HOST_DEVICE int64_t start() const { return norm() + pixels; }             // [V + 1]
+  AFA_HOST_DEVICE int64_t neighbor() const { return start() + entries() + 1; }  // [E, V, 2]; V where missing
   AFA_HOST_DEVICE int64_t words() const { return neighbor() + 2 * corners() * entries(); }
 };
 
@@ -174,8 +174,8 @@ const char* launch_field_softmax(const SoftmaxParams& p, void* stream);
 
 // ---- CPU ----
 
-// The CPU kernels number pixels along a Z-order curve of blocks of 8 x 4: what is near in the image is near in
-// memory, in rows as in columns. `order` maps these numbers to y * W + x.
+// The CPU kernels number pixels along a Z-order curve of blocks of 8 x 4: what is near in the image is near
+// in memory, in rows as in columns. `order` maps these numbers to y * W + x.
 constexpr int64_t kBlockWidth = 8, kBlockHeight = 4;
 
 struct SimplexParams {
@@ -205,13 +205,13 @@ struct GatherParams {
   Kind kind = Kind::f32;
   int64_t pixels = 0, stride = 0, channels = 0, chunks = 1;
   const int32_t* order = nullptr;
-  const void* planes = nullptr;     // [channels, N], or all planes if `index`
-  const int32_t* index = nullptr;   // which planes
-  const float* factor = nullptr;    // [N]
-  void* rows = nullptr;             // [N, stride]
-  bool log = false;                 // log(max(value, 1e-5)) instead of the value
-  bool negate = false;              // -value instead
-  float padding = 0;                // of channels up to the chunks' end
+  const void* planes = nullptr;    // [channels, N], or all planes if `index`
+  const int32_t* index = nullptr;  // which planes
+  const float* factor = nullptr;   // [N]
+  void* rows = nullptr;            // [N, stride]
+  bool log = false;                // log(max(value, 1e-5)) instead of the value
+  bool negate = false;             // -value instead
+  float padding = 0;               // of channels up to the chunks' end
 };
 struct SliceParams {
   Kind kind = Kind::f32;
@@ -239,7 +239,7 @@ struct FieldParams {
   float* rows = nullptr;                 // [N, row]; where null, the planes are written:
   float* planes = nullptr;               // [all channels, N]
   const int32_t* order = nullptr;
-  const int32_t* index = nullptr;        // [channels]: the plane of each channel
+  const int32_t* index = nullptr;  // [channels]: the plane of each channel
 };
 
 namespace {
@@ -260,8 +260,8 @@ inline int64_t field_scratch(const FieldParams& p) {
 
 }  // namespace
 
-// Keys [end - begin, dims + 1] and weights of pixels; *valid is cleared where a feature is not finite or out of
-// range.
+// Keys [end - begin, dims + 1] and weights of pixels; *valid is cleared where a feature is not finite or out
+// of range.
 AFA_SIMD_DECLARE(void lattice_simplices(const SimplexParams& p, int64_t begin, int64_t end, uint64_t* keys,
                                         bool* valid))
 // Vertices.

@@ -1,9 +1,10 @@
 // The permutohedral lattice and the mean field on the CPU; compiled once per SIMD level.
 //
-// Channels are contiguous per pixel and per vertex and padded to chunks of 8. A tile of up to 4 chunks keeps its
-// sums in registers while a vertex gathers its pixels, or a pixel its vertices. An iteration writes each vertex
-// value once per blur and each probability once: slicing of both kernels, unaries and softmax are one pass.
-// Scattering pixels into the table, the usual way, reads and writes 6 rows per pixel and needs a table per thread.
+// Channels are contiguous per pixel and per vertex and padded to chunks of 8. A tile of up to 4 chunks keeps
+// its sums in registers while a vertex gathers its pixels, or a pixel its vertices. An iteration writes each
+// vertex value once per blur and each probability once: slicing of both kernels, unaries and softmax are one
+// pass. Scattering pixels into the table, the usual way, reads and writes 6 rows per pixel and needs a table
+// per thread.
 #include "common/half.h"
 #include "common/vec.h"
 #include "crf/crf.h"
@@ -83,8 +84,8 @@ inline void transpose(Chunk<T> (&m)[kChunk]) {
   for (int i = 0; i < 8; ++i) m[i] = n[i];
 }
 
-// A product rounded to float, which the compiler cannot make part of a fused multiply-add: all levels, and the
-// CUDA kernels, then find the same vertices.
+// A product rounded to float, which the compiler cannot make part of a fused multiply-add: all levels, and
+// the CUDA kernels, then find the same vertices.
 inline Floats rounded_product(const Floats& a, const Floats& b) {
   return __builtin_convertvector(__builtin_convertvector(a, Doubles) * __builtin_convertvector(b, Doubles),
                                  Floats);
@@ -202,8 +203,9 @@ void blur(const BlurParams& p, int64_t begin, int64_t end) {
     const T* left = in + neighbor[2 * v] * kRow;
     const T* right = in + neighbor[2 * v + 1] * kRow;
     for (int k = 0; k < K; ++k) {
-      put(out + v * kRow + k * kChunk, get(in + v * kRow + k * kChunk) +
-                                           static_cast<T>(0.5) * (get(left + k * kChunk) + get(right + k * kChunk)));
+      put(out + v * kRow + k * kChunk,
+          get(in + v * kRow + k * kChunk) +
+              static_cast<T>(0.5) * (get(left + k * kChunk) + get(right + k * kChunk)));
     }
   }
   if (end > p.lattice.vertices) {
@@ -319,7 +321,8 @@ void write_planes(const Sum<T>* rows, int64_t stride, int64_t channels, const in
         S wide[kChunk > kLanes<S> ? kChunk : kLanes<S>] = {};
         T values[kChunk];
         put(wide, tile[k]);
-        for (int64_t n = 0; n < kChunk; n += kLanes<S>) store_narrow_first(values + n, load<S>(wide + n), kChunk - n);
+        for (int64_t n = 0; n < kChunk; n += kLanes<S>)
+          store_narrow_first(values + n, load<S>(wide + n), kChunk - n);
         if (run) {
           __builtin_memcpy(to + order[i], values, sizeof values);
         } else {
@@ -355,7 +358,8 @@ void slice(const SliceParams& p, int64_t begin, int64_t end) {
       const S factor = static_cast<S>(p.factor[first + i]);
       for (int k = 0; k < K; ++k) put(rows + (i * K + k) * kChunk, factor * sum[k]);
     }
-    write_planes<T>(rows, K * kChunk, p.channels, nullptr, p.order + first, count, pixels, static_cast<T*>(p.planes));
+    write_planes<T>(rows, K * kChunk, p.channels, nullptr, p.order + first, count, pixels,
+                    static_cast<T*>(p.planes));
   }
 }
 
@@ -485,8 +489,7 @@ void lattice_gather(const GatherParams& p, int64_t begin, int64_t end) {
 
 void lattice_slice(const SliceParams& p, int64_t begin, int64_t end) {
   with_type(p.kind, [&](auto type) {
-    with_width(p.chunks,
-               [&](auto width) { slice<decltype(type), decltype(width)::value>(p, begin, end); });
+    with_width(p.chunks, [&](auto width) { slice<decltype(type), decltype(width)::value>(p, begin, end); });
   });
 }
 

@@ -3,11 +3,11 @@
 // Building: a thread finds a pixel's simplex, and writes the keys and weights of its corners. The corners are
 // sorted by key, 5 bits at a time and stably: equal keys become a vertex, whose list of pixels is in order. A
 // vertex's neighbors are found by binary search among the sorted keys. Nothing is hashed: a hash table needs
-// atomics, and the order of its lists, and so of the sums, would change from run to run. The number of vertices
-// stays on the device, where later kernels read it; grids and tables have room for N * (dims + 1).
+// atomics, and the order of its lists, and so of the sums, would change from run to run. The number of
+// vertices stays on the device, where later kernels read it; grids and tables have room for N * (dims + 1).
 //
-// Filtering: a thread owns a channel of a vertex or of a pixel, channels side by side, and gathers. A vertex is
-// read once per direction of blur. Softmax: a warp owns a pixel.
+// Filtering: a thread owns a channel of a vertex or of a pixel, channels side by side, and gathers. A vertex
+// is read once per direction of blur. Softmax: a warp owns a pixel.
 #include "common/cuda.cuh"
 #include "crf/crf.h"
 
@@ -15,7 +15,8 @@ namespace afa {
 namespace {
 
 constexpr int kScanThreads = 512;
-constexpr int64_t kMostItems = int64_t{1} << 22;  // of grids over vertices, whose number the host does not know
+constexpr int64_t kMostItems = int64_t{1}
+                               << 22;  // of grids over vertices, whose number the host does not know
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Rounded to float, and not part of a fused multiply-add: see crf_cpu.cpp.
@@ -151,7 +152,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     for (int d = 0; d < kDigits; ++d) places[d][thread] = 0;
     const int64_t first = tile * kSortTile + thread * kSortItems;
-    for (int64_t i = first; i < first + kSortItems && i < items; ++i) ++places[digit_of(keys[i], shift)][thread];
+    for (int64_t i = first; i < first + kSortItems && i < items; ++i)
+      ++places[digit_of(keys[i], shift)][thread];
     __syncthreads();
     if (thread < kDigits) {
       int place = p.counts[thread * tiles + tile];
@@ -383,7 +385,8 @@ __global__ void __launch_bounds__(kThreads) field_softmax_kernel(const __grid_co
       if (p.compatibility != nullptr) {
         float sum = 0;
         for (int64_t k = 0; k < p.channels; ++k) {
-          const float mixing = 0.5f * (p.compatibility[c * p.channels + k] + p.compatibility[k * p.channels + c]);
+          const float mixing =
+              0.5f * (p.compatibility[c * p.channels + k] + p.compatibility[k * p.channels + c]);
           sum += mixing * p.filtered[i * p.channels + k];
         }
         value -= sum;

@@ -369,6 +369,66 @@ def test_affinity_loss_of_many_blocks_and_of_nothing(kernels, assert_relative):
         compare(kernels, "affinity_loss", (affinity[:count], labels[:count]), 1e-12, assert_relative)
 
 
+def lattices(kernels, features):
+    """By the CUDA kernels and by the CPU kernels: vertices are numbered differently. What the vertices leave over of a
+    buffer is filled, so that the orders of threads can be compared."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return kernels.lattice_build(features), NATIVE.lattice_build(features)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@DTYPES
+@pytest.mark.parametrize("dims", [1, 2, 3, 4, 5, 6])
+def test_lattice_filter(dims, dtype, kernels, assert_relative):
+    features = 2 * torch.randn(2, dims, 7, 19)
+    features[1] = 0.7  # flat: every pixel in one simplex
+    own, native = lattices(kernels, features)
+    assert torch.equal(own[:, 0], native[:, 0])  # as many vertices
+    values = torch.rand(2, 35, 7, 19).to(dtype)
+    for settings in ((dims, "none", False), (dims, "symmetric", True), (dims, "before", False), (dims, "after", True)):
+        actual = kernels.lattice_filter(values, own, *settings)
+        assert_relative(actual, NATIVE.lattice_filter(values, native, *settings), LIMITS[dtype])
+
+
+def test_lattice_of_more_pixels_than_a_tile_sorts(kernels, assert_relative):
+    features = torch.randn(1, 5, 30, 57)  # 10,260 corners, in three tiles
+    own, native = lattices(kernels, features)
+    values = torch.rand(1, 2, 30, 57)
+    actual = kernels.lattice_filter(values, own, 5, "symmetric", False)
+    assert_relative(actual, NATIVE.lattice_filter(values, native, 5, "symmetric", False), 1e-5)
+
+
+def test_lattice_clamps_features_out_of_range(kernels):
+    features = torch.randn(1, 5, 4, 5)
+    features[0, 0, 0, 0], features[0, 1, 1, 1], features[0, 2, 2, 2] = torch.nan, torch.inf, 1e30
+    torch.use_deterministic_algorithms(True)
+    try:
+        own = kernels.lattice_build(features)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert 0 < int(own[0, 0]) <= 20 * 6
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [(1, 1), (5, 13)], ids=str)
+def test_mean_field(size, dtype, kernels):
+    colors = 3 * torch.rand(2, 5, *size)
+    positions = torch.stack(torch.meshgrid(*(torch.arange(n) / 3 for n in size), indexing="ij"))[None]
+    smooth, edges = lattices(kernels, positions), lattices(kernels, colors)
+    scores, keep = torch.rand(2, 33, *size).to(dtype), torch.rand(2, 33) > 0.3
+    for rest in (
+        (3.0, 4.0, None, None, True, 3),
+        (3.0, 0.0, None, keep, True, 1),
+        (0.5, 1.0, torch.randn(33, 33), keep, False, 2),
+        (0.0, 0.0, None, None, False, 2),
+    ):
+        actual = kernels.mean_field(scores, smooth[0], edges[0], *rest)
+        expected = NATIVE.mean_field(scores, smooth[1], edges[1], *rest)
+        assert float((actual - expected).abs().max()) < 2e-5
+
+
 def test_every_operator_is_compared(kernels):
     with open(__file__, encoding="utf-8") as source:
         text = source.read()
