@@ -6,7 +6,8 @@ Every operator has a twin of the same name in :mod:`afa_ext.reference`, in plain
 from . import tuning  # noqa: F401  (puts the shipped launch plans in force)
 from ._native import build_info
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss
-from .crf import CRF_PRESETS, DenseEnergyLoss, bilateral_filter, dense_crf, dense_energy_loss
+from .crf import CRF_PRESETS as CRF_PRESETS
+from .crf import DenseEnergyLoss, bilateral_filter, dense_crf, dense_energy_loss
 from .labels import pseudo_labels, refine_labels
 from .par import PAMR, PAR, pamr_affinity, pamr_refine, par_affinity, par_propagate, par_refine
 from .walk import (
@@ -20,7 +21,6 @@ from .walk import (
 
 __version__ = "0.1.0"
 __all__ = [
-    "CRF_PRESETS",
     "PAMR",
     "PAR",
     "DenseEnergyLoss",
