@@ -323,7 +323,7 @@ bool build_lattice(const LatticeLayout& layout, const int32_t* order, const floa
 
 template <typename F>
 void over_pixels(int64_t pixels, int64_t work, const F& f) {
-  parallel_rows((pixels + kPixelBlock - 1) / kPixelBlock, kPixelBlock * work, f);
+  parallel_rows((pixels + kPixelBlock - 1) / kPixelBlock, kPixelBlock * work / 8, f);  // in vectors of 8
 }
 
 // 1 / sqrt(norm) or 1 / norm as pydensecrf computes them, times `scale`; or `scale` alone.
@@ -348,7 +348,7 @@ void splat_and_blur(Kind kind, const SplatParams& splat, void* first, void* seco
   SplatParams s = splat;
   s.table = from;
   const int64_t entries = lattice.pixels * corners / std::max<int64_t>(lattice.vertices, 1) + 1;
-  parallel_rows(lattice.vertices + 1, entries * lanes / 4,
+  parallel_rows(lattice.vertices + 1, entries * lanes / 8,
                 [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(lattice_splat, kind, s, begin, end); });
   for (int64_t n = 0; n < corners; ++n) {
     BlurParams blur;
@@ -357,7 +357,7 @@ void splat_and_blur(Kind kind, const SplatParams& splat, void* first, void* seco
     blur.chunks = splat.chunks;
     blur.in = from;
     blur.out = to;
-    parallel_rows(lattice.vertices + 1, lanes / 2,
+    parallel_rows(lattice.vertices + 1, lanes / 4,
                   [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(lattice_blur, kind, blur, begin, end); });
     std::swap(from, to);
   }
@@ -460,8 +460,9 @@ Tensor mean_field_cpu(const Tensor& scores, const Tensor& gaussian, const Tensor
   const Field field = check_field(scores, gaussian, bilateral, compatibility, class_mask, num_iter);
   const int64_t batch = scores.size(0), channels = scores.size(1), pixels = scores.size(2) * scores.size(3);
   const Tensor out =
-      class_mask ? zeros(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float)
-                 : empty(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float);
+      class_mask
+          ? zeros(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float)
+          : empty_in_huge_pages(scores, {batch, channels, scores.size(2), scores.size(3)}, ScalarType::Float);
   if (out.numel() == 0) return out;
   const Tensor dense = torch::stable::contiguous(scores);
   const Tensor lattices[kMaxKernels] = {torch::stable::contiguous(gaussian),

@@ -9,6 +9,10 @@
 #include "common/vec.h"
 #include "crf/crf.h"
 
+// Chunks are wider than the registers of some levels. Functions that take or return them are in this file
+// only.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace afa {
 namespace AFA_SIMD {
 namespace {

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int numbers[kThreads];
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t items = p.layout.entries(), tiles = (items + kSortTile - 1) / kSortTile;
-  const int64_t corners = p.layout.corners();
+  const int32_t corners = static_cast<int32_t>(p.layout.corners());
   const uint64_t* const keys = p.keys[source];
   int32_t* const words = p.words;
   const float* const weight = reinterpret_cast<const float*>(words + p.layout.weight());
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       const int32_t entry = p.entries[source][i];
       words[p.layout.offset() + entry] = next - 1;
-      words[p.layout.pixel() + i] = static_cast<int32_t>(entry / corners);
+      words[p.layout.pixel() + i] = entry / corners;
       share[i] = weight[entry];
       if (i == items - 1) {
         words[0] = next;
@@ -372,24 +372,29 @@ __device__ inline float warp_sum(float v) {
   return v;
 }
 
+// Entry c of (M + M^T) / 2 times the values.
+__device__ inline float mixed(const float* matrix, const float* values, int64_t c, int64_t channels) {
+  const float *row = matrix + c * channels, *column = matrix + c;
+  float sum = 0;
+#pragma unroll 1
+  for (int64_t k = 0; k < channels; ++k, column += channels) sum += 0.5f * (row[k] + *column) * values[k];
+  return sum;
+}
+
 __global__ void __launch_bounds__(kThreads) field_softmax_kernel(const __grid_constant__ SoftmaxParams p) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t warps = item_stride() / 32;
   for (int64_t i = first_item() / 32; i < p.pixels; i += warps) {
     float* const out = p.out + i * p.channels;
+    const float* const logits = p.logits + i * p.channels;
+    const float* const filtered = p.filtered == nullptr ? nullptr : p.filtered + i * p.channels;
     float top = -3e38f;
     for (int64_t c = lane; c < p.channels; c += 32) {
-      const int64_t at = i * p.channels + c;
-      float value = p.logits[at];
-      if (p.compatibility == nullptr && p.filtered != nullptr) value += p.filtered[at];
-      if (p.compatibility != nullptr) {
-        float sum = 0;
-        for (int64_t k = 0; k < p.channels; ++k) {
-          const float mixing =
-              0.5f * (p.compatibility[c * p.channels + k] + p.compatibility[k * p.channels + c]);
-          sum += mixing * p.filtered[i * p.channels + k];
-        }
-        value -= sum;
+      float value = logits[c];
+      if (p.compatibility != nullptr && p.filtered != nullptr) {
+        value -= mixed(p.compatibility, filtered, c, p.channels);
+      } else if (p.filtered != nullptr) {
+        value += filtered[c];
       }
       out[c] = value;
       top = fmaxf(top, value);
