@@ -123,9 +123,7 @@ def dense_crf(
         TypeError, ValueError: an argument is not as stated, or requires grad.
         RuntimeError: a standard deviation is so small that features are out of range (on CUDA they are clamped).
     """
-    scores, matrix = check_dense_crf(
-        images, probabilities, unaries, num_iter, gaussian, bilateral, compat, class_mask
-    )
+    scores, matrix = check_dense_crf(images, probabilities, unaries, num_iter, gaussian, bilateral, compat, class_mask)
     scores = scores.detach()
     positions = _position_features(scores.shape[2], scores.shape[3], float(gaussian[0]), scores)
     colors = _image_features(images, float(bilateral[0]), float(bilateral[1]))
@@ -203,9 +201,7 @@ class DenseEnergyLoss(nn.Module):
         self.sigma_xy = sigma_xy
         self.scale_factor = scale_factor
 
-    def forward(
-        self, images: Tensor, segmentations: Tensor, ROIs: Tensor, seg_label: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, images: Tensor, segmentations: Tensor, ROIs: Tensor, seg_label: Tensor | None = None) -> Tensor:
         """
         Args:
             images: [B, 3, H, W], colors in 0 to 255.

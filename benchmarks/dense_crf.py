@@ -55,7 +55,9 @@ def inputs(size: tuple[int, int, int, int], photos: Path | None, device: torch.d
         names = sorted(p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".png"))[:batch]
         if len(names) < batch:
             raise SystemExit(f"{photos} has {len(names)} photographs, {batch} are needed")
-        pixels = [np.array(Image.open(p).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)) for p in names]
+        pixels = [
+            np.array(Image.open(p).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)) for p in names
+        ]
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return images.to(device), (2 * smooth(classes, 24)).softmax(1).to(device)
 

@@ -66,9 +66,7 @@ class Lattice:
         step[axis] = self.dims
         count = len(self.keys)
         numbers = {tuple(key): n for n, key in enumerate(self.keys.tolist())}
-        found = [
-            [numbers.get(tuple(key), count) for key in (self.keys + sign * step).tolist()] for sign in (1, -1)
-        ]
+        found = [[numbers.get(tuple(key), count) for key in (self.keys + sign * step).tolist()] for sign in (1, -1)]
         return torch.tensor(found[0], device=step.device), torch.tensor(found[1], device=step.device)
 
     def apply(self, values: Tensor, reverse: bool = False) -> Tensor:
