@@ -5,9 +5,8 @@
     python benchmarks/dense_crf.py --size 1x21x375x500 --photos VOC2012/JPEGImages
 
 Needs pydensecrf2 (pip install pydensecrf2), whose import name is pydensecrf. Setting up is included on both sides.
-Before a size is timed, labels must be equal on 99.9 % of the pixels and probabilities within 1e-3. pydensecrf takes one
-thread,
-and takes images one by one. Without --photos, images are drawn: smooth regions with noise.
+Before a size is timed, labels must be equal on 99.9 % of the pixels and probabilities within 1e-3. pydensecrf uses one
+thread, and takes images one by one. Without --photos, images are drawn: smooth regions with noise.
 
 rloss's bilateralfilter, which filters one channel per pass on a lattice it builds once per image, is a SWIG module that
 does not build against current Python versions; this package's filter, called the same way, stands in for it.

