@@ -57,12 +57,18 @@ def environment(parameters: Path, linked_to_torch: bool) -> dict[str, str]:
     return {**env, "AFA_STAND_IN_PARAMETERS": str(parameters)}
 
 
+def family(kernel: str) -> str:
+    """The kernel's name. stencil_kept_kernel counts as stencil_kernel, to which it falls back where a grid is too small:
+    the grids of the kernels compiled by gcc are kept small."""
+    return "stencil_kernel" if kernel == "stencil_kept_kernel" else kernel
+
+
 def test_every_operator_reaches_its_launches(compiled_by_gcc, parameters):
     shipped = parsed(launch_all(environment(parameters, linked_to_torch=True)))
     assert shipped.keys() == compiled_by_gcc.keys()
     for name, devices in shipped.items():
         for launches, expected in zip(devices, compiled_by_gcc[name], strict=True):
-            kernels, known = ({launch["kernel"] for launch in given} for given in (launches, expected))
+            kernels, known = ({family(launch["kernel"]) for launch in given} for given in (launches, expected))
             assert kernels == known, name
 
 
