@@ -58,7 +58,7 @@ def environment(parameters: Path, linked_to_torch: bool) -> dict[str, str]:
 
 
 def family(kernel: str) -> str:
-    """The kernel's name. stencil_kept_kernel counts as stencil_kernel, to which it falls back where a grid is too small:
+    """The kernel's name. stencil_kept_kernel counts as stencil_kernel, its fallback where a grid is too small:
     the grids of the kernels compiled by gcc are kept small."""
     return "stencil_kernel" if kernel == "stencil_kept_kernel" else kernel
 
