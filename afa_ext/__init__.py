@@ -3,6 +3,7 @@
 Every operator has a reference implementation of the same name in :mod:`afa_ext.reference`, in plain PyTorch.
 """
 
+from . import reference as reference  # so that `import afa_ext` makes afa_ext.reference available
 from ._native import build_info
 from .affinity import affinity_from_attention, affinity_labels, affinity_loss
 from .labels import pseudo_labels, refine_labels

@@ -39,7 +39,7 @@ def test_a_reference_imports_only_checks_and_other_references(file):
     assert {name for name in of_afa_ext(file) if not name.startswith("afa_ext.reference")} <= {"afa_ext._checks"}
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("[!_]*.py")), ids=lambda file: file.name)
 def test_an_operator_imports_no_reference(file):
     assert not {name for name in of_afa_ext(file) if name.startswith("afa_ext.reference")}
 
@@ -52,3 +52,10 @@ def test_a_reference_has_the_signature_of_its_operator(name):
 def test_checks_do_not_use_the_code_they_check():
     assert of_afa_ext(FOLDER / "_checks.py") <= {"afa_ext._autograd"}
     assert of_afa_ext(FOLDER / "walk.py") >= {"afa_ext._checks", "afa_ext.window", "afa_ext.pair_affinity"}
+
+
+def test_the_references_come_with_the_package():
+    assert (
+        subprocess.run([sys.executable, "-c", "import afa_ext; afa_ext.reference.par_refine"], check=False).returncode
+        == 0
+    )
