@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,5 @@ def test_checks_do_not_use_the_code_they_check():
 
 
 def test_the_references_come_with_the_package():
-    assert (
-        subprocess.run([sys.executable, "-c", "import afa_ext; afa_ext.reference.par_refine"], check=False).returncode
-        == 0
-    )
+    code = "import afa_ext; afa_ext.reference.par_refine"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
