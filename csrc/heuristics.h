@@ -1,6 +1,6 @@
 // Rules that choose a CUDA kernel's variant and the division of its work from the sizes of the call and of
 // the GPU. All such rules are in this file, each with its reason. No rule has been checked on a GPU yet:
-// `python -m benchmarks.tune` times all variants on a GPU and compares them with the rule's choice, and
+// `python benchmarks/tune.py` times all variants on a GPU and compares them with the rule's choice, and
 // AFA_EXT_VARIANTS overrides the rules (common/variants.h).
 //
 // The variants of a kernel differ only in speed: each supports every call, and falls back to another one if
@@ -18,7 +18,7 @@ struct Gpu {
   int64_t shared_of_block = 0;  // the most that one block may have
 };
 
-constexpr int64_t div_up(int64_t a, int64_t b) {
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
@@ -63,8 +63,8 @@ struct RingCall {
 };
 
 constexpr int64_t ring_tiles(const RingCall& call, int stack) {
-  return call.batch * div_up(call.height, int64_t{ring_warps(stack)} * stack) *
-         div_up(call.width, kRingTileWidth);
+  return call.batch * ceil_div(call.height, int64_t{ring_warps(stack)} * stack) *
+         ceil_div(call.width, kRingTileWidth);
 }
 
 // Blocks per tile, each with a part of the classes. A single image has too few tiles for the SMs (25 tiles of
@@ -74,7 +74,7 @@ constexpr int64_t ring_class_groups(const Gpu& gpu, const RingCall& call, int st
   const int64_t tiles = ring_tiles(call, stack);
   const int64_t fit = tiles > 0 ? gpu.processors * ring_blocks_per_sm(stack) / tiles : 1;
   const int64_t most = fit < 1 ? 1 : fit < call.classes ? fit : call.classes;
-  return most < 2 ? 1 : div_up(call.classes, div_up(call.classes, most));
+  return most < 2 ? 1 : ceil_div(call.classes, ceil_div(call.classes, most));
 }
 
 // The more pixels a thread has in its column, the fewer values come through shared memory per product: one
@@ -123,10 +123,10 @@ constexpr int stencil_blocks_per_sm(int groups) {
 // thread they are read half as often; twelve leave too few warps to hide the reads.
 constexpr StencilVariant stencil_variant(const Gpu& gpu, int64_t batch, int64_t classes, int64_t pixels,
                                          int64_t steps) {
-  const int64_t columns = div_up(pixels, kStencilThreads);
-  const int64_t blocks4 = columns * batch * div_up(classes, 4);
+  const int64_t columns = ceil_div(pixels, kStencilThreads);
+  const int64_t blocks4 = columns * batch * ceil_div(classes, 4);
   if (steps > 1 && blocks4 <= gpu.processors * stencil_blocks_per_sm(1)) return StencilVariant::classes4_kept;
-  const int64_t blocks8 = columns * batch * div_up(classes, 8);
+  const int64_t blocks8 = columns * batch * ceil_div(classes, 8);
   return blocks8 >= gpu.processors * stencil_blocks_per_sm(2) ? StencilVariant::classes8
                                                               : StencilVariant::classes4;
 }

@@ -325,7 +325,7 @@ Tensor affinity_from_attention_cuda(const Tensor& attention, const Tensor& weigh
   p.weight = w.const_data_ptr();
   p.bias = shift.const_data_ptr();
   p.affinity = affinity.mutable_data_ptr();
-  p.variant = static_cast<AffinityVariant>(kForward.pick(static_cast<int>(affinity_variant())));
+  p.variant = kForward.pick(affinity_variant());
   AFA_CUDA_LAUNCH("affinity_from_attention", launch_affinity(p, scope.stream()));
   return affinity;
 }

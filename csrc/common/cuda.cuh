@@ -43,10 +43,6 @@ constexpr int64_t kMaxGridX = int64_t{1} << 30;
 constexpr int64_t kMaxGridY = 65535;
 #endif
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Blocks in x and in y, limited to the maximum grid size: kernels loop over the rest with a grid stride.
 inline dim3 block_grid(int64_t x, int64_t y = 1) {
   return dim3(static_cast<unsigned>(x < kMaxGridX ? x : kMaxGridX),

@@ -52,24 +52,18 @@ int64_t ask_attribute(int device, cudaDeviceAttr attribute) {
   return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : -1;
 }
 
-int64_t attribute(cudaDeviceAttr which) {
-  const int device = current_device();
-  return device < 0 ? 0
-                    : asked_once({device, nullptr, which, 0}, [&] { return ask_attribute(device, which); });
+int64_t attribute(int device, cudaDeviceAttr which) {
+  return asked_once({device, nullptr, which, 0}, [&] { return ask_attribute(device, which); });
 }
 
 }  // namespace
 
 Gpu current_gpu() {
-  Gpu gpu;
-  gpu.processors = attribute(cudaDevAttrMultiProcessorCount);
-  gpu.shared_of_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  gpu.shared_of_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return gpu;
-}
-
-int64_t shared_bytes_of_block() {
-  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int device = current_device();
+  if (device < 0) return {};
+  return {attribute(device, cudaDevAttrMultiProcessorCount),
+          attribute(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 void allow_shared_of(const void* kernel, size_t bytes) {

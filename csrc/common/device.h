@@ -12,8 +12,6 @@ namespace afa {
 Gpu current_gpu();
 
 // Only in builds with CUDA:
-// The maximum shared memory of one block, in bytes.
-int64_t shared_bytes_of_block();
 // Allows launches of a kernel with this much dynamic shared memory; required above 48 KiB.
 void allow_shared_of(const void* kernel, size_t bytes);
 // The number of blocks of a kernel that the device can run at once in a cooperative launch; 0 if none fits,

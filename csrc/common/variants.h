@@ -20,6 +20,10 @@ class KernelVariants {
   // The number of the variant to launch: the forced one or, by default, the rule's. Thread-safe. Throws if
   // AFA_EXT_VARIANTS has an unknown kernel or variant.
   int pick(int by_rule) const;
+  template <typename Variant>
+  Variant pick(Variant by_rule) const {
+    return static_cast<Variant>(pick(static_cast<int>(by_rule)));
+  }
   // -1 resets a forced variant.
   void force(int variant) const { forced_.store(variant, std::memory_order_relaxed); }
   int find(const char* variant) const;  // its number, or -1

@@ -36,15 +36,14 @@ void ring_steps(const char* op, StencilParams& p, const Tensor& source, const Te
     return;
   }
   const Gpu gpu = current_gpu();
-  [[maybe_unused]] const auto variant =
-      static_cast<RingVariant>(kRing.pick(static_cast<int>(ring_variant(gpu, call))));
+  [[maybe_unused]] const RingVariant variant = kRing.pick(ring_variant(gpu, call));
   const bool wide = p.kind == Kind::f32;
   p.in.data = source.mutable_data_ptr();
   p.out.data = out.mutable_data_ptr();
   p.in.wide = p.out.wide = wide;
+  // The last step does not write one of the two: `out` itself serves as that one if it is float32.
   Tensor spare[2] = {out, out};
-  for (int32_t i = 0; i < 2;
-       ++i) {  // the last step does not write one of them: `out` itself serves if float32
+  for (int32_t i = 0; i < 2; ++i) {
     const bool needed = p.steps > i + 1 && !(wide && i == (p.steps - 1) % 2);
     if (needed) spare[i] = empty(source, {p.batch, p.classes, p.height, p.width}, ScalarType::Float);
     p.spare[i] = spare[i].mutable_data_ptr();

@@ -85,9 +85,7 @@ constexpr const char* kNames[] = {AFA_STENCIL_VARIANTS(AFA_VARIANT_NAME)};
 const KernelVariants kStencil("stencil", kNames);
 
 StencilVariant pick_variant(const StencilParams& p) {
-  const StencilVariant by_rule =
-      stencil_variant(current_gpu(), p.batch, p.classes, p.height * p.width, p.steps);
-  return static_cast<StencilVariant>(kStencil.pick(static_cast<int>(by_rule)));
+  return kStencil.pick(stencil_variant(current_gpu(), p.batch, p.classes, p.height * p.width, p.steps));
 }
 
 ScalarType type_of(const StencilParams& p) {

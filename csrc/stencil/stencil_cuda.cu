@@ -12,6 +12,8 @@
 namespace afa {
 namespace {
 
+static_assert(kThreads == kStencilThreads, "the rule counts the blocks that are launched");
+
 // A pixel's values of a group of classes.
 template <typename Sum>
 struct alignas(16) Four {
@@ -274,7 +276,7 @@ bool launch_kept(const StencilParams& p, void* stream) {
                 sets = p.batch * ceil_div(p.classes, kGroup);
   const size_t bytes = p.stencil.size * kThreads * sizeof(T);
   const auto kernel = stencil_kept_kernel<T>;
-  if (p.steps < 2 || bytes > static_cast<size_t>(shared_bytes_of_block())) return false;
+  if (p.steps < 2 || bytes > static_cast<size_t>(current_gpu().shared_of_block)) return false;
   if (sets > kMaxGridY || columns * sets > resident_blocks(kernel, kThreads, bytes)) return false;
   return AFA_LAUNCH_COOPERATIVE(kernel, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(sets)),
                                 dim3(kThreads), bytes, stream, p);

@@ -282,7 +282,7 @@ Tensor walk_step_cuda(const Tensor& scores, const Tensor& affinity, int64_t radi
   p.out = out.mutable_data_ptr();
   p.class_mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   p.scores = source.const_data_ptr();
-  p.variant = static_cast<WalkStepVariant>(kStep.pick(static_cast<int>(walk_step_variant())));
+  p.variant = kStep.pick(walk_step_variant());
   AFA_CUDA_LAUNCH("walk_step", launch_walk_step(p, scope.stream()));
   return out;
 }

@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 H100, A100, RTX4060 = (132, 233472, 232448), (108, 167936, 166912), (24, 102400, 101376)
 """SMs, shared memory of an SM and of a block, in bytes."""
 
+PICK = 'from afa_ext import _native; print(_native._C.pick_variant("walk_step", "tiled224"))'
+"""Prints the variant that a launch would pick for a step of the walk."""
+
 Rules = Callable[..., tuple[str, int, int, str, int]]
 
 
@@ -92,26 +95,17 @@ def test_a_tile_of_the_walk_leaves_room_for_other_blocks(rules):
 
 
 def test_an_invalid_override_raises_an_error_that_lists_the_valid_ones():
-    code = "import torch; from afa_ext import _native; from tests.afa_ext.test_heuristics import pick; pick()"
     for setting in ("par_ring=stack3", "no_kernel=stack2", "par_ring"):
         env = {**os.environ, "AFA_EXT_VARIANTS": f"walk_step=tiled128,{setting}"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", PICK], capture_output=True, text=True, env=env, check=False)
         assert done.returncode != 0
         assert f"got '{setting}'" in done.stderr
         assert "par_ring=stack4|stack2" in done.stderr
 
 
 def test_an_override_is_picked():
-    code = "from tests.afa_ext.test_heuristics import pick; print(pick())"
     env = {**os.environ, "AFA_EXT_VARIANTS": "walk_step=tiled128"}
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=env, cwd=ROOT).strip() == "tiled128"
-
-
-def pick() -> str:
-    """The variant that a launch would pick for a step of the walk."""
-    return str(_native._C.pick_variant("walk_step", "tiled224"))
+    assert subprocess.check_output([sys.executable, "-c", PICK], text=True, env=env).strip() == "tiled128"
 
 
 def test_forcing_an_unknown_kernel_or_variant_is_an_error():

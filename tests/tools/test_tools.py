@@ -419,7 +419,7 @@ def test_cutout_tree_keeps_the_splits_apart(tmp_path):
         (tmp_path / kind / "more").mkdir(parents=True)
         for number in range(4):
             pixels = np.zeros((40, 50, 4), np.uint8)
-            pixels[8:32, 10:40, color] = 200 + 10 * number  # the fourth alone has a value of 230
+            pixels[8:32, 10:40, color] = 200 + 10 * number  # only the fourth has a value of 230
             pixels[8:32, 10:40, 3] = 255
             Image.fromarray(pixels).save(tmp_path / kind / "more" / f"{number}.png")
     (tmp_path / "scenes").mkdir()

@@ -333,7 +333,7 @@ void run(const std::string& name, const float* in, float* out) {
     const dim3 grid(static_cast<unsigned>(RIGHT ? kBlocks : most + 1));
     granted(AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), grid, kSize, 0, nullptr, in, out));
   } else if (name == "too_much_shared_memory") {
-    const size_t bytes = static_cast<size_t>(afa::shared_bytes_of_block()) + (RIGHT ? 0 : 1);
+    const size_t bytes = static_cast<size_t>(afa::current_gpu().shared_of_block) + (RIGHT ? 0 : 1);
     AFA_LAUNCH_SHARED((dynamic_overflow<true>), kBlocks, kSize, bytes, nullptr, in, out);
   } else if (name == "beyond_the_grid") {
     const int64_t count = 3 * kBlocks * kSize;
