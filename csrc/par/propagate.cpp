@@ -30,13 +30,17 @@ bool fits_ring(const StencilParams& p, const RingCall& call) {
 
 void ring_steps(const char* op, StencilParams& p, const Tensor& source, const Tensor& out,
                 [[maybe_unused]] const CudaScope& scope) {
-  const RingCall call{p.batch, p.classes, p.height, p.width, p.steps};
-  if (!is_default_ring(p.stencil) || !fits_ring(p, call)) {
+  if (!is_default_ring(p.stencil)) {
     stencil_steps_cuda(op, p, source, out, scope);
     return;
   }
+  const RingCall call{p.batch, p.classes, p.height, p.width, p.steps};
   const Gpu gpu = current_gpu();
   [[maybe_unused]] const RingVariant variant = kRing.pick(ring_variant(gpu, call));
+  if (!fits_ring(p, call)) {  // as every variant, it falls back where its layout does not fit
+    stencil_steps_cuda(op, p, source, out, scope);
+    return;
+  }
   const bool wide = p.kind == Kind::f32;
   p.in.data = source.mutable_data_ptr();
   p.out.data = out.mutable_data_ptr();
