@@ -5,7 +5,9 @@ Every operator has a reference implementation of the same name in :mod:`afa_ext.
 
 from . import reference as reference  # so that `import afa_ext` makes afa_ext.reference available
 from ._native import build_info
-from .affinity import affinity_from_attention, affinity_labels, affinity_loss
+from .affinity import affinity_from_attention, affinity_labels, affinity_loss, affinity_loss_and_sums
+from .crf import CRF_PRESETS as CRF_PRESETS
+from .crf import DenseEnergyLoss, bilateral_filter, dense_crf, dense_energy_loss
 from .labels import pseudo_labels, refine_labels
 from .pair_affinity import edge_affinity, feature_affinity
 from .par import PAMR, PAR, pamr_affinity, pamr_refine, par_affinity, par_propagate, par_refine
@@ -16,10 +18,15 @@ __version__ = "0.1.0"
 __all__ = [
     "PAMR",
     "PAR",
+    "DenseEnergyLoss",
     "affinity_from_attention",
     "affinity_labels",
     "affinity_loss",
+    "affinity_loss_and_sums",
+    "bilateral_filter",
     "build_info",
+    "dense_crf",
+    "dense_energy_loss",
     "edge_affinity",
     "feature_affinity",
     "pamr_affinity",

@@ -447,7 +447,15 @@ def check_affinity_from_attention(
     return grid[0], grid[1]
 
 
-def check_affinity_labels(label_map: Tensor, stride: int, radius: int, ignore_index: int, windowed: bool) -> None:
+def check_affinity_labels(
+    label_map: Tensor,
+    stride: int,
+    radius: int,
+    ignore_index: int,
+    windowed: bool,
+    offset: int,
+    background: int | None,
+) -> None:
     if not isinstance(label_map, Tensor):
         raise TypeError(f"label_map must be an integer tensor [B, H, W], got {_describe(label_map)}")
     if label_map.dim() != 3:
@@ -459,9 +467,15 @@ def check_affinity_labels(label_map: Tensor, stride: int, radius: int, ignore_in
     check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     if not isinstance(windowed, bool):
         raise TypeError(f"windowed must be True or False, got {_describe(windowed)}")
+    check_int("offset", offset, 0, stride - 1)
+    if background is not None:
+        check_int("background", background, -(2**63), 2**63 - 1)
 
 
-def check_affinity_loss(affinity: Tensor, labels: Tensor) -> None:
+def check_affinity_loss(
+    affinity: Tensor, labels: Tensor, weights: Sequence[float], counts: Tensor | None
+) -> tuple[float, float, float]:
+    """The three weights as numbers."""
     if not isinstance(affinity, Tensor) or affinity.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"affinity must be a float32, float16, bfloat16 or float64 tensor of any shape, got {_describe(affinity)}"
@@ -471,3 +485,146 @@ def check_affinity_loss(affinity: Tensor, labels: Tensor) -> None:
     if labels.shape != affinity.shape:
         raise ValueError(f"labels must have the shape of affinity {tuple(affinity.shape)}, got {tuple(labels.shape)}")
     check_same_device("labels", labels, "affinity", affinity)
+    if counts is not None:
+        if not isinstance(counts, Tensor) or counts.dtype != torch.int64:
+            raise TypeError(f"counts must be an int64 tensor [3], got {_describe(counts)}")
+        if counts.shape != (3,):
+            raise ValueError(f"counts must have shape [3], got {tuple(counts.shape)}")
+        check_same_device("counts", counts, "affinity", affinity)
+    if isinstance(weights, str | Tensor) or not isinstance(weights, Sequence) or len(weights) != 3:
+        raise ValueError(f"weights must be three numbers (different, same, same foreground), got {weights!r}")
+    for weight in weights:
+        check_number("weights", weight)
+    different, same, foreground = (float(weight) for weight in weights)
+    if min(different, same, foreground) < 0:
+        raise ValueError(f"weights must be at least 0, got {weights!r}")
+    return different, same, foreground
+
+
+MAX_FEATURES = 6
+
+
+def check_sigmas(sigma_xy: float, sigma_rgb: float) -> None:
+    check_positive("sigma_xy", sigma_xy)
+    check_positive("sigma_rgb", sigma_rgb)
+
+
+def check_color_images(images: Tensor, name: str, values: Tensor) -> None:
+    """uint8 or floating-point [B, 3, H, W], of the batch, size and device of ``values`` [B, C, H, W]."""
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        raise TypeError(f"images must be a tensor [B, 3, H, W], got {_describe(images)}")
+    if images.dtype != torch.uint8 and images.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"images must be uint8 or floating-point, got {_describe(images)}")
+    check_size("images", images, 1, 3, "red, green and blue")
+    for dim, what in ((0, "batch"), (2, "height"), (3, "width")):
+        check_size("images", images, dim, values.shape[dim], f"the {what} of {name}")
+    check_same_device("images", images, name, values)
+
+
+def check_bilateral_filter(
+    values: Tensor,
+    features: Tensor | None,
+    images: Tensor | None,
+    sigma_xy: float | None,
+    sigma_rgb: float | None,
+    normalize: str | None,
+) -> None:
+    check_float_tensor("values", values, "[B, C, H, W]")
+    check_choice("normalize", normalize, (None, "symmetric", "before", "after"))
+    if (features is None) == (images is None):
+        raise TypeError("bilateral_filter takes either features or images, got both or neither")
+    if images is not None:
+        if sigma_xy is None or sigma_rgb is None:
+            raise TypeError("images need sigma_xy and sigma_rgb")
+        check_color_images(images, "values", values)
+        check_sigmas(sigma_xy, sigma_rgb)
+        check_no_grad("images", images)
+        return
+    if sigma_xy is not None or sigma_rgb is not None:
+        raise TypeError("sigma_xy and sigma_rgb belong to images; divide features by their standard deviations")
+    assert features is not None
+    check_float_tensor("features", features, "[B, D, H, W]")
+    if not 1 <= features.shape[1] <= MAX_FEATURES:
+        raise ValueError(f"features must have 1 to {MAX_FEATURES} dimensions, got shape {tuple(features.shape)}")
+    for dim, what in ((0, "batch"), (2, "height"), (3, "width")):
+        check_size("features", features, dim, values.shape[dim], f"the {what} of values")
+    check_same_device("features", features, "values", values)
+    check_no_grad("features", features)
+
+
+def _check_kernel(name: str, value: Sequence[float], parts: Sequence[str]) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != len(parts):
+        raise TypeError(f"{name} must be ({', '.join(parts)}), got {_describe(value)}")
+    for part, number in zip(parts, value, strict=True):
+        check_positive(f"{name}'s {part}", number, allow_zero=part == "weight")
+
+
+def check_dense_crf(
+    images: Tensor,
+    probabilities: Tensor | None,
+    unaries: Tensor | None,
+    num_iter: int,
+    gaussian: Sequence[float],
+    bilateral: Sequence[float],
+    compat: str | Tensor,
+    class_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The scores, and the compatibility matrix if there is one."""
+    if (probabilities is None) == (unaries is None):
+        raise TypeError("dense_crf takes either probabilities or unaries, got both or neither")
+    name = "unaries" if probabilities is None else "probabilities"
+    scores = unaries if probabilities is None else probabilities
+    assert scores is not None
+    check_float_tensor(name, scores, "[B, C, H, W]")
+    check_color_images(images, name, scores)
+    check_no_grad(name, scores)
+    check_no_grad("images", images)
+    check_int("num_iter", num_iter, 0)
+    _check_kernel("gaussian", gaussian, ("sigma_xy", "weight"))
+    _check_kernel("bilateral", bilateral, ("sigma_xy", "sigma_rgb", "weight"))
+    if class_mask is not None:
+        if not isinstance(class_mask, Tensor) or class_mask.dtype != torch.bool:
+            raise TypeError(f"class_mask must be a bool tensor [B, C], got {_describe(class_mask)}")
+        if class_mask.shape != scores.shape[:2]:
+            raise ValueError(
+                f"class_mask must have shape {tuple(scores.shape[:2])} (the batch and classes of {name}), "
+                f"got {tuple(class_mask.shape)}"
+            )
+        check_same_device("class_mask", class_mask, name, scores)
+    if isinstance(compat, str):
+        check_choice("compat", compat, ("potts",))
+        return scores, None
+    if not isinstance(compat, Tensor) or not compat.is_floating_point():
+        raise TypeError(f'compat must be "potts" or a floating-point tensor [C, C], got {_describe(compat)}')
+    if tuple(compat.shape) != (scores.shape[1], scores.shape[1]):
+        raise ValueError(
+            f"compat must have shape {(scores.shape[1], scores.shape[1])} (classes of {name}), "
+            f"got {tuple(compat.shape)}"
+        )
+    check_same_device("compat", compat, name, scores)
+    check_no_grad("compat", compat)
+    return scores, compat
+
+
+def check_dense_energy_loss(
+    images: Tensor,
+    probabilities: Tensor,
+    sigma_rgb: float,
+    sigma_xy: float,
+    weight: float,
+    regions: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    check_float_tensor("probabilities", probabilities, "[B, C, H, W]")
+    check_color_images(images, "probabilities", probabilities)
+    check_no_grad("images", images)
+    check_sigmas(sigma_xy, sigma_rgb)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"weight must be a number, got {_describe(weight)}")
+    batch, _, height, width = probabilities.shape
+    for name, value in (("regions", regions), ("gate", gate)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or tuple(value.shape) != (batch, height, width):
+            raise ValueError(f"{name} must have shape {(batch, height, width)} [B, H, W], got {_describe(value)}")
+        check_same_device(name, value, "probabilities", probabilities)

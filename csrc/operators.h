@@ -5,7 +5,7 @@
 // their gradients [B, C, H, W]; weights [B, 8*len(dilations), H, W]; affinity [B, N, N or window]; transition
 // and window affinities by offset [B, window, h, w]; class_mask, present bool [B, C]; class_index int64 [B,
 // C]; box int64 [B, 4]; attention [B, K, N, N]; weight [K]; bias [1]; tokens int64 [B, h, w]; labels uint8,
-// like affinity; sums [3]: the loss and the weights of pairs of the same and of different classes.
+// like affinity; sums [10]: see finish_loss in affinity/affinity.h.
 // clang-format off
 #define AFA_OPERATORS(X)                                                                                \
   X(par_affinity,                                                                                       \
@@ -63,9 +63,18 @@
     "(Tensor grad, Tensor affinity, Tensor attention, SymInt height, SymInt width, int? radius, "       \
     "bool windowed) -> Tensor")                                                                         \
   X(affinity_labels,                                                                                    \
-    "(Tensor tokens, int radius, int ignore_index, bool windowed) -> Tensor")                           \
+    "(Tensor tokens, int radius, int ignore_index, bool windowed, int? background) -> Tensor")          \
   X(affinity_loss,                                                                                      \
-    "(Tensor affinity, Tensor labels) -> Tensor")                                                       \
+    "(Tensor affinity, Tensor labels, float weight_different, float weight_same, "                      \
+    "float weight_foreground, Tensor? counts) -> Tensor")                                               \
   X(affinity_loss_backward,                                                                             \
-    "(Tensor grad, Tensor sums, Tensor labels) -> Tensor")
+    "(Tensor grad, Tensor sums, Tensor labels) -> Tensor")                                              \
+  X(lattice_build,                                                                                      \
+    "(Tensor features) -> Tensor")                                                                      \
+  X(lattice_filter,                                                                                     \
+    "(Tensor values, Tensor lattice, int dims, str normalize, bool reverse) -> Tensor")                 \
+  X(mean_field,                                                                                         \
+    "(Tensor scores, Tensor gaussian, Tensor bilateral, float gaussian_weight, "                        \
+    "float bilateral_weight, Tensor? compatibility, Tensor? class_mask, bool probabilities, "           \
+    "int num_iter) -> Tensor")
 // clang-format on

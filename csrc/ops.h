@@ -86,11 +86,23 @@ AFA_DECLARE(affinity_from_attention_backward_weight,
             const Tensor& grad, const Tensor& affinity, const Tensor& attention, int64_t height,
             int64_t width, std::optional<int64_t> radius, bool windowed);
 AFA_DECLARE(affinity_labels,
-            const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed);
+            const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed,
+            std::optional<int64_t> background);
 AFA_DECLARE(affinity_loss,
-            const Tensor& affinity, const Tensor& labels);
+            const Tensor& affinity, const Tensor& labels, double weight_different, double weight_same,
+            double weight_foreground, const std::optional<Tensor>& counts);
 AFA_DECLARE(affinity_loss_backward,
             const Tensor& grad, const Tensor& sums, const Tensor& labels);
+
+AFA_DECLARE(lattice_build,
+            const Tensor& features);
+AFA_DECLARE(lattice_filter,
+            const Tensor& values, const Tensor& lattice, int64_t dims, const std::string& normalize,
+            bool reverse);
+AFA_DECLARE(mean_field,
+            const Tensor& scores, const Tensor& gaussian, const Tensor& bilateral, double gaussian_weight,
+            double bilateral_weight, const std::optional<Tensor>& compatibility,
+            const std::optional<Tensor>& class_mask, bool probabilities, int64_t num_iter);
 // clang-format on
 
 }  // namespace afa

@@ -4,7 +4,8 @@ They serve as the operators' definitions, and the tests compare the native kerne
 are differentiable with respect to every floating-point input, but need more time and memory.
 """
 
-from .affinity import affinity_from_attention, affinity_labels, affinity_loss
+from .affinity import affinity_from_attention, affinity_labels, affinity_loss, affinity_loss_and_sums
+from .crf import DenseEnergyLoss, bilateral_filter, dense_crf, dense_energy_loss
 from .labels import pseudo_labels, refine_labels
 from .pair_affinity import edge_affinity, feature_affinity
 from .par import PAMR, PAR, pamr_affinity, pamr_refine, par_affinity, par_propagate, par_refine
@@ -14,9 +15,14 @@ from .window import window_offsets
 __all__ = [
     "PAMR",
     "PAR",
+    "DenseEnergyLoss",
     "affinity_from_attention",
     "affinity_labels",
     "affinity_loss",
+    "affinity_loss_and_sums",
+    "bilateral_filter",
+    "dense_crf",
+    "dense_energy_loss",
     "edge_affinity",
     "feature_affinity",
     "pamr_affinity",
