@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,12 +60,21 @@ def affinity_from_attention(
 
 
 def affinity_labels(
-    label_map: Tensor, *, stride: int = 16, radius: int, ignore_index: int = 255, windowed: bool = False
+    label_map: Tensor,
+    *,
+    stride: int = 16,
+    radius: int,
+    ignore_index: int = 255,
+    windowed: bool = False,
+    offset: int = 0,
+    background: int | None = None,
 ) -> Tensor:
     """Labels of token pairs from a map of pixel labels: 1 same class, 0 different classes, 255 ignored.
 
-    The map is sampled at every ``stride``-th pixel (nearest), so N = ceil(H/stride) * ceil(W/stride). A pair is 255 if
-    either token is ignored, if it is outside the window, or (windowed) if the offset is outside the grid.
+    The map is sampled at every ``stride``-th pixel (nearest) from pixel ``offset`` on, so
+    N = ceil((H - offset) / stride) * ceil((W - offset) / stride). A pair is 255 if either token is ignored, if it is
+    outside the window, or (windowed) if the offset is outside the grid. With ``background``, pairs of the same
+    foreground class are 2 instead of 1, so that :func:`affinity_loss` can give them a weight of their own.
 
     Args:
         label_map: [B, H, W], uint8, int16, int32 or int64.
@@ -72,6 +82,9 @@ def affinity_labels(
         radius: Chebyshev radius of the window in tokens, 0 to 63.
         ignore_index: the label of ignored pixels.
         windowed: return the windowed layout.
+        offset: first sampled row and column, at least 0 and below ``stride``. The published code uses 0; stride // 2
+            is the center of a token.
+        background: the label of background pixels, or None to label all pairs of the same class 1.
 
     Returns:
         uint8 [B, N, N], or [B, N, (2*radius+1)**2] if ``windowed``.
@@ -79,33 +92,74 @@ def affinity_labels(
     Raises:
         TypeError, ValueError: an argument is invalid.
     """
-    check_affinity_labels(label_map, stride, radius, ignore_index, windowed)
-    tokens = label_map[:, ::stride, ::stride].to(torch.int64)
+    check_affinity_labels(label_map, stride, radius, ignore_index, windowed, offset, background)
+    tokens = label_map[:, offset::stride, offset::stride].to(torch.int64)
     windowed = windowed and (2 * radius + 1) ** 2 != tokens.shape[1] * tokens.shape[2]
-    labels: Tensor = _ops.affinity_labels(tokens, radius, ignore_index, windowed)
+    labels: Tensor = _ops.affinity_labels(tokens, radius, ignore_index, windowed, background)
     return labels
 
 
-def affinity_loss(affinity: Tensor, labels: Tensor) -> Tensor:
-    """``1/2 sum_same(1 - A) / (n_same + 1) + 1/2 sum_different(A) / (n_different + 1)``, counted over the whole batch.
+def affinity_loss(
+    affinity: Tensor,
+    labels: Tensor,
+    *,
+    weights: Sequence[float] = (0.5, 0.5, 0.0),
+    counts: Tensor | None = None,
+) -> Tensor:
+    """``sum_g weights[g] * error_g / (n_g + 1)`` over three groups of pairs, counted over the whole batch.
+
+    The groups are the values of ``labels``: 0 different classes (the error is the sum of A), 1 the same class and 2 the
+    same foreground class (the error is the sum of 1 - A); all other pairs are ignored. The default is the published
+    loss, ``1/2 sum_same(1 - A) / (n_same + 1) + 1/2 sum_different(A) / (n_different + 1)``. Most pairs of the same
+    class are pairs of background; ``weights=(0.5, 0.25, 0.25)`` with labels made with a ``background`` gives objects
+    the same weight.
 
     Differentiable with respect to ``affinity``. Sums are accumulated in blocks of fixed size, so the result doesn't
     depend on the number of threads.
 
     Args:
         affinity: values in [0, 1], any shape: dense or windowed.
-        labels: uint8, same shape and device: 1 same class, 0 different classes; all other values are ignored.
+        labels: uint8, same shape and device, from :func:`affinity_labels`.
+        weights: three weights of at least 0, one per group.
+        counts: int64 [3] on the same device: the numbers of pairs n_g to divide by, for a part of a larger batch. The
+            losses of all parts then add up to the loss of the batch. None: those of ``labels``.
 
     Returns:
-        Scalar, float32 (float64 for float64), in [0, 1).
+        Scalar, float32 (float64 for float64), in [0, sum(weights)) without ``counts``.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
     """
+    return _loss_sums(affinity, labels, weights, counts)[0]
+
+
+def affinity_loss_and_sums(
+    affinity: Tensor,
+    labels: Tensor,
+    *,
+    weights: Sequence[float] = (0.5, 0.5, 0.0),
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`affinity_loss`, and the sums that it is made of, at no extra cost.
+
+    Arguments and errors are those of :func:`affinity_loss`.
+
+    Returns:
+        The loss, and a [2, 3] tensor of its dtype without gradient: the sums of A over the pairs of each group, and the
+        numbers of these pairs. Their quotient is the mean affinity of a group; both can be added up over batches.
+    """
+    sums = _loss_sums(affinity, labels, weights, counts)
+    errors, pairs = sums[4:7].detach(), sums[7:10].detach()
+    like = torch.cat([errors[:1], pairs[1:] - errors[1:]])
+    return sums[0], torch.stack([like, pairs])
+
+
+def _loss_sums(affinity: Tensor, labels: Tensor, weights: Sequence[float], counts: Tensor | None) -> Tensor:
+    """[10]: the loss, and what `finish_loss` in csrc/affinity/affinity.h writes after it."""
     (affinity,) = autocast_to_float32(affinity)
-    check_affinity_loss(affinity, labels)
-    loss: Tensor = _ops.affinity_loss(affinity, labels)[0]
-    return loss
+    different, same, foreground = check_affinity_loss(affinity, labels, weights, counts)
+    sums: Tensor = _ops.affinity_loss(affinity, labels, different, same, foreground, counts)
+    return sums
 
 
 @torch.library.register_fake("afa_ext::affinity_from_attention")
@@ -128,15 +182,15 @@ def _(grad: Tensor, affinity: Tensor, attention: Tensor, *settings: Any) -> Tens
 
 
 @torch.library.register_fake("afa_ext::affinity_labels")
-def _(tokens: Tensor, radius: int, ignore_index: int, windowed: bool) -> Tensor:
+def _(tokens: Tensor, radius: int, ignore_index: int, windowed: bool, background: int | None) -> Tensor:
     batch, height, width = tokens.shape
     nodes = height * width
     return tokens.new_empty(batch, nodes, _pairs(nodes, radius, windowed), dtype=torch.uint8)
 
 
 @torch.library.register_fake("afa_ext::affinity_loss")
-def _(affinity: Tensor, labels: Tensor) -> Tensor:
-    return affinity.new_empty(3, dtype=_sum_type(affinity))
+def _(affinity: Tensor, labels: Tensor, *settings: Any) -> Tensor:
+    return affinity.new_empty(10, dtype=_sum_type(affinity))
 
 
 @torch.library.register_fake("afa_ext::affinity_loss_backward")
@@ -170,14 +224,14 @@ def _affinity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    affinity, labels = inputs
+    affinity, labels, *ctx.settings = inputs
     ctx.dtype = affinity.dtype
     ctx.save_for_backward(output, labels)
 
 
 def _loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sums, labels = ctx.saved_tensors
-    return _ops.affinity_loss_backward(grad, sums, labels).to(ctx.dtype), None
+    return _ops.affinity_loss_backward(grad, sums, labels).to(ctx.dtype), None, *[None] * len(ctx.settings)
 
 
 register_derivatives("affinity_from_attention", backward=_affinity_backward, setup_context=_affinity_context)

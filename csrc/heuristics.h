@@ -80,7 +80,7 @@ constexpr int64_t ring_class_groups(const Gpu& gpu, const RingCall& call, int st
 // The more pixels a thread has in its column, the fewer values come through shared memory per product: one
 // with one pixel, 143 for 192 products with four. So the largest stack that gives work to three quarters of
 // the SMs. All steps in one launch (resident): where every tile has a block, weights stay in registers over
-// all steps, however many classes there are; with up to four tiles per block, a meeting of the blocks still
+// all steps, however many classes there are; with up to four tiles per block, a grid barrier still
 // costs less than a launch (1.5 against 3 us, as docs/kernels.md predicts). Beyond that a step is too long
 // for this to matter.
 constexpr RingVariant ring_variant(const Gpu& gpu, const RingCall& call) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,27 +45,55 @@ def affinity_from_attention(
 
 
 def affinity_labels(
-    label_map: Tensor, *, stride: int = 16, radius: int, ignore_index: int = 255, windowed: bool = False
+    label_map: Tensor,
+    *,
+    stride: int = 16,
+    radius: int,
+    ignore_index: int = 255,
+    windowed: bool = False,
+    offset: int = 0,
+    background: int | None = None,
 ) -> Tensor:
     """Reference implementation of :func:`afa_ext.affinity_labels`."""
-    check_affinity_labels(label_map, stride, radius, ignore_index, windowed)
-    tokens = label_map[:, ::stride, ::stride]
+    check_affinity_labels(label_map, stride, radius, ignore_index, windowed, offset, background)
+    tokens = label_map[:, offset::stride, offset::stride]
     grid = (tokens.shape[1], tokens.shape[2])
     flat = tokens.flatten(1).long()
     same = flat.unsqueeze(2) == flat.unsqueeze(1)
     known = flat != ignore_index
     valid = known.unsqueeze(2) & known.unsqueeze(1) & window_mask(grid, radius, "square", tokens.device)
     labels = torch.where(valid, same.to(torch.uint8), 255)
+    if background is not None:
+        labels = labels.masked_fill((labels == 1) & (flat != background).unsqueeze(2), 2)
     if windowed and (2 * radius + 1) ** 2 != grid[0] * grid[1]:
         labels = windowed_pairs(labels, grid, radius, 255)
     return labels
 
 
-def affinity_loss(affinity: Tensor, labels: Tensor) -> Tensor:
+def affinity_loss(
+    affinity: Tensor,
+    labels: Tensor,
+    *,
+    weights: Sequence[float] = (0.5, 0.5, 0.0),
+    counts: Tensor | None = None,
+) -> Tensor:
     """Reference implementation of :func:`afa_ext.affinity_loss`."""
-    check_affinity_loss(affinity, labels)
+    return affinity_loss_and_sums(affinity, labels, weights=weights, counts=counts)[0]
+
+
+def affinity_loss_and_sums(
+    affinity: Tensor,
+    labels: Tensor,
+    *,
+    weights: Sequence[float] = (0.5, 0.5, 0.0),
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Reference implementation of :func:`afa_ext.affinity_loss_and_sums`."""
+    weights = check_affinity_loss(affinity, labels, weights, counts)
     wide = affinity if affinity.dtype == torch.float64 else affinity.float()
-    same, different = labels == 1, labels == 0
-    loss_same = ((1 - wide) * same).sum() / (same.sum() + 1)
-    loss_different = (wide * different).sum() / (different.sum() + 1)
-    return (loss_same + loss_different) / 2
+    groups = [labels == group for group in range(3)]
+    pairs = torch.stack([group.sum() for group in groups])
+    errors = torch.stack([((wide if number == 0 else 1 - wide) * group).sum() for number, group in enumerate(groups)])
+    loss = (errors * errors.new_tensor(weights) / ((pairs if counts is None else counts) + 1)).sum()
+    inside = torch.stack([(wide * group).sum() for group in groups]).detach()
+    return loss, torch.stack([inside, pairs.to(inside.dtype)])

@@ -1,5 +1,6 @@
 #include "affinity/affinity.h"
 
+#include <array>
 #include <vector>
 
 #include "common/variants.h"
@@ -86,14 +87,18 @@ void add_partials(const void* partial, int64_t parts, int64_t size, void* out) {
 }
 
 template <typename S>
-void add_losses(const std::vector<double>& partial, void* out) {
-  double sum[4] = {};
-  for (size_t n = 0; n < partial.size(); ++n) sum[n % 4] += partial[n];
-  const double same = 0.5 / (sum[2] + 1), different = 0.5 / (sum[3] + 1);
-  S* result = static_cast<S*>(out);
-  result[0] = static_cast<S>(same * sum[0] + different * sum[1]);
-  result[1] = static_cast<S>(same);
-  result[2] = static_cast<S>(different);
+void add_losses(const AffinityLossParams& p, const std::vector<double>& partial) {
+  constexpr size_t kSums = 2 * kPairGroups;
+  double total[kSums] = {};
+  for (size_t n = 0; n < partial.size(); ++n) total[n % kSums] += partial[n];
+  finish_loss(p, total, static_cast<S*>(p.sums));
+}
+
+using LossWeights = std::array<double, kPairGroups>;
+
+std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
+  if (!t.has_value()) return std::nullopt;
+  return torch::stable::contiguous(*t);
 }
 
 int64_t loss_blocks(int64_t count) {
@@ -140,18 +145,29 @@ AffinityParams check_backward_weight(const Tensor& grad, const Tensor& affinity,
   return p;
 }
 
-AffinityLabelParams check_tokens(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed) {
+AffinityLabelParams check_tokens(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed,
+                                 std::optional<int64_t> background) {
   check_shape(tokens, "tokens", "[B, h, w]", {-1, -1, -1});
   AFA_CHECK(tokens.scalar_type() == ScalarType::Long, "tokens must be int64, got ",
             type_name(tokens.scalar_type()));
   AffinityLabelParams p;
   p.pairs = make_layout(tokens.size(0), tokens.size(1), tokens.size(2), radius, windowed);
   p.ignore = ignore_index;
+  p.split = background.has_value();
+  p.background = background.value_or(0);
   return p;
 }
 
-AffinityLossParams check_loss(const Tensor& affinity, const Tensor& labels) {
+AffinityLossParams check_loss(const Tensor& affinity, const Tensor& labels, const LossWeights& weights,
+                              const std::optional<Tensor>& counts) {
   AffinityLossParams p;
+  for (int g = 0; g < kPairGroups; ++g) p.weight[g] = weights[static_cast<size_t>(g)];
+  if (counts.has_value()) {
+    check_shape(*counts, "counts", "[3]", {kPairGroups});
+    AFA_CHECK(counts->scalar_type() == ScalarType::Long, "counts must be int64, got ",
+              type_name(counts->scalar_type()));
+    check_device(*counts, "counts", affinity, "affinity");
+  }
   p.kind = kind_of(affinity, "affinity");
   AFA_CHECK(shape_string(affinity) == shape_string(labels), "labels must have the shape of affinity, ",
             shape_string(affinity), ", got ", shape_string(labels));
@@ -162,11 +178,11 @@ AffinityLossParams check_loss(const Tensor& affinity, const Tensor& labels) {
 
 AffinityLossParams check_loss_backward(const Tensor& grad, const Tensor& sums, const Tensor& labels) {
   AffinityLossParams p;
-  check_shape(sums, "sums", "[3]", {3});
+  check_shape(sums, "sums", "[10]", {kLossSums});
   p.kind = kind_of(sums, "sums");
   AFA_CHECK(p.kind == Kind::f32 || p.kind == Kind::f64, "sums must be float32 or float64, got ",
             type_name(sums.scalar_type()));
-  check_shape(grad, "grad", "[3]", {3});
+  check_shape(grad, "grad", "[10]", {kLossSums});
   check_like(grad, "grad", sums, "sums");
   check_labels(labels, sums, "sums");
   p.count = labels.numel();
@@ -256,8 +272,9 @@ Tensor affinity_from_attention_backward_weight_cpu(const Tensor& grad, const Ten
   return out;
 }
 
-Tensor affinity_labels_cpu(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed) {
-  AffinityLabelParams p = check_tokens(tokens, radius, ignore_index, windowed);
+Tensor affinity_labels_cpu(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed,
+                           std::optional<int64_t> background) {
+  AffinityLabelParams p = check_tokens(tokens, radius, ignore_index, windowed, background);
   const int64_t nodes = nodes_of(p.pairs), size = pairs_of_node(p.pairs);
   const Tensor labels = empty(tokens, {p.pairs.batch, nodes, size}, ScalarType::Byte);
   if (labels.numel() == 0) return labels;
@@ -269,11 +286,16 @@ Tensor affinity_labels_cpu(const Tensor& tokens, int64_t radius, int64_t ignore_
   return labels;
 }
 
-Tensor affinity_loss_cpu(const Tensor& affinity, const Tensor& labels) {
-  AffinityLossParams p = check_loss(affinity, labels);
+Tensor affinity_loss_cpu(const Tensor& affinity, const Tensor& labels, double weight_different,
+                         double weight_same, double weight_foreground, const std::optional<Tensor>& counts) {
+  AffinityLossParams p =
+      check_loss(affinity, labels, {weight_different, weight_same, weight_foreground}, counts);
   const Tensor a = torch::stable::contiguous(affinity), l = torch::stable::contiguous(labels);
-  const Tensor sums = empty(affinity, {3}, sum_type(affinity));
-  std::vector<double> partial(4 * loss_blocks(p.count));
+  const Tensor sums = empty(affinity, {kLossSums}, sum_type(affinity));
+  const std::optional<Tensor> whole = contiguous_or_none(counts);
+  if (whole.has_value()) p.counts = static_cast<const int64_t*>(whole->const_data_ptr());
+  p.sums = sums.mutable_data_ptr();
+  std::vector<double> partial(2 * kPairGroups * loss_blocks(p.count));
   if (p.count > 0) {
     p.affinity = a.const_data_ptr();
     p.labels = static_cast<const uint8_t*>(l.const_data_ptr());
@@ -282,9 +304,9 @@ Tensor affinity_loss_cpu(const Tensor& affinity, const Tensor& labels) {
                   [&](int64_t begin, int64_t end) { AFA_SIMD_CALL(affinity_loss_blocks, p, begin, end); });
   }
   if (p.kind == Kind::f64) {
-    add_losses<double>(partial, sums.mutable_data_ptr());
+    add_losses<double>(p, partial);
   } else {
-    add_losses<float>(partial, sums.mutable_data_ptr());
+    add_losses<float>(p, partial);
   }
   return sums;
 }
@@ -369,8 +391,9 @@ Tensor affinity_from_attention_backward_weight_cuda(const Tensor& grad, const Te
   return out;
 }
 
-Tensor affinity_labels_cuda(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed) {
-  AffinityLabelParams p = check_tokens(tokens, radius, ignore_index, windowed);
+Tensor affinity_labels_cuda(const Tensor& tokens, int64_t radius, int64_t ignore_index, bool windowed,
+                            std::optional<int64_t> background) {
+  AffinityLabelParams p = check_tokens(tokens, radius, ignore_index, windowed, background);
   const CudaScope scope(tokens);
   const Tensor labels =
       empty(tokens, {p.pairs.batch, nodes_of(p.pairs), pairs_of_node(p.pairs)}, ScalarType::Byte);
@@ -382,12 +405,16 @@ Tensor affinity_labels_cuda(const Tensor& tokens, int64_t radius, int64_t ignore
   return labels;
 }
 
-Tensor affinity_loss_cuda(const Tensor& affinity, const Tensor& labels) {
-  AffinityLossParams p = check_loss(affinity, labels);
+Tensor affinity_loss_cuda(const Tensor& affinity, const Tensor& labels, double weight_different,
+                          double weight_same, double weight_foreground, const std::optional<Tensor>& counts) {
+  AffinityLossParams p =
+      check_loss(affinity, labels, {weight_different, weight_same, weight_foreground}, counts);
   const CudaScope scope(affinity);
   const Tensor a = torch::stable::contiguous(affinity), l = torch::stable::contiguous(labels);
-  const Tensor sums = empty(affinity, {3}, sum_type(affinity));
-  const Tensor partial = empty(affinity, {loss_blocks(p.count), 4}, ScalarType::Double);
+  const Tensor sums = empty(affinity, {kLossSums}, sum_type(affinity));
+  const std::optional<Tensor> whole = contiguous_or_none(counts);
+  if (whole.has_value()) p.counts = static_cast<const int64_t*>(whole->const_data_ptr());
+  const Tensor partial = empty(affinity, {loss_blocks(p.count), 2 * kPairGroups}, ScalarType::Double);
   if (p.count > 0) {
     p.affinity = a.const_data_ptr();
     p.labels = static_cast<const uint8_t*>(l.const_data_ptr());

@@ -13,6 +13,11 @@
 
 namespace afa {
 
+// Pairs are labeled with their group: 0 different classes, 1 same class, 2 same foreground class. The error
+// of a pair is A in group 0 and 1 - A in the others. All other labels are ignored.
+constexpr int kPairGroups = 3;
+constexpr int64_t kLossSums = 1 + 3 * kPairGroups;
+
 struct PairLayout {
   int64_t batch = 0, height = 0, width = 0;
   int64_t radius = -1;    // Chebyshev, in nodes; below 0: all pairs
@@ -40,8 +45,10 @@ struct AffinityParams {
 struct AffinityLabelParams {
   PairLayout pairs;
   int64_t ignore = 255;
+  bool split = false;  // label pairs of the same foreground class 2 instead of 1
+  int64_t background = 0;
   const int64_t* tokens = nullptr;  // [B, h, w]
-  uint8_t* labels = nullptr;        // pairs: 1 same, 0 different, 255 ignored
+  uint8_t* labels = nullptr;        // pairs: 0 different, 1 same, 2 same foreground class, 255 ignored
 };
 
 struct AffinityLossParams {
@@ -49,11 +56,11 @@ struct AffinityLossParams {
   int64_t count = 0;
   const void* affinity = nullptr;   // [count]
   const uint8_t* labels = nullptr;  // [count]
-  double* partial =
-      nullptr;  // [blocks, 4]: sum of 1 - A over same pairs, of A over different ones, both counts
-  void* sums =
-      nullptr;  // [3], in the type of sums: loss, 1/2 / (same pairs + 1), 1/2 / (different pairs + 1)
-  const void* grad = nullptr;  // [3]; only the first is used
+  double weight[kPairGroups] = {};  // of the groups' means in the loss
+  const int64_t* counts = nullptr;  // [kPairGroups], the pairs to divide by; null: those of this call
+  double* partial = nullptr;        // [blocks, 2 * kPairGroups]: errors of each group, pairs of each group
+  void* sums = nullptr;             // [kLossSums], in the type of sums: see finish_loss
+  const void* grad = nullptr;       // [kLossSums]; only the first is used
   void* grad_affinity = nullptr;
 };
 
@@ -73,6 +80,27 @@ AFA_HOST_DEVICE inline int64_t window_of(const PairLayout& p) {
 }
 AFA_HOST_DEVICE inline int64_t pairs_of_node(const PairLayout& p) {
   return p.windowed ? window_of(p) : nodes_of(p);
+}
+
+AFA_HOST_DEVICE inline uint8_t pair_label(const AffinityLabelParams& p, int64_t a, int64_t b) {
+  if (a != b) return 0;
+  return p.split && a != p.background ? 2 : 1;
+}
+
+// From the total errors and numbers of pairs of the groups, writes: the loss, its derivative with respect to
+// the entries of each group, the errors, the numbers of pairs.
+template <typename S>
+AFA_HOST_DEVICE inline void finish_loss(const AffinityLossParams& p, const double* total, S* out) {
+  double loss = 0;
+  for (int g = 0; g < kPairGroups; ++g) {
+    const double own = total[kPairGroups + g], count = p.counts ? static_cast<double>(p.counts[g]) : own;
+    const double factor = p.weight[g] / (count + 1);
+    loss += factor * total[g];
+    out[1 + g] = static_cast<S>(g == 0 ? factor : -factor);
+    out[1 + kPairGroups + g] = static_cast<S>(total[g]);
+    out[1 + 2 * kPairGroups + g] = static_cast<S>(own);
+  }
+  out[0] = static_cast<S>(loss);
 }
 
 AFA_HOST_DEVICE inline int64_t tiles_of(const PairLayout& p) {

@@ -359,24 +359,24 @@ void loss_blocks(const AffinityLossParams& p, int64_t begin, int64_t end) {
     const int64_t count = p.count - first < kLossBlock ? p.count - first : kLossBlock;
     const T* affinity = static_cast<const T*>(p.affinity) + first;
     const uint8_t* labels = p.labels + first;
-    V same = {}, different = {}, same_count = {}, different_count = {};
+    V error[kPairGroups] = {}, pairs[kPairGroups] = {};
     for (int64_t x = 0; x < count; x += kStep) {
       Labels label = Labels{} + 255;
       __builtin_memcpy(&label, labels + x, static_cast<size_t>(count - x < kStep ? count - x : kStep));
       const V kind = __builtin_convertvector(label, V), a = load_wide_first(affinity + x, count - x);
       const V none = {}, one = none + Sum<T>{1};
       // Products, not selections: a NaN propagates whatever its label is, as in the definition.
-      const V is_same = kind == one ? one : none, is_different = kind == none ? one : none;
-      same += (one - a) * is_same;
-      same_count += is_same;
-      different += a * is_different;
-      different_count += is_different;
+      for (int g = 0; g < kPairGroups; ++g) {
+        const V in_group = kind == none + Sum<T>(g) ? one : none;
+        error[g] += (g == 0 ? a : one - a) * in_group;
+        pairs[g] += in_group;
+      }
     }
-    double* partial = p.partial + 4 * block;
-    partial[0] = static_cast<double>(sum_of_lanes(same, Sum<T>{0}));
-    partial[1] = static_cast<double>(sum_of_lanes(different, Sum<T>{0}));
-    partial[2] = static_cast<double>(sum_of_lanes(same_count, Sum<T>{0}));
-    partial[3] = static_cast<double>(sum_of_lanes(different_count, Sum<T>{0}));
+    double* partial = p.partial + 2 * kPairGroups * block;
+    for (int g = 0; g < kPairGroups; ++g) {
+      partial[g] = static_cast<double>(sum_of_lanes(error[g], Sum<T>{0}));
+      partial[kPairGroups + g] = static_cast<double>(sum_of_lanes(pairs[g], Sum<T>{0}));
+    }
   }
 }
 
@@ -387,14 +387,18 @@ void loss_backward_blocks(const AffinityLossParams& p, int64_t begin, int64_t en
   typedef uint8_t Labels __attribute__((vector_size(kStep)));
   const S grad = *static_cast<const S*>(p.grad);
   const S* sums = static_cast<const S*>(p.sums);
-  const V none = {}, one = none + S{1}, same = none - grad * sums[1], different = none + grad * sums[2];
+  const V none = {};
   S* out = static_cast<S*>(p.grad_affinity);
   const int64_t last = end * kLossBlock < p.count ? end * kLossBlock : p.count;
   for (int64_t x = begin * kLossBlock; x < last; x += kStep) {
     Labels label = {};
     __builtin_memcpy(&label, p.labels + x, static_cast<size_t>(last - x < kStep ? last - x : kStep));
     const V kind = __builtin_convertvector(label, V);
-    store_narrow_first(out + x, kind == none ? different : (kind == one ? same : none), last - x);
+    V gradient = none;
+    for (int g = 0; g < kPairGroups; ++g) {
+      gradient = kind == none + static_cast<S>(g) ? none + grad * sums[1 + g] : gradient;
+    }
+    store_narrow_first(out + x, gradient, last - x);
   }
 }
 
@@ -444,7 +448,7 @@ void affinity_label_rows(const AffinityLabelParams& p, int64_t begin, int64_t en
       uint8_t* out = labels + (p.pairs.windowed ? entry : node);
       for (int64_t n = 0; n < count; ++n) {
         const int64_t other = tokens[node + n];
-        out[n] = other == p.ignore ? 255 : (other == own ? 1 : 0);
+        out[n] = other == p.ignore ? 255 : pair_label(p, own, other);
       }
     });
   }

@@ -1,4 +1,5 @@
-// affinity_labels: 1 if two tokens have the same class, 0 if they have different classes, 255 if ignored.
+// affinity_labels: 1 if two tokens have the same class (2 if it is not the background, with a background), 0
+// if they have different classes, 255 if ignored.
 //
 // Threads: a thread owns 16 consecutive labels, or one label if a node has fewer pairs or the tensor is not
 // aligned to 16 bytes. Reads: tokens [B, h, w]. Writes: labels, as pairs, in vectors of 16 bytes. Slower: a
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) labels_kernel(const __grid_constant_
 #pragma unroll
     for (int n = 0; n < L; ++n) {
       const bool counts = in[n] && from[n] != p.ignore && to[n] != p.ignore;
-      labels.at[n] = counts ? (to[n] == from[n] ? 1 : 0) : 255;
+      labels.at[n] = counts ? pair_label(p, from[n], to[n]) : 255;
     }
     if (item + L <= count) {
       store(p.labels + item, labels);

@@ -1,9 +1,10 @@
-// affinity_loss and its gradient: means of 1 - A over pairs of the same class and of A over the other pairs.
+// affinity_loss and its gradient: weighted means of A over pairs of different classes and of 1 - A over the
+// others.
 //
 // Threads: a block owns kLossBlock consecutive pairs, a thread vectors of 16 bytes of affinities with a
 // stride of the block's width. add_losses_kernel is one block that adds all blocks' sums. In
 // loss_backward_kernel a thread owns one vector. Reads: affinity and labels, each once; backward only labels
-// and sums. Writes: partial [blocks, 4], then sums [3]; backward grad_affinity. Rejected: a counter that the
+// and sums. Writes: partial [blocks, 6], then sums [10]; backward grad_affinity. Rejected: a counter that the
 // last block resets, instead of the second launch. It needs an atomic and a zeroed word per stream, and saves
 // at most 3 us. Sums are always accumulated in the same order.
 #include "affinity/affinity.cuh"
@@ -15,19 +16,20 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kSumThreads) loss_kernel(const __grid_constant__ AffinityLossParams p) {
   using Sum = typename SumOf<T>::type;
   constexpr int kVectors = static_cast<int>(kLossBlock) / V / kSumThreads;  // of a thread
-  __shared__ double shared[4][kSumThreads];
+  __shared__ double shared[2 * kPairGroups][kSumThreads];
   const T* affinity = static_cast<const T*>(p.affinity);
   for (int64_t block = blockIdx.x; block * kLossBlock < p.count; block += gridDim.x) {
     const int64_t first = block * kLossBlock;
-    Sum same = 0, different = 0;
-    int same_count = 0, different_count = 0;
+    Sum error[kPairGroups] = {};
+    int pairs[kPairGroups] = {};
     auto add = [&](Sum a, uint8_t label) {
-      // Products, not selections: a NaN propagates whatever its label is, as in the definition.
-      const int is_same = label == 1 ? 1 : 0, is_different = label == 0 ? 1 : 0;
-      same += (1 - a) * static_cast<Sum>(is_same);
-      different += a * static_cast<Sum>(is_different);
-      same_count += is_same;
-      different_count += is_different;
+#pragma unroll
+      for (int g = 0; g < kPairGroups; ++g) {
+        // Products, not selections: a NaN propagates whatever its label is, as in the definition.
+        const int in_group = label == g ? 1 : 0;
+        error[g] += (g == 0 ? a : 1 - a) * static_cast<Sum>(in_group);
+        pairs[g] += in_group;
+      }
     };
     if (first + kLossBlock <= p.count) {
       const int64_t own = first + static_cast<int64_t>(threadIdx.x) * V;
@@ -43,30 +45,30 @@ __global__ void __launch_bounds__(kSumThreads) loss_kernel(const __grid_constant
         add(to_sum<Sum>(affinity[n]), p.labels[n]);
       }
     }
-    const double own[4] = {static_cast<double>(same), static_cast<double>(different),
-                           static_cast<double>(same_count), static_cast<double>(different_count)};
+    double own[2 * kPairGroups];
+#pragma unroll
+    for (int g = 0; g < kPairGroups; ++g) {
+      own[g] = static_cast<double>(error[g]);
+      own[kPairGroups + g] = static_cast<double>(pairs[g]);
+    }
     const double sum = block_sums<kSumThreads>(shared, own);
-    if (threadIdx.x < 4) p.partial[4 * block + threadIdx.x] = sum;
+    if (threadIdx.x < 2 * kPairGroups) p.partial[2 * kPairGroups * block + threadIdx.x] = sum;
   }
 }
 
 template <typename Sum>
 __global__ void __launch_bounds__(kSumThreads)
-    add_losses_kernel(const double* partial, int64_t blocks, Sum* out) {
-  __shared__ double shared[4][kSumThreads], total[4];
-  double own[4] = {};
+    add_losses_kernel(const __grid_constant__ AffinityLossParams p, int64_t blocks) {
+  constexpr int kSums = 2 * kPairGroups;
+  __shared__ double shared[kSums][kSumThreads], total[kSums];
+  double own[kSums] = {};
   for (int64_t block = threadIdx.x; block < blocks; block += kSumThreads) {
-    for (int n = 0; n < 4; ++n) own[n] += partial[4 * block + n];
+    for (int n = 0; n < kSums; ++n) own[n] += p.partial[kSums * block + n];
   }
   const double sum = block_sums<kSumThreads>(shared, own);
-  if (threadIdx.x < 4) total[threadIdx.x] = sum;
+  if (threadIdx.x < kSums) total[threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    const double same = 0.5 / (total[2] + 1), different = 0.5 / (total[3] + 1);
-    out[0] = static_cast<Sum>(same * total[0] + different * total[1]);
-    out[1] = static_cast<Sum>(same);
-    out[2] = static_cast<Sum>(different);
-  }
+  if (threadIdx.x == 0) finish_loss(p, total, static_cast<Sum*>(p.sums));
 }
 
 template <typename Sum, int V>
@@ -74,9 +76,14 @@ __global__ void __launch_bounds__(kThreads)
     loss_backward_kernel(const __grid_constant__ AffinityLossParams p) {
   const Sum grad = *static_cast<const Sum*>(p.grad);
   const Sum* sums = static_cast<const Sum*>(p.sums);
-  const Sum same = -grad * sums[1], different = grad * sums[2];
   Sum* out = static_cast<Sum*>(p.grad_affinity);
-  auto gradient = [&](uint8_t label) { return label == 1 ? same : (label == 0 ? different : Sum{0}); };
+  const Sum different = grad * sums[1], same = grad * sums[2], foreground = grad * sums[3];
+  static_assert(kPairGroups == 3);
+  // Not an array: the compiler would index it in local memory.
+  auto gradient = [&](uint8_t label) {
+    const Sum of_same = label == 1 ? same : foreground;
+    return label == 0 ? different : label < 3 ? of_same : Sum{0};
+  };
   for (int64_t n = first_item() * V; n < p.count; n += item_stride() * V) {
     if (n + V <= p.count) {
       const Vec<uint8_t, V> label = load<V>(p.labels + n);
@@ -105,8 +112,7 @@ const char* launch_affinity_loss(const AffinityLossParams& p, void* stream) {
         AFA_LAUNCH((loss_kernel<T, 1>), block_grid(blocks), kSumThreads, stream, p);
       }
     }
-    AFA_LAUNCH((add_losses_kernel<Sum>), 1, kSumThreads, stream, p.partial, blocks,
-               static_cast<Sum*>(p.sums));
+    AFA_LAUNCH((add_losses_kernel<Sum>), 1, kSumThreads, stream, p, blocks);
   });
   return launch_error();
 }

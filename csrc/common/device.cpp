@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 namespace afa {
 namespace {
@@ -68,15 +69,18 @@ Gpu current_gpu() {
 
 void allow_shared_of(const void* kernel, size_t bytes) {
   constexpr size_t kFreeBytes = 48 << 10;
-  constexpr int kAllowed = -1;  // no block has so many threads
   if (bytes <= kFreeBytes) return;
-  asked_once({current_device(), kernel, kAllowed, bytes}, [&]() -> int64_t {
-    const auto wanted = static_cast<int>(bytes);
-    // A launch with too much shared memory reports the error.
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, wanted) == cudaSuccess
-               ? 1
-               : -1;
-  });
+  // A kernel's limit is only raised: a lower one would apply to later launches that need more.
+  static std::map<std::pair<int, const void*>, size_t> limits;
+  const std::lock_guard<std::mutex> lock(asking);
+  size_t& limit = limits[{current_device(), kernel}];
+  if (bytes <= limit) return;
+  const auto wanted = static_cast<int>(bytes);
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, wanted) == cudaSuccess) {
+    limit = bytes;
+  } else {
+    cudaGetLastError();  // the launch will report it
+  }
 }
 
 int64_t resident_blocks_of(const void* kernel, int threads, size_t shared_bytes) {

@@ -115,7 +115,7 @@ CudaScope::CudaScope(const Tensor& t) {
   guard_.emplace(t.get_device_index());
   AFA_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
             "this torch has no CUDA support, so afa_ext can't be called with CUDA tensors");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
 }
 
 void check_launch(const char* error, const char* op) {

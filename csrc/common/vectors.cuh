@@ -1,5 +1,5 @@
 // Vectors in device code, moved by accesses of 16 bytes, or by one where they are smaller; and whether an
-// address allows them. The compiler makes no such accesses of a structure by itself.
+// address allows them. The compiler does not generate such accesses for a structure.
 #pragma once
 
 #include <cstdint>

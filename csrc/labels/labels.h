@@ -16,7 +16,7 @@ struct Axis {
   int64_t from = 0, to = 0;
   const int32_t* left = nullptr;
   const int32_t* right = nullptr;
-  const void* weight = nullptr;  // the share of `right`, in the type sums are formed in
+  const void* weight = nullptr;  // the share of `right`, in the accumulation type
 };
 
 // The part of an image that is refined, in pixels, and its size in PAR.
@@ -74,7 +74,7 @@ struct ScoreParams {
 // Maps of PAR from scores on any grid over the image: upsampled to the image, cropped to the region and
 // resized to its downscaled size with align_corners=True, in one step.
 struct PlaceParams {
-  Kind kind = Kind::f32;  // of the scores; CPU and maps: the type sums are formed in
+  Kind kind = Kind::f32;  // of the scores; CPU and maps: the accumulation type
   int64_t batch = 0, thresholds = 0, planes = 0, height = 0, width = 0, downscale = 1;
   const void* scores[kMaxThresholds] = {};  // [B, planes, grid_height, grid_width], background first
   int64_t grid_height = 0, grid_width = 0;
@@ -103,7 +103,7 @@ struct ChoiceParams {
   int64_t* labels = nullptr;     // [B, height, width]
   int32_t ignore = 255;
   Axis rows, columns;     // from maps to the image, or to its region
-  int64_t y = 0, x = 0;   // CPU: where that begins
+  int64_t y = 0, x = 0;   // CPU: the first pixel of that region
   bool regional = false;  // CUDA: the maps cover each box's region, so that rows and columns are the region's
   int64_t downscale = 1;
 };
@@ -194,7 +194,7 @@ inline int64_t choice_scratch(const ChoiceParams& p) {
   return p.columns.from + 2 + 6 * p.columns.to;
 }
 
-// CUDA: return nullptr, or an error's text.
+// CUDA: return nullptr, or an error message.
 const char* launch_label_pack(const PackParams& p, void* stream);
 const char* launch_shrink(const ShrinkParams& p, void* stream);
 const char* launch_label_scores(const ScoreParams& p, void* stream);

@@ -83,7 +83,7 @@ void edge_rows(const PairAffinityParams& p, int64_t begin, int64_t end) {
         const T* on_path = edge + py * p.width + px;
         if (has_nan) {
           for (int64_t x = first; x < last; ++x) {
-            const bool take = (on_path[x] > top[x]) | (on_path[x] != on_path[x]);  // a NaN stays
+            const bool take = (on_path[x] > top[x]) | (on_path[x] != on_path[x]);  // NaN propagates
             top[x] = take ? on_path[x] : top[x];
           }
           return;

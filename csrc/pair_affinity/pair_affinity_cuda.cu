@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<T>(8))
 #pragma unroll 4
           for (int j = 0; j < counts[i]; ++j) {
             const Sum on_path = to_sum<Sum>(here[points[i][j]]);
-            if (on_path > top || on_path != on_path) top = on_path;  // a NaN stays
+            if (on_path > top || on_path != on_path) top = on_path;  // NaN propagates
           }
         }
         write_pair(room, offset, forth, back, 1 - top);

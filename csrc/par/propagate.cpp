@@ -37,7 +37,7 @@ void ring_steps(const char* op, StencilParams& p, const Tensor& source, const Te
   const RingCall call{p.batch, p.classes, p.height, p.width, p.steps};
   const Gpu gpu = current_gpu();
   [[maybe_unused]] const RingVariant variant = kRing.pick(ring_variant(gpu, call));
-  if (!fits_ring(p, call)) {  // as every variant, it falls back where its layout does not fit
+  if (!fits_ring(p, call)) {  // like every variant, it falls back if its layout does not fit
     stencil_steps_cuda(op, p, source, out, scope);
     return;
   }

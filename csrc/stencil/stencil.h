@@ -33,7 +33,7 @@ struct StencilParams {
   int64_t weight_stride_b = 0, weight_stride_k = 0, weight_stride_y = 0;
   Planes in;                              // [B * C] planes
   Planes out;                             // [B * C] planes
-  void* grad_weights = nullptr;           // [B, K, H, W] contiguous, in the type sums are formed in
+  void* grad_weights = nullptr;           // [B, K, H, W] contiguous, in the accumulation type
   const bool* class_mask = nullptr;       // CUDA: [B, C] on the device, or null for all
   bool zero_masked = true;                // CUDA: false leaves the output of classes that are off undefined
   const int64_t* extent = nullptr;        // CUDA, only steps: [B, 2], see stencil_propagate
@@ -53,7 +53,7 @@ AFA_SIMD_DECLARE(void stencil_step(const StencilParams& p, int64_t begin, int64_
 AFA_SIMD_DECLARE(void stencil_adjoint(const StencilParams& p, int64_t begin, int64_t end, void* scratch))
 AFA_SIMD_DECLARE(void stencil_weight_grad(const StencilParams& p, int64_t begin, int64_t end))
 
-// CUDA: return nullptr, or an error's text. Step t reads `in` (t = 0) or spare[(t - 1) % 2] and writes `out`
+// CUDA: return nullptr, or an error message. Step t reads `in` (t = 0) or spare[(t - 1) % 2] and writes `out`
 // (the last) or spare[t % 2]; spare[(steps - 1) % 2] may be `out`, spare[1] may be `in`.
 //
 // `in` is grouped and wide, except in launch_stencil_group, which converts planes to this layout: [B,

@@ -81,7 +81,7 @@ AFA_HOST_DEVICE inline T whole_power(T value, int32_t power) {
 
 }  // namespace
 
-// Rows `begin` to `end` of the batch's B * h target rows; float32 and float64. `scratch` holds 2 * w values.
+// Rows `begin` to `end` of the batch's B * h target rows; float32 and float64. `scratch` has 2 * w values.
 AFA_SIMD_DECLARE(void walk_transition_rows(const WalkParams& p, int64_t begin, int64_t end, double* scratch))
 AFA_SIMD_DECLARE(void walk_transition_backward_rows(const WalkParams& p, int64_t begin, int64_t end,
                                                     void* scratch))

@@ -276,6 +276,51 @@ def test_loss_matches_reference(count, device):
     torch.testing.assert_close(single, results[1][0].float(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("weights", [(0.5, 0.25, 0.25), (1, 0, 2)], ids=str)
+@pytest.mark.parametrize("parts", [None, 3])
+def test_weighted_loss_and_sums_match_reference(weights, parts, device):
+    """Also for parts of a batch, whose losses add up to that of the batch."""
+    affinity = torch.rand(6, 50, 50, dtype=torch.float64, device=device, requires_grad=True)
+    labels = torch.randint(0, 4, affinity.shape, dtype=torch.uint8, device=device)
+    groups = [labels == group for group in range(3)]
+    counts = torch.stack([group.sum() for group in groups]) if parts else None
+    expected, expected_sums = reference.affinity_loss_and_sums(affinity, labels, weights=weights)
+    loss, sums = torch.zeros((), dtype=torch.float64, device=device), torch.zeros_like(expected_sums)
+    for a, own in zip(affinity.chunk(parts or 1), labels.chunk(parts or 1), strict=True):
+        part, part_sums = afa_ext.affinity_loss_and_sums(a, own, weights=weights, counts=counts)
+        assert torch.equal(part, afa_ext.affinity_loss(a, own, weights=weights, counts=counts))
+        loss, sums = loss + part, sums + part_sums
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-12, atol=0)
+    assert not sums.requires_grad
+    for number, group in enumerate(groups):
+        assert float((sums[0, number] / sums[1, number]).detach()) == pytest.approx(
+            float(affinity.detach()[group].mean())
+        )
+    grads = [torch.autograd.grad(value, affinity)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=0)
+
+
+@BOTH
+def test_balanced_loss_by_hand(module, device):
+    """One pair of different classes, two of background and one of an object."""
+    affinity = torch.tensor([0.5, 0.9, 0.7, 0.2], device=device)
+    labels = torch.tensor([0, 1, 1, 2], dtype=torch.uint8, device=device)
+    loss, sums = module.affinity_loss_and_sums(affinity, labels, weights=(0.5, 0.25, 0.25))
+    assert float(loss) == pytest.approx(0.5 * 0.5 / 2 + 0.25 * 0.4 / 3 + 0.25 * 0.8 / 2)
+    torch.testing.assert_close(sums, torch.tensor([[0.5, 1.6, 0.2], [1, 2, 1]], device=device))
+
+
+@BOTH
+def test_labels_of_foreground_pairs_and_of_token_centers(module, device):
+    label_map = torch.tensor([[[9, 9, 9, 9, 9, 9], [9, 0, 9, 3, 9, 255], [9, 0, 9, 3, 9, 3]]], device=device)
+    labels = module.affinity_labels(label_map, stride=2, offset=1, radius=2, background=0)
+    assert labels[0].tolist() == [[1, 0, 255], [0, 2, 255], [255, 255, 255]]
+    assert torch.equal(
+        labels.clamp(max=1), module.affinity_labels(label_map[:, 1:, 1:], stride=2, radius=2).clamp(max=1)
+    )
+
+
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (33, 48), (16, 17), (40, 96)], ids=str)
 @pytest.mark.parametrize("windowed", [False, True])
@@ -283,7 +328,12 @@ def test_labels_match_reference(dtype, size, windowed, device):
     label_map = torch.randint(0, 3, (2, *size), device=device)
     label_map[torch.rand(label_map.shape, device=device) < 0.2] = 255
     label_map = label_map.to(dtype)
-    for settings_ in ({"radius": 1}, {"radius": 3, "stride": 7}, {"radius": 20, "stride": 8, "ignore_index": 0}):
+    for settings_ in (
+        {"radius": 1},
+        {"radius": 3, "stride": 7},
+        {"radius": 20, "stride": 8, "ignore_index": 0},
+        {"radius": 2, "stride": 3, "offset": 2, "background": 1},
+    ):
         labels = afa_ext.affinity_labels(label_map, windowed=windowed, **settings_)
         assert labels.dtype == torch.uint8
         assert torch.equal(labels, reference.affinity_labels(label_map, windowed=windowed, **settings_))
@@ -442,6 +492,20 @@ A, L = torch.rand(2, 20, 20), torch.zeros(2, 20, 20, dtype=torch.uint8)
         (lambda m: m.affinity_loss(A, L.int()), TypeError, "labels must be a uint8 tensor of the shape of affinity"),
         (lambda m: m.affinity_loss(A, L[:1]), ValueError, r"labels must have the shape of affinity \(2, 20, 20\), got"),
         (lambda m: m.affinity_loss(A, L.to("meta")), ValueError, "labels must be on the device of affinity"),
+        (lambda m: m.affinity_labels(M, radius=1, offset=16), ValueError, "offset must be between 0 and 15, got 16"),
+        (lambda m: m.affinity_labels(M, radius=1, offset=0.5), TypeError, "offset must be an integer"),
+        (lambda m: m.affinity_labels(M, radius=1, background=0.0), TypeError, "background must be an integer"),
+        (lambda m: m.affinity_loss(A, L, weights=(1, 1)), ValueError, r"weights must be three numbers .*got \(1, 1\)"),
+        (lambda m: m.affinity_loss(A, L, weights=(1, -1, 0)), ValueError, "weights must be at least 0"),
+        (lambda m: m.affinity_loss(A, L, weights=(1, float("nan"), 0)), ValueError, "weights must be finite"),
+        (lambda m: m.affinity_loss(A, L, weights=(1, "1", 0)), TypeError, "weights must be a number"),
+        (lambda m: m.affinity_loss(A, L, counts=(1, 1, 1)), TypeError, r"counts must be an int64 tensor \[3\]"),
+        (lambda m: m.affinity_loss(A, L, counts=torch.ones(2).long()), ValueError, r"counts must have shape \[3\]"),
+        (
+            lambda m: m.affinity_loss(A, L, counts=torch.ones(3, device="meta").long()),
+            ValueError,
+            "counts must be on the device of affinity",
+        ),
     ],
 )
 def test_errors(module, call, error, message):
@@ -449,7 +513,8 @@ def test_errors(module, call, error, message):
         call(module)
 
 
-T3 = torch.rand(3)
+SUMS = torch.rand(10)
+HALVES = (0.5, 0.5, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -493,17 +558,22 @@ T3 = torch.rand(3)
             lambda o: o.affinity_from_attention_backward_weight(A, A, S.half(), 4, 5, None, False),
             "attention must have the type of affinity",
         ),
-        (lambda o: o.affinity_labels(M[0].long(), 1, 255, False), "tokens must have shape"),
-        (lambda o: o.affinity_labels(M, 1, 255, False), "tokens must be int64"),
-        (lambda o: o.affinity_labels(M.long(), 64, 255, False), "radius must be between 0 and 63"),
-        (lambda o: o.affinity_loss(A.int(), L), "affinity must be float32"),
-        (lambda o: o.affinity_loss(A, L[:1]), r"labels must have the shape of affinity, \[2, 20, 20\], got \[1, 20"),
-        (lambda o: o.affinity_loss(A, L.int()), "labels must be uint8"),
-        (lambda o: o.affinity_loss_backward(T3[:2], T3, L), "grad must have shape"),
-        (lambda o: o.affinity_loss_backward(T3, T3[:2], L), "sums must have shape"),
-        (lambda o: o.affinity_loss_backward(T3.half(), T3.half(), L), "sums must be float32 or float64"),
-        (lambda o: o.affinity_loss_backward(T3.double(), T3, L), "grad must have the type of sums"),
-        (lambda o: o.affinity_loss_backward(T3, T3, L.int()), "labels must be uint8"),
+        (lambda o: o.affinity_labels(M[0].long(), 1, 255, False, None), "tokens must have shape"),
+        (lambda o: o.affinity_labels(M, 1, 255, False, None), "tokens must be int64"),
+        (lambda o: o.affinity_labels(M.long(), 64, 255, False, None), "radius must be between 0 and 63"),
+        (lambda o: o.affinity_loss(A.int(), L, *HALVES, None), "affinity must be float32"),
+        (
+            lambda o: o.affinity_loss(A, L[:1], *HALVES, None),
+            r"labels must have the shape of affinity, \[2, 20, 20\], got \[1, 20",
+        ),
+        (lambda o: o.affinity_loss(A, L.int(), *HALVES, None), "labels must be uint8"),
+        (lambda o: o.affinity_loss(A, L, *HALVES, torch.ones(2).long()), "counts must have shape"),
+        (lambda o: o.affinity_loss(A, L, *HALVES, torch.ones(3)), "counts must be int64"),
+        (lambda o: o.affinity_loss_backward(SUMS[:2], SUMS, L), "grad must have shape"),
+        (lambda o: o.affinity_loss_backward(SUMS, SUMS[:2], L), "sums must have shape"),
+        (lambda o: o.affinity_loss_backward(SUMS.half(), SUMS.half(), L), "sums must be float32 or float64"),
+        (lambda o: o.affinity_loss_backward(SUMS.double(), SUMS, L), "grad must have the type of sums"),
+        (lambda o: o.affinity_loss_backward(SUMS, SUMS, L.int()), "labels must be uint8"),
     ],
 )
 def test_errors_of_the_operators_themselves(call, message):

@@ -1,5 +1,7 @@
-"""Graphs, streams, several devices, no waiting, sizes past 32 bits and past a grid: on a GPU, or on the stand-in of
-tests/cuda, whose lazy streams make work late by themselves. What it can't do is marked `real_gpu`.
+"""CUDA behavior on a GPU, or on the stand-in GPU of tests/cuda.
+
+Graphs, streams, several devices, no host synchronization, sizes beyond 32 bits and beyond the largest grid. The
+stand-in's lazy streams delay work without further measures. Tests that it can't run are marked `real_gpu`.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from tests.cuda import device as stand_in
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.afa_ext
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Against float64, relative to the largest value: rounded inputs and results, sums in float32."""
+"""Maximum error against float64, relative to the largest value: inputs and results are rounded, sums are float32."""
 Run = Callable[[], tuple[Tensor, ...]]
 
 
 class Machine:
     device = torch.device("cuda", 0)
-    many = 300 if stand_in.active else 70_000  # more than a grid holds
+    many = 300 if stand_in.active else 70_000  # more than the largest grid
 
     @property
     def other(self) -> torch.device:
@@ -37,7 +39,7 @@ class Machine:
         return torch.device("cuda", 1)
 
     def capture(self, run: Run) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """A replayable graph of run(), and the tensors that it writes its results to."""
+        """A function that replays run() as a graph, and the tensors that a replay writes to."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # one-time initialization, such as a library's workspace
@@ -56,7 +58,7 @@ class Machine:
             yield
 
     def busy(self) -> None:
-        """Keeps the current stream busy for about 30 ms, so that later work in it is delayed."""
+        """Delays later work on the current stream by about 30 ms."""
         if not stand_in.active:
             torch.cuda._sleep(50_000_000)
 
@@ -100,8 +102,8 @@ def tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
 
 
 def cases(name: str, make: Make) -> list[tuple[Any, ...]]:
-    """The operator's argument lists, in which every tensor is a leaf (with the strides it had): a view's node would
-    belong to the stream it was made on, which backward then waits for."""
+    """The operator's argument lists. Every tensor is a leaf with the original strides; otherwise, backward would wait
+    for the stream on which a view was created."""
     return [
         tuple(t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in arguments)
         for arguments in CASES[name](make)
@@ -116,7 +118,7 @@ def forward_and_backward(operator: Any, arguments: tuple[Any, ...]) -> Run:
         out = operator(*arguments)
         if not out.requires_grad:
             return (out,)
-        # Not all ones, as sums over classes or nodes are often constant; exact in every type.
+        # Not all ones, because sums over classes or nodes are often constant. Exact in every dtype.
         numbers = torch.arange(out.numel(), device=out.device).remainder(7).add(1).div(4)
         incoming = numbers.to(out.dtype).view(out.shape)
         grads = torch.autograd.grad(out, leaves, incoming, allow_unused=True)
@@ -125,7 +127,7 @@ def forward_and_backward(operator: Any, arguments: tuple[Any, ...]) -> Run:
     return run
 
 
-def spoil(results: tuple[Tensor, ...]) -> None:
+def overwrite(results: tuple[Tensor, ...]) -> None:
     for t in results:
         t.fill_(float("nan") if t.is_floating_point() else 77)
 
@@ -153,7 +155,7 @@ def test_graph(name, machine):
         run = forward_and_backward(getattr(OPS, name), arguments)
         before = saved(run)
         replay, results = machine.capture(run)
-        spoil(results)
+        overwrite(results)
         replay()
         same(results, before)
         with torch.no_grad():  # a graph reads its inputs at every replay
@@ -161,7 +163,7 @@ def test_graph(name, machine):
                 if t.is_floating_point():
                     t.mul_(t)
         expected = saved(run)
-        spoil(results)
+        overwrite(results)
         replay()
         machine.finish()
         same(results, expected)
@@ -179,11 +181,11 @@ def test_side_stream(name, machine):
                 t.fill_(float("nan") if t.is_floating_point() else 0)
         with machine.on_side_stream():
             machine.busy()
-            with torch.no_grad():  # the inputs are written late: the operator must be queued after that
+            with torch.no_grad():  # the inputs are written late; the operator must wait for them
                 for t, value in zip(given, right, strict=True):
                     t.copy_(value)
             results = run()
-        # The operator's temporary memory must not be handed to another stream before it has run.
+        # The operator's temporary memory must not be reused by another stream before the operator has run.
         scraps = [
             torch.full((1 << power,), float("nan"), device=machine.device) for power in range(7, 20) for _ in "ab"
         ]
@@ -193,7 +195,7 @@ def test_side_stream(name, machine):
 
 
 @operators
-def test_another_device_than_the_current_one(name, machine):
+def test_device_that_is_not_current(name, machine):
     other = machine.other
     current = torch.cuda.current_device()
     for arguments in cases(name, maker(machine.device)):
@@ -208,8 +210,8 @@ def test_another_device_than_the_current_one(name, machine):
 
 @operators
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
-def test_runs_are_equal_and_never_wait(name, dtype, machine):
-    # The gradient of a transition and the scores that meet one are float32 for low precision.
+def test_runs_are_equal_without_synchronization(name, dtype, machine):
+    # In low precision, the gradient of a transition and the scores of a step are float32.
     wide = name in ("walk_transition_backward", "walk_step") and dtype in (torch.float16, torch.bfloat16)
 
     def make(*shape: int) -> Tensor:
@@ -224,11 +226,11 @@ def test_runs_are_equal_and_never_wait(name, dtype, machine):
         same(second, first)
 
 
-# ---- the public functions, at sizes of several blocks ------------------------------------------------------------
+# ---- public functions, at sizes of several blocks ----------------------------------------------------------------
 
 
 def picture(make: Make, batch: int, height: int, width: int) -> Tensor:
-    """Smooth, so that weights vary as for a photograph."""
+    """Smooth images, so that the weights vary as for a photograph."""
     coarse = make(batch, 3, 5, 6).detach()
     return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
 
@@ -237,8 +239,8 @@ def present(make: Make, batch: int, classes: int) -> Tensor:
     return (torch.arange(batch * classes, device=make(1).device).view(batch, classes) % 3 != 0).float()
 
 
-# By name: a function of the library's or the reference's functions, and its inputs; gradients for what requires them.
-# Nothing here relies on a sum of torch's own that is in no fixed order (enlarging by interpolation, backwards).
+# Name -> a function that calls the library or the reference, and its inputs. Gradients are computed for inputs that
+# require them. No case uses a torch operator whose sums have no fixed order (such as the backward pass of upsampling).
 PUBLIC: dict[str, tuple[Callable[..., Tensor], Callable[[Make], list[Tensor]]]] = {
     "par_refine": (
         lambda ext, images, masks: ext.par_refine(images, masks, num_iter=4),
@@ -289,8 +291,8 @@ PUBLIC: dict[str, tuple[Callable[..., Tensor], Callable[[Make], list[Tensor]]]] 
     ),
 }
 IN_LOW_PRECISION = {
-    "propagate_to_edge": "its tenth power magnifies the rounding of the boundary",
-    "affinity_loss": "the gradient of its bias is the small difference of two sums of rounded values",
+    "propagate_to_edge": "the tenth power magnifies rounding errors of the boundary",
+    "affinity_loss": "the gradient of the bias is a small difference between two sums of rounded values",
 }
 functions = pytest.mark.parametrize("name", list(PUBLIC))
 
@@ -311,7 +313,7 @@ def test_public_functions_match_float64(name, dtype, machine, assert_relative):
 
 
 @functions
-def test_public_functions_in_a_graph_on_a_stream_and_without_waiting(name, machine):
+def test_public_functions_in_a_graph_on_a_side_stream_and_without_synchronization(name, machine):
     call, inputs = PUBLIC[name]
     run = forward_and_backward(lambda *t: call(afa_ext, *t), tuple(inputs(maker(machine.device))))
     expected = saved(run)
@@ -325,7 +327,7 @@ def test_public_functions_in_a_graph_on_a_stream_and_without_waiting(name, machi
     same(late, expected)
     replay, results = machine.capture(run)
     for _ in range(2):
-        spoil(results)
+        overwrite(results)
         replay()
         machine.finish()
         same(results, expected)
@@ -369,8 +371,8 @@ def test_random_sizes_match_float64(seed, machine, assert_relative):
             assert_relative(a, e, LIMITS[dtype])
 
 
-class Untimed:
-    """Replaces a GPU's clock: only the steps of the sweep before the timing."""
+class NoTimer:
+    """Replaces the GPU timer: the sweep is run without timing."""
 
     device = Machine.device
 
@@ -378,13 +380,13 @@ class Untimed:
         return dict.fromkeys(candidates, 0.0)
 
 
-@pytest.mark.real_gpu("the sweep's sizes; test_tune.py and tests/cuda/kernels run the variants at small ones")
+@pytest.mark.real_gpu("the tuner's sizes; test_tune.py and tests/cuda/kernels run the variants at small sizes")
 @pytest.mark.parametrize("dtype", sorted(tune.LIMITS))
 @pytest.mark.parametrize("kernel", sorted(tune.CASES))
-def test_every_variant_of_every_kernel_is_right(kernel, dtype):
+def test_every_variant_of_every_kernel_is_correct(kernel, dtype):
     with torch.no_grad():
         for size in tune.CASES[kernel].sizes[:3]:
-            row = tune.measure(kernel, dtype, size, tune.CASES[kernel], Untimed(), _native._C, 0)
+            row = tune.measure(kernel, dtype, size, tune.CASES[kernel], NoTimer(), _native._C, 0)
             assert not row.wrong
             assert row.milliseconds
 
@@ -405,8 +407,8 @@ def test_compiled_code_runs_on_a_side_stream(machine):
 # ---- sizes -------------------------------------------------------------------------------------------------------
 
 RING = [1, 2]
-# By operator: its arguments for so many items along the first dimension, each computed by itself.
-# `large`: items so big that some thousands pass 2^31 elements, else such that 70,000 are quickly done.
+# Operator -> its arguments for `n` independent items along the first dimension. `large`: items so large that a few
+# thousand exceed 2^31 elements; otherwise so small that 70,000 items are fast.
 Build = Callable[[Callable[..., Tensor], int, bool], tuple[Any, ...]]
 ITEMS: dict[str, Build] = {
     "par_affinity": lambda make, n, large: (make(n, 3, *((512, 640) if large else (3, 4))), RING, 0.3, 0.01),
@@ -453,7 +455,7 @@ ITEMS: dict[str, Build] = {
     ),
     "walk_propagate_backward_scores": lambda make, n, large: (
         make(n, 5, *((48, 48) if large else (3, 4))),
-        make(n, *((289, 48, 48) if large else (9, 3, 4))),
+        make(n, *((289, 48, 48) if large else (9, 3, 4))).mul_(0.1),  # below the largest float16
         *((8, "square") if large else (1, "square")),
         *(2, None),
     ),
@@ -484,14 +486,17 @@ ITEMS: dict[str, Build] = {
     ),
     "affinity_labels": lambda make, n, large: (
         (make(n, *((48, 48) if large else (3, 4))) * 4).long(),
-        *(8 if large else 1, 255, False),
+        *(8 if large else 1, 255, False, 0),
     ),
 }
-# Sums over the whole batch, or several of the above operators in sequence.
+# Sums over the whole batch, launches for each image, or several of the above operators in sequence.
 NOT_BY_ITEM = {
     "affinity_from_attention_backward_weight",
     "affinity_loss",
     "affinity_loss_backward",
+    "lattice_build",
+    "lattice_filter",
+    "mean_field",
     "pseudo_labels",
     "refine_labels",
 }
@@ -503,14 +508,14 @@ def test_every_operator_is_run_at_every_size():
 
 
 def item(arguments: tuple[Any, ...], count: int, which: slice) -> tuple[Any, ...]:
-    """The same call for some of the `count` items."""
+    """The same call for only some of the `count` items."""
     return tuple(
         t[which] if isinstance(t, Tensor) and t.shape[:1] == (count,) and t.dim() > 1 else t for t in arguments
     )
 
 
 @pytest.mark.parametrize("name", sorted(ITEMS))
-def test_more_items_than_a_grid_holds(name, machine, assert_relative):
+def test_more_items_than_the_largest_grid(name, machine, assert_relative):
     count = machine.many
     arguments = ITEMS[name](lambda *shape: torch.rand(*shape, device=machine.device), count, False)
     out = getattr(OPS, name)(*arguments)
@@ -524,7 +529,7 @@ def test_more_items_than_a_grid_holds(name, machine, assert_relative):
 
 @pytest.mark.real_gpu("more than 2^31 elements")
 @pytest.mark.parametrize("name", sorted(ITEMS))
-def test_more_elements_than_32_bits_count(name, machine, assert_relative):
+def test_more_than_2_31_elements(name, machine, assert_relative):
     one = ITEMS[name](lambda *shape: torch.empty(*shape, dtype=torch.float16, device="meta"), 1, True)
     largest = max(t.numel() for t in [*tensors(one), getattr(OPS, name)(*one)])
     count = (1 << 31) // largest + 2
@@ -543,15 +548,15 @@ def test_more_elements_than_32_bits_count(name, machine, assert_relative):
 
 
 @pytest.mark.real_gpu("more than 2^31 elements")
-def test_a_loss_over_more_elements_than_32_bits_count(machine):
+def test_loss_of_more_than_2_31_elements(machine):
     count = (1 << 31) + 1000
     machine.need(12 * count)
     affinity = torch.full((count,), 0.25, dtype=torch.float16, device=machine.device)
     labels = torch.full((count,), 255, dtype=torch.uint8, device=machine.device)
     affinity[-3:], labels[-3:] = torch.tensor([1.0, 0.5, 0.75]), torch.tensor([1, 1, 0], dtype=torch.uint8)
-    sums = OPS.affinity_loss(affinity, labels)
-    # One of two same pairs short of 1 by a half, one different pair above 0 by three quarters.
+    sums = OPS.affinity_loss(affinity, labels, 0.5, 0.5, 0.0, None)
+    # One of the two same pairs is 1/2 below 1, and the only different pair is 3/4 above 0.
     assert float(sums[0]) == pytest.approx(0.5 * 0.5 / 3 + 0.5 * 0.75 / 2, rel=1e-6)
-    grad = OPS.affinity_loss_backward(torch.tensor([1.0, 0, 0], device=machine.device), sums, labels)
+    grad = OPS.affinity_loss_backward(torch.tensor([1.0] + [0.0] * 9, device=machine.device), sums, labels)
     assert int(grad[:-3].count_nonzero()) == 0
     assert grad[-3:].tolist() == pytest.approx([-0.5 / 3, -0.5 / 3, 0.5 / 2], rel=1e-6)

@@ -94,6 +94,7 @@ def test_a_tile_of_the_walk_leaves_room_for_other_blocks(rules):
         assert gpu[1] // (blocks + 1) < tile_bytes + 1024 <= gpu[1] // blocks
 
 
+@pytest.mark.slow
 def test_an_invalid_override_raises_an_error_that_lists_the_valid_ones():
     for setting in ("par_ring=stack3", "no_kernel=stack2", "par_ring"):
         env = {**os.environ, "AFA_EXT_VARIANTS": f"walk_step=tiled128,{setting}"}
@@ -103,6 +104,7 @@ def test_an_invalid_override_raises_an_error_that_lists_the_valid_ones():
         assert "par_ring=stack4|stack2" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_override_is_picked():
     env = {**os.environ, "AFA_EXT_VARIANTS": "walk_step=tiled128"}
     assert subprocess.check_output([sys.executable, "-c", PICK], text=True, env=env).strip() == "tiled128"

@@ -56,6 +56,7 @@ def test_checks_do_not_use_the_code_they_check():
     assert of_afa_ext(FOLDER / "walk.py") >= {"afa_ext._checks", "afa_ext.window", "afa_ext.pair_affinity"}
 
 
+@pytest.mark.slow
 def test_the_references_come_with_the_package():
     code = "import afa_ext; afa_ext.reference.par_refine"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

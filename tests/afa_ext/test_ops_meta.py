@@ -39,6 +39,14 @@ def in_sum_type(t: Tensor) -> Tensor:
     return t.detach() if t.dtype == torch.float64 else t.detach().float()
 
 
+def features(make: Make, dims: int) -> Tensor:
+    return 3 * make(2, dims, 6, 7).detach().float()
+
+
+def lattice(make: Make, dims: int) -> Tensor:
+    return torch.ops.afa_ext.lattice_build(features(make, dims))
+
+
 # For each operator, argument lists made by make(*shape): a random leaf of the device and type under test.
 CASES: dict[str, Callable[[Make], list[tuple]]] = {
     "affinity_from_attention": lambda make: [
@@ -55,14 +63,32 @@ CASES: dict[str, Callable[[Make], list[tuple]]] = {
         (make(2, 20, 9).detach(), make(2, 20, 9).detach(), make(2, 3, 20, 20).detach(), 4, 5, 1, True),
     ],
     "affinity_labels": lambda make: [
-        (numbers(make, 2, 4, 5).long(), 1, 2, False),
-        (numbers(make, 2, 4, 5).long(), 1, 255, True),
+        (numbers(make, 2, 4, 5).long(), 1, 2, False, None),
+        (numbers(make, 2, 4, 5).long(), 1, 255, True, 0),
     ],
     "affinity_loss": lambda make: [
-        (make(2, 20, 9), numbers(make, 2, 20, 9)),
-        (make(2, 9, 20).mT, numbers(make, 2, 20, 9)),
+        (make(2, 20, 9), numbers(make, 2, 20, 9), 0.5, 0.5, 0.0, None),
+        (make(2, 9, 20).mT, numbers(make, 2, 20, 9), 0.5, 0.2, 0.3, numbers(make, 3).long()),
     ],
-    "affinity_loss_backward": lambda make: [(in_sum_type(make(3)), in_sum_type(make(3)), numbers(make, 2, 20, 9))],
+    "affinity_loss_backward": lambda make: [(in_sum_type(make(10)), in_sum_type(make(10)), numbers(make, 2, 20, 9))],
+    "lattice_build": lambda make: [(features(make, 5),), (features(make, 2).mT,)],
+    "lattice_filter": lambda make: [
+        (make(2, 3, 6, 7), lattice(make, 5), 5, "symmetric", False),
+        (make(2, 3, 7, 6).mT, lattice(make, 2)[:1], 2, "after", True),
+    ],
+    "mean_field": lambda make: [
+        (make(2, 3, 6, 7).detach(), lattice(make, 2)[:1], lattice(make, 5), 3.0, 4.0, None, None, True, 2),
+        (
+            make(2, 3, 7, 6).detach().mT,
+            lattice(make, 2),
+            lattice(make, 5),
+            *(3.0, 4.0),
+            make(3, 3).detach().float(),
+            keep(make),
+            False,
+            1,
+        ),
+    ],
     "par_affinity": lambda make: [(make(2, 3, 6, 7).detach(), DILATIONS, 0.3, 0.01)],
     "pamr_affinity": lambda make: [(make(2, 3, 6, 7).detach(), DILATIONS)],
     "par_propagate": lambda make: [
@@ -164,14 +190,19 @@ def test_has_kernels_for_both_devices(name):
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def test_opcheck(name, dtype, device):
     def make(*shape: int) -> Tensor:
         return torch.rand(*shape, device=device, dtype=dtype).requires_grad_()
 
     operator = getattr(torch.ops.afa_ext, name).default
-    for arguments in CASES[name](make):
-        torch.library.opcheck(operator, arguments)
+    # A lattice's buffer has room for more vertices than there are; the rest is filled here.
+    torch.use_deterministic_algorithms(name == "lattice_build")
+    try:
+        for arguments in CASES[name](make):
+            torch.library.opcheck(operator, arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -194,6 +225,7 @@ LINEAR = {
     "affinity_from_attention_backward_weight": {"grad"},
     "affinity_loss_backward": {"grad"},
     "feature_affinity_backward": {"grad"},
+    "lattice_filter": {"values"},
     "par_propagate": {"masks"},
     "par_propagate_backward_masks": {"grad"},
     "par_propagate_backward_weights": {"grad", "masks"},
@@ -326,6 +358,8 @@ def test_second_derivatives_warn(name):
 
 LABELS = torch.tensor([[1, 0, 1]] * 2)
 PAIR_LABELS = torch.randint(0, 3, (2, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+FEATURES = 2 * torch.randn(2, 4, 9, 10, generator=torch.Generator().manual_seed(0))
+COLORS = torch.randint(0, 60, (2, 3, 9, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 WALKS = [{}, {"direction": "rows"}, {"normalize": "row"}, {"normalize": "sinkhorn"}, {"normalize": None, "steps": 3}]
 
 # For each public operator, the shapes of its floating-point arguments and calls of them. A walk's window covers the
@@ -336,7 +370,7 @@ PUBLIC: dict[str, tuple[list[tuple[int, ...]], list[Callable[..., Tensor]]]] = {
     "pamr_affinity": ([(2, 3, 9, 10)], [lambda m, i: m.pamr_affinity(i, dilations=DILATIONS)]),
     "par_propagate": (
         [(2, 16, 9, 10), (2, 3, 9, 10)],
-        [lambda m, w, k: m.par_propagate(w, k, dilations=DILATIONS, num_iter=2, class_mask=LABELS != 0)],
+        [lambda m, w, k: m.par_propagate(w, k, dilations=DILATIONS, num_iter=2, class_mask=LABELS.to(w.device) != 0)],
     ),
     "par_refine": (
         [(2, 3, 18, 20), (2, 3, 9, 10)],
@@ -350,11 +384,15 @@ PUBLIC: dict[str, tuple[list[tuple[int, ...]], list[Callable[..., Tensor]]]] = {
     "PAMR": ([(2, 3, 9, 10), (2, 3, 9, 10)], [lambda m, i, k: m.PAMR(2, DILATIONS)(i, k)]),
     "pseudo_labels": (
         [(2, 3, 18, 20), (2, 3, 18, 20)],
-        [lambda m, i, c: m.pseudo_labels(i, c, LABELS, low=0.3, high=0.5, dilations=DILATIONS, num_iter=2)],
+        [
+            lambda m, i, c: m.pseudo_labels(
+                i, c, LABELS.to(i.device), low=0.3, high=0.5, dilations=DILATIONS, num_iter=2
+            )
+        ],
     ),
     "refine_labels": (
         [(2, 3, 18, 20), (2, 4, 6, 7), (2, 4, 6, 7)],
-        [lambda m, i, s, t: m.refine_labels(i, s, LABELS, low_scores=t, dilations=DILATIONS, num_iter=2)],
+        [lambda m, i, s, t: m.refine_labels(i, s, LABELS.to(i.device), low_scores=t, dilations=DILATIONS, num_iter=2)],
     ),
     "random_walk": (
         [(2, 3, 4, 5), (2, 20, 20)],
@@ -366,7 +404,7 @@ PUBLIC: dict[str, tuple[list[tuple[int, ...]], list[Callable[..., Tensor]]]] = {
     ),
     "propagate_cams": (
         [(2, 3, 4, 5), (2, 20, 20)],
-        [lambda m, c, a: m.propagate_cams(c, a, LABELS, radius=4, background=0.4)],
+        [lambda m, c, a: m.propagate_cams(c, a, LABELS.to(c.device), radius=4, background=0.4)],
     ),
     "propagate_to_edge": ([(3, 4, 5), (1, 4, 5)], [lambda m, x, e: m.propagate_to_edge(x, e)]),
     "edge_affinity": ([(2, 9, 10)], [lambda m, e: m.edge_affinity(e, 4)]),
@@ -382,6 +420,32 @@ PUBLIC: dict[str, tuple[list[tuple[int, ...]], list[Callable[..., Tensor]]]] = {
         ],
     ),
     "affinity_loss": ([(2, 20, 20)], [lambda m, a: m.affinity_loss(a, PAIR_LABELS.to(a.device))]),
+    "affinity_loss_and_sums": (
+        [(2, 20, 20)],
+        [lambda m, a: torch.cat([t.view(-1) for t in m.affinity_loss_and_sums(a, PAIR_LABELS.to(a.device))])],
+    ),
+    "bilateral_filter": (
+        [(2, 3, 9, 10)],
+        [
+            lambda m, v: m.bilateral_filter(v, FEATURES.to(v.device), normalize="symmetric"),
+            lambda m, v: m.bilateral_filter(v, images=COLORS.to(v.device), sigma_xy=3.0, sigma_rgb=30.0),
+        ],
+    ),
+    "dense_crf": (
+        [(2, 3, 9, 10)],
+        [
+            lambda m, p: m.dense_crf(COLORS.to(p.device), p, num_iter=1, class_mask=LABELS.to(p.device) != 0),
+            lambda m, p: m.dense_crf(COLORS.to(p.device), unaries=p, num_iter=2),
+        ],
+    ),
+    "dense_energy_loss": (
+        [(2, 3, 9, 10), (2, 9, 10), (2, 9, 10)],
+        [lambda m, p, r, g: m.dense_energy_loss(COLORS.to(p.device), p, weight=0.01, regions=r, gate=g)],
+    ),
+    "DenseEnergyLoss": (
+        [(2, 3, 9, 10), (2, 9, 10)],
+        [lambda m, p, r: m.DenseEnergyLoss(0.01, 15, 100, 1.0)(COLORS.to(p.device), p, r)],
+    ),
 }
 NOT_FLOATING = {"affinity_labels", "build_info", "window_offsets"}
 
@@ -392,9 +456,9 @@ def test_every_public_operator_has_a_nan_case():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_nan_propagates_as_in_the_reference(name, dtype):
+def test_nan_propagates_as_in_the_reference(name, dtype, device):
     shapes, calls = PUBLIC[name]
-    clean = [torch.rand(shape).to(dtype) for shape in shapes]
+    clean = [torch.rand(shape).to(device, dtype) for shape in shapes]
     for i, size in enumerate(t.numel() for t in clean):
         for place in {0, size * 5 // 9, size - 1}:
             arguments = [t.clone() for t in clean]
@@ -406,9 +470,9 @@ def test_nan_propagates_as_in_the_reference(name, dtype):
                 assert torch.equal(actual, expected)
 
 
-def test_nan_in_the_gradient_of_features():
+def test_nan_in_the_gradient_of_features(device):
     for place in (0, 100, 300):
-        features = torch.rand(1, 7, 9, 10)
+        features = torch.rand(1, 7, 9, 10, device=device)
         features.view(-1)[place] = torch.nan
         grads = []
         for module in (afa_ext, reference):

@@ -84,15 +84,16 @@ def test_propagate_to_edge_matches_reference(grid, radius, assert_relative, devi
         assert_relative(actual, expected, 1e-11)
 
 
+@pytest.mark.slow
 def test_published_settings_of_irn(assert_relative, device):
     """2**8 steps in float32 against eight squarings in float64, on a smooth map with closed contours."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, 30), torch.linspace(-1, 1, 37), indexing="ij")
     edge = torch.exp(-80 * ((x * x + y * y).sqrt() - 0.6) ** 2)[None].to(device)
     cams = torch.stack([torch.exp(-9 * (x * x + y * y)), (x > 0.5).float(), torch.rand(30, 37)]).to(device)
     expected = reference.propagate_to_edge(cams.double(), edge.double())
-    # An error that a step repeats grows with the steps: twice what the squarings themselves lose in float32.
-    squared = reference.propagate_to_edge(cams, edge)
-    limit = 2 * float((squared - expected).abs().max() / expected.abs().max())
+    # An error that a step repeats grows with the steps: twice what the squarings lose in float32 on the CPU.
+    squared = reference.propagate_to_edge(cams.cpu(), edge.cpu())
+    limit = 2 * float((squared - expected.cpu()).abs().max() / expected.abs().max())
     assert limit < 1e-4
     assert_relative(afa_ext.propagate_to_edge(cams, edge), expected, limit)
 
@@ -169,6 +170,7 @@ def test_autocast(device):
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_compile_fullgraph(dynamic, device):
     def loss(x, edge, features, attention, boxes):
         grid = (x.shape[2], x.shape[3])
