@@ -31,7 +31,7 @@ from afa_ext import reference
 STANDARD = ["1x21x320x320", "1x3x160x160", "2x5x64x64"]
 QUICK = ["1x3x80x80", "1x5x40x40"]
 ITERATIONS = 10
-NEIGHBOURS = 48
+NEIGHBORS = 48
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -58,7 +58,7 @@ def inputs(size: tuple[int, int, int, int], device: torch.device, dtype: torch.d
 
 def run_in_cache(iterations: int) -> Callable[[], torch.Tensor]:
     """Iterations whose weights and masks stay in a core's L1 cache, on one thread."""
-    weights, masks = torch.rand(1, NEIGHBOURS, 1, 64) / NEIGHBOURS, torch.rand(1, 14, 1, 64)
+    weights, masks = torch.rand(1, NEIGHBORS, 1, 64) / NEIGHBORS, torch.rand(1, 14, 1, 64)
 
     def run() -> torch.Tensor:
         threads = torch.get_num_threads()
@@ -77,10 +77,10 @@ def limit_gfma(size: tuple[int, int, int, int], device: torch.device, dtype: tor
     if device.type == "cpu":
         iterations = 2000
         taken = time_candidates({"in cache": run_in_cache(iterations)}, device, seconds)["in cache"].median
-        return 14 * 64 * NEIGHBOURS * iterations * torch.get_num_threads() / taken / 1e6
+        return 14 * 64 * NEIGHBORS * iterations * torch.get_num_threads() / taken / 1e6
     pixels = batch * height * width
-    multiply_adds = pixels * classes * NEIGHBOURS
-    moved = pixels * (NEIGHBOURS + 2 * classes) * dtype.itemsize
+    multiply_adds = pixels * classes * NEIGHBORS
+    moved = pixels * (NEIGHBORS + 2 * classes) * dtype.itemsize
     return multiply_adds / limits(device).milliseconds(moved, multiply_adds) / 1e6
 
 
@@ -89,7 +89,7 @@ def affinity_limit_ms(size: tuple[int, int, int, int], device: torch.device, dty
     if device.type == "cpu":
         return None
     pixels = size[0] * size[2] * size[3]
-    return limits(device).milliseconds(pixels * (3 + NEIGHBOURS) * dtype.itemsize, pixels * NEIGHBOURS * 3 * 4)
+    return limits(device).milliseconds(pixels * (3 + NEIGHBORS) * dtype.itemsize, pixels * NEIGHBORS * 3 * 4)
 
 
 def validate(name: str, actual: torch.Tensor, expected: torch.Tensor, limit: float) -> float:
@@ -143,7 +143,7 @@ def main() -> None:
             )
             limit = limit_gfma(size, device, dtype, seconds / 4)
             affinity_limit = affinity_limit_ms(size, device, dtype)
-        multiply_adds = masks.numel() * NEIGHBOURS * ITERATIONS
+        multiply_adds = masks.numel() * NEIGHBORS * ITERATIONS
         ours = timings["afa_ext.par_refine"].median
         table = []
         for name, timing in timings.items():

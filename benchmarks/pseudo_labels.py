@@ -29,7 +29,7 @@ from afa_ext.reference.labels import shrink
 STANDARD = ["4x20x512x512", "4x20x320x320"]
 QUICK = ["2x20x96x96"]
 ITERATIONS = 10
-NEIGHBOURS = 48
+NEIGHBORS = 48
 DOWNSCALE = 2
 THRESHOLDS = 2
 TIES = 1e-4  # maximum share of pixels whose labels may differ because of rounding
@@ -58,7 +58,7 @@ def inputs(
 def limits_ms(weights: torch.Tensor, maps: int, rest: int, device: torch.device) -> tuple[float, float]:
     """Milliseconds for PAR's iterations on `maps` maps in total, and for moving `rest` bytes, at this machine's copy
     and multiplication rates."""
-    multiply_adds = ITERATIONS * NEIGHBOURS * maps * weights.shape[2] * weights.shape[3]
+    multiply_adds = ITERATIONS * NEIGHBORS * maps * weights.shape[2] * weights.shape[3]
     if device.type == "cuda":
         best_of = limits(device)
         return best_of.milliseconds(ITERATIONS * weights.nbytes, multiply_adds), best_of.milliseconds(rest)
@@ -77,8 +77,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Validates, times and prints one size; returns its rows for the JSON."""
     images, cams, labels = inputs(size, present, device, dtype)
-    colours = shrink(images / 255, DOWNSCALE).to(torch.promote_types(dtype, torch.float32))
-    weights = afa_ext.par_affinity(colours)
+    colors = shrink(images / 255, DOWNSCALE).to(torch.promote_types(dtype, torch.float32))
+    weights = afa_ext.par_affinity(colors)
 
     def ours(**options: Any) -> torch.Tensor:
         return afa_ext.pseudo_labels(images, cams, labels, max_classes=present, **options)

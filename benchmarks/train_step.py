@@ -185,8 +185,9 @@ def plain_affinity(head: AffinityHead, queries: Tensor, keys: Tensor) -> Tensor:
         return reference.affinity_from_attention(attention, head.weight, head.bias)
 
 
-def plain_affinity_loss(affinity: Tensor, pairs: Tensor, counts: Tensor | None = None) -> Tensor:
-    return reference.affinity_loss(affinity, pairs)
+def plain_affinity_loss(affinity: Tensor, pairs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    loss = reference.affinity_loss(affinity, torch.where(pairs == 2, 1, pairs))
+    return loss, affinity.new_zeros(2, 3)
 
 
 PLAIN_LABELS: dict[str, Callable[..., Any]] = {
@@ -227,7 +228,10 @@ class Candidate:
             (step_module, "run_scales", "CAMs"),
             (ScaleOutputs, "class_activation_maps", "CAMs"),
             *((label_maker, name, "labels") for name in ("par_weights", "par_labels", "walk_labels")),
-            *((step_module, f"{name}_loss", "losses") for name in ("classification", "segmentation", "affinity")),
+            *(
+                (step_module, f"{name}_loss", "losses")
+                for name in ("classification", "segmentation", "affinity", "energy")
+            ),
         ]
         with ExitStack() as stack:
 

@@ -26,16 +26,16 @@ from afa_ext import _native, build_info, reference
 
 DTYPES = ["float32", "float16", "bfloat16"]
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""The largest difference from float64, relative to the largest value: what tests/cuda/kernels allows."""
+"""Maximum difference from float64, relative to the largest value, as in tests/cuda/kernels."""
 RINGS = [1, 2, 4, 8, 12, 24]
 OTHER_RINGS = [1, 2, 3, 5, 8, 13]
-"""For the kernel that takes any neighbours."""
+"""For the kernel that supports any neighbors."""
 Size = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """How a kernel is run. Inputs have one first dimension, over which the reference is taken item by item."""
+    """How a kernel is run. All inputs have the same first dimension; the reference is computed index by index."""
 
     sizes: Sequence[Size]
     inputs: Callable[[Size, torch.device], list[Tensor]]
@@ -44,16 +44,16 @@ class Case:
 
 
 def rings_and_planes(size: Size, device: torch.device) -> list[Tensor]:
-    """Weights of 48 neighbours, [B, 48, H, W], and planes, [B, C, H, W]."""
+    """Weights of 48 neighbors, [B, 48, H, W], and planes, [B, C, H, W]."""
     batch, _, height, width = size
     weights = torch.rand(batch, 8 * len(RINGS), height, width, device=device)
     return [weights / weights.sum(1, keepdim=True), torch.rand(*size, device=device)]
 
 
 PLANES = [(1, 3, 64, 64), (1, 21, 64, 64), (8, 3, 160, 160), (1, 21, 320, 320), (8, 21, 320, 320)]
-"""From a few blocks to many; PAR in training and at test time are the third and the last."""
+"""From a few blocks to many. The third and the last are PAR in training and at test time."""
 STEPS = [(1, 3, 48, 48), (1, 21, 48, 48), (8, 21, 48, 48), (4, 32, 96, 96), (8, 240, 72, 64)]
-"""One step of a walk; the affinity is windowed, except in the third, the one of training."""
+"""One step of a walk. The affinity is windowed, except in the third case, which is that of training."""
 
 
 def scores_and_affinity(size: Size, device: torch.device) -> list[Tensor]:
@@ -65,12 +65,12 @@ def scores_and_affinity(size: Size, device: torch.device) -> list[Tensor]:
 
 
 def step_scores(scores: Tensor) -> Tensor:
-    """In the type that a step of a walk takes them in."""
+    """Scores in the type that a walk step requires."""
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
 MAPS = [(1, 3, 8, 8), (1, 16, 16, 16), (1, 16, 32, 32), (8, 16, 32, 32), (4, 12, 48, 48)]
-"""The affinity of M maps per image, of all pairs of nodes of a grid."""
+"""The affinity from M maps per image, for all pairs of nodes of a grid."""
 
 
 def attention_maps(size: Size, device: torch.device) -> list[Tensor]:
@@ -117,7 +117,7 @@ CASES = {
         lambda weights, planes: reference.par_propagate(weights, planes, dilations=RINGS, num_iter=10),
     ),
 }
-"""By kernel, as afa_ext._C.kernel_variants() names them."""
+"""Kernel name, as in afa_ext._C.kernel_variants() -> case."""
 
 
 class Library(Protocol):
@@ -133,12 +133,12 @@ class Bench(Protocol):
     device: torch.device
 
     def time(self, candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-        """Milliseconds of each."""
+        """Milliseconds per candidate."""
         ...
 
 
 class Gpu:
-    """The current GPU, timed by events around the replay of captured graphs."""
+    """The current GPU. Captured graphs are replayed and timed with CUDA events."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -156,8 +156,8 @@ class Row:
     dtype: str
     size: Size
     by_rule: str
-    milliseconds: Mapping[str, float]  # of the variants that compute the right values
-    wrong: Mapping[str, str]  # what is wrong with the others
+    milliseconds: Mapping[str, float]  # of the variants with correct results
+    wrong: Mapping[str, str]  # errors of the other variants
 
     @property
     def fastest(self) -> str | None:
@@ -174,26 +174,26 @@ def forced(library: Library, kernel: str, variant: str) -> Iterator[None]:
 
 
 def expected(case: Case, inputs: Sequence[Tensor]) -> Tensor:
-    """The reference in float64, item by item, as it needs many times the memory."""
+    """The reference in float64, computed item by item to limit its memory."""
     wide = [t.double() if t.is_floating_point() else t for t in inputs]
     return torch.cat([case.reference(*(t[i : i + 1] for t in wide)) for i in range(len(inputs[0]))])
 
 
 def fault(run: Callable[[], Tensor], right: Tensor, limit: float) -> str | None:
-    """What is wrong with the results of two runs, or None."""
+    """The error in the results of two runs, or None."""
     try:
         first, second = run(), run()
     except RuntimeError as raised:
         return str(raised).splitlines()[0]
     if first.shape != right.shape:
-        return f"shape {list(first.shape)} in place of {list(right.shape)}"
+        return f"shape {list(first.shape)} instead of {list(right.shape)}"
     if not bool(first.isfinite().all()):
-        return "values that are not finite"
+        return "non-finite values"
     error = float((first.double() - right).abs().max() / right.abs().max().clamp_min(1e-30))
     if error > limit:
-        return f"relative error {error:.2g}, over {limit:.2g}"
+        return f"relative error {error:.2g} exceeds {limit:.2g}"
     if not torch.equal(first, second):
-        return "two runs differ"
+        return "two runs gave different results"
     return None
 
 
@@ -215,7 +215,7 @@ def measure(kernel: str, dtype: str, size: Size, case: Case, bench: Bench, libra
     case.run(*inputs)
     after = about()
     if after["times_picked"] == before["times_picked"]:
-        sys.exit(f"the case of {kernel} in benchmarks/tune.py never launches it")
+        sys.exit(f"the case for {kernel} in benchmarks/tune.py does not launch it")
     right = expected(case, inputs)
     faults = {variant: fault(runs(variant), right, LIMITS[dtype]) for variant in before["variants"]}
     valid = {variant: runs(variant) for variant, reason in faults.items() if reason is None}
@@ -243,7 +243,7 @@ def sweep(
 
 
 def print_row(row: Row) -> None:
-    """A table of one size: each variant's time, the fastest first, and what is wrong with the others."""
+    """A table of one size: each variant's time, the fastest first, and the errors of wrong variants."""
     table = []
     for variant in [*sorted(row.milliseconds, key=lambda name: row.milliseconds[name]), *row.wrong]:
         time = row.milliseconds.get(variant)
@@ -253,7 +253,7 @@ def print_row(row: Row) -> None:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How often the rule chose the fastest variant, and what the others cost."""
+    """How often the rule chose the fastest variant, and how much slower its other choices were."""
     timed = [row for row in rows if row.by_rule in row.milliseconds]
     ratios = [row.milliseconds[row.by_rule] / min(row.milliseconds.values()) for row in timed]
     best = sum(row.fastest == row.by_rule for row in timed)
@@ -262,7 +262,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def need_gpu() -> None:
-    """Exits in one sentence where nothing can be timed."""
+    """Exits with a message if nothing can be timed on this machine."""
     if not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} finds no GPU on this machine, so nothing was timed.")
     if build_info()["cuda"] is None:

@@ -1,4 +1,4 @@
-"""The cost of the CUDA kernels, without a GPU: the tables of docs/kernels.md, from the compiler and from formulas.
+"""Reports the cost of the CUDA kernels without a GPU: the tables of docs/kernels.md, from compiler output and formulas.
 
     python -m tools.kernel_report              # compile, check, write the tables of docs/kernels.md
     python -m tools.kernel_report --check      # compile and check; fail if docs/kernels.md is out of date
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import re
@@ -28,16 +29,17 @@ from pathlib import Path
 from tools.blocks import block_of, stale_blocks, write_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 TOOL, PAGE = "kernel_report.py", ROOT / "docs" / "kernels.md"
 ARCHITECTURES = ["80", "90"]
-"""And the newest."""
+"""The newest architecture is added to these."""
 COUNTED = "90"
-"""The architecture of the instructions on the page."""
+"""The architecture whose instructions are counted."""
 FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC", "-Xcompiler=-Wall", "-Xcompiler=-Werror"),
     *("--extended-lambda", "-lineinfo", "-Werror=all-warnings"),
 ]
-"""CMakeLists.txt's for a release, with AFA_EXT_WERROR."""
+"""The flags that CMakeLists.txt uses for a release build with AFA_EXT_WERROR."""
 
 # ---- compiler output --------------------------------------------------------------------------------------------
 
@@ -54,7 +56,7 @@ class Usage:
 
 
 def parse_usage(text: str) -> dict[str, Usage]:
-    """ptxas -v of one architecture: usage by mangled name."""
+    """Usage by mangled name, from the output of ptxas -v for one architecture."""
     usage: dict[str, Usage] = {}
     entry = function = ""
     frame = (0, 0, 0)
@@ -83,7 +85,7 @@ def parse_threads(ptx: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Instructions:
-    """Counts of a kernel's machine code; `loop_*`: in the innermost of the loops that touch global memory."""
+    """Counts from a kernel's machine code; `loop_*`: in its innermost loops that access global memory."""
 
     total: int
     fma: int
@@ -96,7 +98,7 @@ class Instructions:
     loop_total: int
     loop_accesses: int
     stores_128: int = 0
-    copies_128: int = 0  # from global to shared memory, asynchronous
+    copies_128: int = 0  # asynchronous copies from global to shared memory
 
     def for_an_access(self) -> float:
         """Instructions issued per load from or store to global memory, in the part that takes the most time."""
@@ -106,7 +108,7 @@ class Instructions:
 
 
 def parse_instructions(sass: str) -> dict[str, Instructions]:
-    """cuobjdump -sass of one architecture: counts by mangled name."""
+    """Counts by mangled name, from the output of cuobjdump -sass for one architecture."""
     counts = {}
     for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
         line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
@@ -119,7 +121,7 @@ def _count(code: Sequence[tuple[int, list[str], str]]) -> Instructions:
     def number(*names: str, modifier: str | None = None) -> int:
         return sum(op[0] in names and (modifier is None or modifier in op[1:]) for _, op, _ in code)
 
-    # First and last address, instructions and accesses of every backward branch; one to itself only pads the end.
+    # First and last address, instructions and accesses of every backward branch; a branch to itself is only padding.
     loops = []
     for at, op, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
@@ -146,7 +148,7 @@ def _count(code: Sequence[tuple[int, list[str], str]]) -> Instructions:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instantiation for one architecture; without instructions if there is no disassembler."""
+    """One template instance for one architecture; without instructions if there is no disassembler."""
 
     file: str
     name: str
@@ -176,14 +178,14 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def targets(nvcc: str) -> list[str]:
-    """The target architectures."""
+    """The target architectures of this report."""
     text = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = sorted(set(re.findall(r"compute_(\d+)\b", text)), key=int)
     return sorted({*(a for a in ARCHITECTURES if a in known), known[-1]}, key=int)
 
 
 def demangled(names: Sequence[str]) -> list[str]:
-    """Without namespaces, arguments and the return type: stencil_kernel<float, false>."""
+    """Names without namespaces, arguments and return type, such as stencil_kernel<float, false>."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = [line.replace("afa::(anonymous namespace)::", "").removeprefix("void ") for line in text.splitlines()]
     return [line[: line.rindex("(")] for line in short]
@@ -223,7 +225,7 @@ def compile_kernels(nvcc: str, cuobjdump: str | None) -> list[Kernel]:
 
 @dataclass(frozen=True)
 class Claim:
-    """Minimum counts in the machine code of kernels whose full name matches, on every architecture."""
+    """Minimum counts of wide accesses in kernels whose full name matches, on every architecture."""
 
     kernels: str  # a regular expression
     loads_128: int = 0
@@ -232,9 +234,9 @@ class Claim:
 
 
 CLAIMS = [
-    # A walk's scores, four at a time; entries of the affinity as well, unless the compiler reads pairs (sm_121).
+    # A walk loads four scores at a time, and four entries unless the compiler splits them into pairs (sm_121).
     Claim(r"walk_step_tiled_kernel<.+>", loads_128=4, stores_128=1),
-    # Maps and pairs move 16 bytes at a time; with any layout of pairs (true), only the maps.
+    # Maps and pairs are moved 16 bytes at a time; if pairs can have any layout (true), only the maps.
     Claim(r"affinity_kernel<(__half|__nv_bfloat16), 8, \d, false>", loads_128=4, stores_128=2),
     Claim(r"affinity_kernel<(__half|__nv_bfloat16), 8, \d, true>", loads_128=4),
     Claim(r"affinity_kernel<(float|double), [42], \d, false>", loads_128=4, stores_128=2),
@@ -247,7 +249,7 @@ CLAIMS = [
     Claim(r"loss_backward_kernel<\w+, [42]>", stores_128=1),
     Claim(r"shrink_kernel<\w+, unsigned char, true>", stores_128=1),
     Claim(r"shrink_kernel<(float, float|double, double), true>", loads_128=4, stores_128=1),
-    # PAR's tiles are copied to shared memory 16 bytes at a time; otherwise a neighbor's four classes are one such load.
+    # PAR's tiles are copied to shared memory 16 bytes at a time; in the other kernels, one load reads four classes.
     Claim(r"ring_kernel<\w+, \d>", copies_128=4),
     Claim(r"stencil_kernel<(float|__half|__nv_bfloat16), (true|false), \d>", loads_128=10, stores_128=1),
     Claim(r"stencil_kernel<double, (true|false), \d>", loads_128=20, stores_128=2),
@@ -255,11 +257,15 @@ CLAIMS = [
     Claim(r"stencil_kept_kernel<double>", loads_128=10, stores_128=2),
     Claim(r"weight_grad_kernel<\w+>", loads_128=9),
     Claim(r"group_kernel<\w+>", stores_128=1),
+    # Four channels of a row of the lattice; a splat reads four rows at once, a slice three corners.
+    Claim(r"splat_kernel<float, 4>", loads_128=4, stores_128=1),
+    Claim(r"blur_kernel<float, 4>", loads_128=3, stores_128=1),
+    Claim(r"(field_)?slice_kernel<(float, )?4>", loads_128=3, stores_128=1),
 ]
 
 
 def broken_claims(kernels: Sequence[Kernel], claims: Sequence[Claim]) -> list[str]:
-    """Kernels without the wide accesses claimed, and claims that no kernel matches."""
+    """Kernels with fewer wide accesses than claimed, and claims that match no kernel."""
     lines = []
     for claim in claims:
         named = [k for k in kernels if re.fullmatch(claim.kernels, k.name)]
@@ -316,8 +322,9 @@ MULTIPROCESSORS = {
     "120": Multiprocessor(48, 24, 100 << 10),
     "121": Multiprocessor(48, 24, 100 << 10),
 }
-# The toolkit's cuda_occupancy.h: registers are given to a warp in units of 256, from its partition's share; shared
-# memory to a block in units of 128 bytes, with 1 KiB more that the system keeps in each block.
+# From the toolkit's cuda_occupancy.h: registers are allocated per warp in units of 256, from the share of its
+# partition. Shared memory is allocated per block in units of 128 bytes, plus 1 KiB that the system reserves in each
+# block.
 REGISTERS, PARTITIONS, REGISTER_UNIT = 65536, 4, 256
 SHARED_UNIT, SHARED_RESERVED = 128, 1 << 10
 WARP = 32
@@ -348,25 +355,27 @@ class Work:
     accesses: str  # loads and stores of global memory by all threads together
     blocks: str
     issued: str | None = None
-    """Instructions that all threads together issue, read off the machine code for sm_90, where they don't follow from
-    the accesses: most of the time goes into loops that touch no global memory."""
+    """Instructions issued by all threads together, from the machine code for sm_90. Needed if they are not proportional
+    to the accesses, because most of the time is spent in loops without access to global memory."""
     before: str = "0"  # bytes that a block reads before it can start
     once: str = "0"  # bytes read once by a launch with several steps
-    alone: bool = False  # whether an SM runs one block at a time
+    alone: bool = False  # whether only one block at a time fits on an SM
 
 
 SYMBOLS = {
     "B": "images",
     "C": "maps or classes",
     "D": "channels of the images or features",
-    "N": "pixels or nodes, H·W",
-    "G": "pixels of the full image where N is those of the shrunken one",
-    "K": "neighbours, or offsets of the window",
+    "N": "pixels or nodes (H·W)",
+    "G": "pixels of the full image, if N counts those of the downscaled image",
+    "K": "neighbors, or offsets of the window",
     "M": "attention maps",
-    "P": "pairs of nodes, B·N·N dense or B·N·K windowed",
+    "P": "pairs of nodes (B·N·N dense, B·N·K windowed)",
     "Q": "background scores",
-    "L": "points of a path, on average",
-    "s": "bytes of an element",
+    "L": "average number of points of a path",
+    "E": "corners of a lattice's simplices, D+1",
+    "V": "vertices of a lattice",
+    "s": "bytes per element",
 }
 SUM = 4  # bytes of a float32 sum
 WORK = {
@@ -436,18 +445,41 @@ WORK = {
         Work("score_kernel", "B*C*(G+Q*N)*s", "B*C*N*(18+3*Q)", "B*C*N*(5+Q)", "B*ceil(N/128)"),
         Work("place_kernel", "B*(C+1)*Q*N*s", "40*B*(C+1)*Q*N", "17*B*(C+1)*Q*N", "B*ceil(N/128)"),
         Work("choice_kernel", "B*(C*Q*N*s+8*G)", "11*B*C*Q*G", "B*G*(4*C*Q+1)", "B*ceil(G/128)"),
+        Work("simplex_kernel", "N*(4*D+16*E)", "N*(5*E*E+10*E)", "N*(D+3*E)", "ceil(N/128)"),
+        Work("sort_count_kernel", "8*N*E", "0", "3*N*E", "ceil(N*E/2048)"),
+        Work("scan_kernel", "N*E", "0", "N*E/4", "64"),
+        Work("sort_move_kernel", "24*N*E", "0", "13*N*E", "ceil(N*E/2048)"),
+        Work("begin_count_kernel", "8*N*E", "0", "2*N*E", "ceil(N*E/2048)"),
+        Work("vertex_kernel", "28*N*E+8*V", "0", "9*N*E+V", "ceil(N*E/2048)"),
+        Work("neighbor_kernel", "8*V*(E+1)", "0", "40*V*E", "E*ceil(V/128)"),
+        Work(
+            "splat_kernel",
+            *("4*(2*N*E+N*C+V*C)", "2*N*E*C", "(4*N*E+V)*ceil(C/4)", "ceil(N*E*ceil(C/4)/4096)"),
+        ),
+        Work("splat_heads_kernel", "3*N*E*C/8", "N*E*C/32", "3*N*E*ceil(C/4)/32", "ceil(N*E*ceil(C/4)/4096)"),
+        Work("overflow_kernel", "8", "0", "2", "ceil(C/4)"),
+        Work("blur_kernel", "8*V*(C+1)", "3*V*C", "6*V*ceil(C/4)", "ceil(V*ceil(C/4)/128)"),
+        Work("slice_kernel", "4*(2*N*E+N*C+V*C)", "2*N*E*C", "N*(3*E+2)*ceil(C/4)", "ceil(N*ceil(C/4)/128)"),
+        Work("rows_from_planes_kernel", "N*C*(s+4)", "N*C", "N*(C+ceil(C/4))", "ceil(C/4)*ceil(N/128)"),
+        Work("planes_from_rows_kernel", "N*C*(s+4)", "0", "N*(C+ceil(C/4))", "ceil(C/4)*ceil(N/128)"),
+        Work("logits_kernel", "N*C*(s+4)", "N*C", "2*N*C", "C*ceil(N/128)"),
+        Work(
+            "field_slice_kernel",
+            *("4*(2*N*E+2*N*C+V*C)", "2*N*E*C+4*N*C", "N*(C+(3*E+3)*ceil(C/4))", "ceil(N/16)"),
+        ),
+        Work("field_softmax_kernel", "8*N*C", "4*N*C", "6*N*C", "ceil(N/16)"),
     ]
 }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A kernel that is launched several times in a row; `code` is the instantiation whose instructions are used."""
+    """A kernel that is launched several times in a row; `code` is the template instance whose instructions are used."""
 
     work: str
     code: str
     launches: int = 1
-    sizes: Mapping[str, int] | None = None  # that differ from the target's
+    sizes: Mapping[str, int] | None = None  # differences from the target's sizes
     resident: bool = False  # one cooperative launch, whose blocks synchronize between repetitions
 
 
@@ -464,7 +496,7 @@ def _disc(radius: int) -> list[tuple[int, int]]:
 
 
 def path_points(radius: int) -> float:
-    """Points of a path (pair_affinity.h), on average over the window: those nearer than 1 to the line, in its box."""
+    """Average number of points of a path in the window (see pair_affinity.h)."""
 
     def points(dy: int, dx: int) -> int:
         ys, xs = range(min(0, dy), max(0, dy) + 1), range(min(0, dx), max(0, dx) + 1)
@@ -502,7 +534,7 @@ TARGETS = [
         [Stage("walk_step_tiled_kernel", "walk_step_tiled_kernel<float>")],
     ),
     Target(
-        "the same as a transition: formed, once backward, transposed",
+        "the transition of this walk: forward, backward, transpose",
         {"B": 8, "N": 48 * 48, "K": 17 * 17, "s": 4},
         [
             Stage("walk_transition_tiled_kernel", "walk_transition_tiled_kernel<float>"),
@@ -516,7 +548,7 @@ TARGETS = [
         [Stage("affinity_kernel", "affinity_kernel<float, 4, 2, false>")],
     ),
     Target(
-        "the same, backward in maps, weight and bias",
+        "the same, backward for maps, weight and bias",
         {"B": 8, "M": 16, "N": 1024, "P": 8 * 1024 * 1024, "s": 4},
         [
             Stage("backward_attention_kernel", "backward_attention_kernel<float, 4, false>"),
@@ -533,7 +565,7 @@ TARGETS = [
         ],
     ),
     Target(
-        "pseudo_labels 8×512×512, 2 classes an image, 2 scores",
+        "pseudo_labels 8×512×512, 2 classes per image, 2 scores",
         {"B": 8, "C": 2, "D": 3, "G": 512 * 512, "N": 256 * 256, "K": 48, "Q": 2, "s": 4},
         [
             Stage("pack_kernel", "pack_kernel"),
@@ -547,9 +579,47 @@ TARGETS = [
 ]
 
 
+def _crf(height: int, width: int, classes: int, iterations: int) -> Target:
+    """One image; the vertices are those of a photograph, bilateral (64, 5) and Gaussian 3."""
+    pixels = height * width
+    sizes = {"C": classes, "D": 5, "E": 6, "N": pixels, "V": pixels // 3, "s": 4}
+    flat = {"D": 2, "E": 3, "V": pixels // 8}
+    both = {"E": sizes["E"] + flat["E"], "V": sizes["V"] + flat["V"]}
+    stages = []
+    for own, dims, passes in ((flat, 2, 6), ({}, 5, 8)):
+        ones = {**own, "C": 1}
+        stages += [
+            Stage("simplex_kernel", f"simplex_kernel<{dims}>", 1, own),
+            Stage("sort_count_kernel", "sort_count_kernel", passes, own),
+            Stage("scan_kernel", "scan_kernel", passes + 1, own),
+            Stage("sort_move_kernel", "sort_move_kernel", passes, own),
+            Stage("begin_count_kernel", "begin_count_kernel", 1, own),
+            Stage("vertex_kernel", "vertex_kernel", 1, own),
+            Stage("neighbor_kernel", "neighbor_kernel", 1, own),
+            Stage("splat_kernel", "splat_kernel<float, 1>", 1, ones),
+            Stage("splat_heads_kernel", "splat_heads_kernel<float, 1>", 1, ones),
+            Stage("blur_kernel", "blur_kernel<float, 1>", dims + 1, ones),
+            Stage("slice_kernel", "slice_kernel<float, 1>", 1, ones),
+        ]
+    stages += [
+        Stage("logits_kernel", "logits_kernel<float>"),
+        Stage("field_softmax_kernel", "field_softmax_kernel"),
+        Stage("splat_kernel", "splat_kernel<float, 4>", iterations, both),
+        Stage("splat_heads_kernel", "splat_heads_kernel<float, 4>", iterations, both),
+        Stage("overflow_kernel", "overflow_kernel<4>", iterations),
+        Stage("blur_kernel", "blur_kernel<float, 4>", 3 * iterations, both),
+        Stage("blur_kernel", "blur_kernel<float, 4>", 3 * iterations),
+        Stage("field_slice_kernel", "field_slice_kernel<4>", iterations, both),
+    ]
+    return Target(f"dense_crf 1×{classes}×{height}×{width}, {iterations} iterations", sizes, stages)
+
+
+TARGETS.append(_crf(375, 500, 21, 10))
+
+
 @dataclass(frozen=True)
 class Gpu:
-    """From NVIDIA's data sheets: bytes and float32 operations per second, SMs, clock (boost)."""
+    """A GPU's data sheet: bytes and float32 operations per second, number of SMs, boost clock."""
 
     name: str
     bandwidth: float
@@ -570,13 +640,13 @@ MEETING = 1.5e-6
 
 
 def value(formula: str, sizes: Mapping[str, float]) -> float:
-    """The value of a formula for these sizes; the formulas are those in this file."""
+    """Evaluates one of this file's formulas for these sizes."""
     return float(eval(formula, {"__builtins__": {}, "ceil": math.ceil}, dict(sizes)))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a target on a GPU: limited by bytes, by operations, and predicted for the current kernels."""
+    """Seconds for a target on a GPU: limits by bytes and by operations, and the prediction for the current kernels."""
 
     by_bytes: float
     by_operations: float
@@ -585,7 +655,7 @@ class Estimate:
 
 
 def bytes_of(stage: Stage, sizes: Mapping[str, float]) -> float:
-    """Minimum bytes moved by all its launches or steps."""
+    """Minimum bytes moved by all launches or steps of the stage."""
     work = WORK[stage.work]
     return stage.launches * value(work.bytes, sizes) + value(work.once, sizes)
 
@@ -601,7 +671,7 @@ def estimate(target: Target, gpu: Gpu, for_an_access: Mapping[str, float]) -> Es
         by_operations += computed
         blocks = value(work.blocks, sizes)
         busy = min(1.0, blocks / gpu.multiprocessors)  # share of SMs with a block
-        if work.alone:  # in the last round too
+        if work.alone:  # the last wave takes a full round, too
             busy = blocks / (gpu.multiprocessors * math.ceil(blocks / gpu.multiprocessors))
         instructions = (
             value(work.issued, sizes) if work.issued else value(work.accesses, sizes) * for_an_access[stage.code]
@@ -648,11 +718,11 @@ def resources_table(kernels: Sequence[Kernel], version: str) -> str:
         rows.append([f"`{name}`", Path(file).parts[0], str(first.threads), shared, local, *cells])
     columns = [f"sm_{a}" for a in architectures]
     head = ["kernel", "folder", "threads", "shared, B", "stack + spills, B", *columns]
-    return f"nvcc {version}; a cell of an architecture: registers a thread · occupancy.\n\n{table(head, rows, 2)}"
+    return f"nvcc {version}. Columns of architectures: registers per thread · occupancy.\n\n{table(head, rows, 2)}"
 
 
 def instructions_table(kernels: Sequence[Kernel]) -> str:
-    head = ["kernel", "instructions", "FMA", "loads", "64 bits", "128 bits", "stores", "barriers", "for an access"]
+    head = ["kernel", "instructions", "FMA", "loads", "64 bits", "128 bits", "stores", "barriers", "per access"]
     rows = []
     for k in kernels:
         if k.architecture == COUNTED and k.instructions:
@@ -663,7 +733,7 @@ def instructions_table(kernels: Sequence[Kernel]) -> str:
 
 
 def recorded_for_an_access(page: Path) -> dict[str, float]:
-    """The last column of the page's table of instructions, by kernel."""
+    """The last column of the page's instruction table, by kernel."""
     rows = re.findall(r"^\| `([^`]+)` \|.*\| ([\d.]+) \|$", block_of(page, TOOL, "instructions"), re.MULTILINE)
     return {name: float(count) for name, count in rows}
 
@@ -683,7 +753,7 @@ def work_table() -> str:
         ]
         for w in WORK.values()
     ]
-    symbols = ", ".join(f"{symbol} {meaning}" for symbol, meaning in SYMBOLS.items())
+    symbols = "; ".join(f"{symbol}: {meaning}" for symbol, meaning in SYMBOLS.items())
     return f"{symbols}.\n\n{table(['kernel', 'bytes', 'operations', 'accesses'], rows, 4)}"
 
 
@@ -691,13 +761,46 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} µs"
 
 
+BENCHMARKED = {
+    "PAR 8×21×320×320, 10 iterations": ("par_kernel", "8x21x320x320", "afa_ext.par_refine"),
+    "PAR 8×3×160×160, 10 iterations": ("par_kernel", "8x3x160x160", "in a CUDA graph"),
+    "IRN walk 94×125, 4 maps, 256 steps": ("random_walk", "1x4x94x125", "afa_ext.propagate_to_edge"),
+    "AFA walk 48×48, batch 8, 21 maps, radius 8, 1 step": ("random_walk", "8x21x48x48", "afa_ext.random_walk"),
+    "affinity_from_attention 8×16 maps, 32×32 tokens, dense": (
+        "affinity",
+        "8x16x32x32",
+        "forward only, in a CUDA graph",
+    ),
+    "pseudo_labels 8×512×512, 2 classes per image, 2 scores": (
+        "pseudo_labels",
+        "8x20x512x512",
+        "afa_ext.pseudo_labels",
+    ),
+}
+"""Name of a target -> (benchmark, size, candidate) of the row that measures it, in float32."""
+
+
+def measured(target: Target, gpu: Gpu) -> str:
+    """The time in benchmarks/results, which tools/gpu_check.py wrote on this GPU."""
+    for file in sorted(RESULTS.glob("nvidia-*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if gpu.name not in content["machine"]["device"]:
+            continue
+        for row in content["rows"]:
+            key = (row["benchmark"], row["size"], row["candidate"])
+            if row["dtype"] == "float32" and key == BENCHMARKED.get(target.name):
+                return duration(row["median_ms"] / 1e3)
+    return "–"
+
+
 def limits_table(for_an_access: Mapping[str, float]) -> str:
     head = ["target", "GPU", "bytes", "operations", "launches", "limit by bytes", "by operations", "predicted"]
+    head.append("measured")
     rows = []
     for target in TARGETS:
         missing = [stage.code for stage in target.stages if stage.code not in for_an_access]
         if missing:
-            sys.exit(f"the table of instructions has no {', '.join(missing)}")
+            sys.exit(f"the instruction table lacks {', '.join(missing)}")
         total = {"bytes": 0.0, "operations": 0.0}
         for stage in target.stages:
             sizes = {**target.sizes, **(stage.sizes or {})}
@@ -708,7 +811,9 @@ def limits_table(for_an_access: Mapping[str, float]) -> str:
             e = estimate(target, gpu, for_an_access)
             counts = [f"{total['bytes'] / 1e6:,.4g} MB", f"{total['operations'] / 1e9:.3g} G", str(launches)]
             limits = [duration(e.by_bytes), duration(e.by_operations)]
-            rows.append([target.name, gpu.name, *counts, *limits, f"{duration(e.predicted)}, {e.why}"])
+            rows.append(
+                [target.name, gpu.name, *counts, *limits, f"{duration(e.predicted)}, {e.why}", measured(target, gpu)]
+            )
     return table(head, rows, 2)
 
 
@@ -738,7 +843,9 @@ def main() -> None:
             print("cuobjdump was not found: instructions are not counted")
         recorded = re.search(r"nvcc ([\d.]+\d)", block_of(PAGE, TOOL, "resources"))
         if options.check and recorded and recorded[1] != version:
-            print(f"docs/kernels.md was made with nvcc {recorded[1]}, this is {version}: its tables are not compared")
+            print(
+                f"docs/kernels.md was generated with nvcc {recorded[1]}, this is {version}: its tables are not compared"
+            )
             blocks.clear()
         print(f"{len(kernels)} kernels compiled by nvcc {version}; {len(wrong)} with stack, spills or local memory")
     if not options.check:
@@ -747,7 +854,7 @@ def main() -> None:
     if not options.check:
         write_blocks(PAGE, TOOL, blocks)
     elif stale := stale_blocks(PAGE, TOOL, blocks):
-        wrong.append(f"docs/kernels.md's {' and '.join(stale)} differ; run python -m tools.kernel_report")
+        wrong.append(f"docs/kernels.md's {' and '.join(stale)} are out of date; run python -m tools.kernel_report")
     if wrong:
         sys.exit("\n".join(wrong))
 

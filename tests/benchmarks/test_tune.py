@@ -94,8 +94,8 @@ def test_a_wrong_variant_is_reported_and_not_timed():
         assert row.milliseconds == {"slow": 1.0, "fast": 0.5}
         assert set(row.wrong) == {"wrong", "nan", "unsteady", "short", "fails"}
         assert row.wrong["wrong"].startswith("relative error 0.0")
-        assert row.wrong["nan"] == "values that are not finite"
-        assert row.wrong["unsteady"] == "two runs differ"
+        assert row.wrong["nan"] == "non-finite values"
+        assert row.wrong["unsteady"] == "two runs gave different results"
         assert row.wrong["short"].startswith("shape [")
         assert row.wrong["fails"] == "the CUDA kernel could not be launched: too many resources"
     assert (
@@ -113,19 +113,19 @@ def test_without_a_right_variant_nothing_is_timed(capsys):
 
 
 def test_a_case_that_never_launches_its_kernel_is_refused():
-    with pytest.raises(SystemExit, match=r"the case of add in benchmarks/tune\.py never launches it"):
+    with pytest.raises(SystemExit, match=r"the case for add in benchmarks/tune\.py does not launch it"):
         run_sweep(FakeLibrary(), run=lambda x: x + 1)
 
 
 def test_a_row_is_shown(capsys):
     times = {"slow": 1.0, "fast": 0.5}
-    tune.print_row(tune.Row("add", "float32", (2, 5), "slow", times, {"bad": "two runs differ"}))
+    tune.print_row(tune.Row("add", "float32", (2, 5), "slow", times, {"bad": "two runs gave different results"}))
     title, _, *lines = capsys.readouterr().out.strip().splitlines()
     assert title == "add, 2x5 float32"
     assert [line.split() for line in lines] == [
         ["fast", "0.5000"],
         ["slow", "1.0000", "by", "the", "rule"],
-        ["bad", "WRONG:", "two", "runs", "differ"],
+        ["bad", "WRONG:", "two", "runs", "gave", "different", "results"],
     ]
 
 
