@@ -1,6 +1,6 @@
-"""Builds the stand-in GPU: its runtime, the bridge to torch, and the package whose CUDA kernels g++ compiled.
+"""Builds the stand-in GPU: its runtime, the bridge to torch, and the package with kernels compiled by g++.
 
-Only what changed is compiled. Everything lies under build/cuda_stand_in, which one process at a time builds.
+Only changed files are compiled. The output is in build/cuda_stand_in, which is locked: one process builds at a time.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 RUNTIME, KERNELS, BRIDGE = HERE / "runtime", HERE / "kernels", HERE / "bridge"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-# For the .cu files where nothing is sanitized: calls before each access, to the functions of memory_check.cpp.
+# For the .cu files in the checked build: inserts calls to the functions of memory_check.cpp before each access.
 CHECKED = ["-fsanitize=thread,alignment,bounds"]
-# For csrc's host code: arguments of a launch are searched for pointers, and what a struct leaves unset must not look
-# like one. Not for the .cu files: with -fsanitize=thread GCC 12 then zeroes a variable that is set.
+# For csrc's host code: launch arguments are searched for pointers, and uninitialized parts of a struct must not look
+# like pointers. Not for the .cu files: with -fsanitize=thread, GCC 12 then zeroes a variable that is set.
 ZEROED = ["-ftrivial-auto-var-init=zero"]
 HARNESS = [KERNELS / name for name in ("cuda_on_host.cpp", "memory_check.cpp", "async_copy.cpp")]
 TORCH_LIBRARIES = ("libc10_cuda.so", "libtorch_cuda.so", "libtorch_python.so", "libtorch_cuda_linalg.so")
-# Of the runtime functions that torch imports, those that tell the host nothing it relies on.
+# Functions that torch imports and that may do nothing: the host does not depend on their results.
 SUCCEED = ("cudaProfilerStart", "cudaProfilerStop")
 
 P = ParamSpec("P")
@@ -39,7 +39,7 @@ _holds_lock = False
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """Holds a lock on the build folder during a call, as pytest-xdist's workers build at the same time. Calls nest."""
+    """Holds a lock on the build folder during a call, because pytest-xdist's workers build concurrently. Reentrant."""
 
     @wraps(function)
     def locked(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -61,7 +61,7 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
 
 @cache
 def cuda_headers() -> Path | None:
-    """The toolkit's include folder: where the nvcc in use says it is, or the usual place."""
+    """The toolkit's include folder: that of the nvcc in use, or the default location."""
     nvcc = shutil.which("nvcc")
     candidates = [Path("/usr/local/cuda/include")]
     if nvcc:
@@ -75,7 +75,7 @@ def cuda_headers() -> Path | None:
 
 
 def why_not() -> str | None:
-    """Why the stand-in can't be built here; None if it can."""
+    """Why the stand-in can't be built on this machine; None if it can."""
     import torch
 
     if cuda_headers() is None:
@@ -107,7 +107,7 @@ def newer(target: Path, *sources: Path) -> bool:
 
 
 def compile_objects(sources: Sequence[Path], target_folder: Path, flags: Sequence[str]) -> list[str]:
-    """Compiles what changed; the objects' paths."""
+    """Compiles changed files; returns the paths of all object files."""
     headers = cuda_headers()
     assert headers is not None
     target_folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def compile_objects(sources: Sequence[Path], target_folder: Path, flags: Sequenc
                 return str(target)
         subprocess.run(command, check=True)
         known.write_text(" ".join(command))
-        if source.suffix == ".cu":  # whose only variables that start as zeros are in shared memory
+        if source.suffix == ".cu":  # its only zero-initialized variables are in shared memory
             subprocess.run(["objcopy", "--rename-section", ".bss=afa_shared", str(unfinished)], check=True)
         unfinished.rename(target)
         return str(target)
@@ -157,7 +157,7 @@ def symbols(library: Path, option: str) -> set[str]:
 
 @one_at_a_time
 def build_runtime() -> Path:
-    """The folder of libstand_in_cudart.so, to preload, and of libcuda.so.1."""
+    """Builds libstand_in_cudart.so, which is preloaded, and libcuda.so.1; returns their folder."""
     target_folder = folder(sanitize=False) / "runtime"
     objects = compile_objects(sorted(set(RUNTIME.glob("*.cpp")) - {RUNTIME / "driver.cpp"}), target_folder, [])
     library = target_folder / "libstand_in_cudart.so"
@@ -171,10 +171,10 @@ def build_runtime() -> Path:
         lines = [
             '#include "runtime/runtime.h"',
             "",
-            "// Functions of the CUDA runtime that torch imports and the stand-in lacks.",
+            "// Functions of the CUDA runtime that torch imports and that the stand-in does not implement.",
         ]
         for name in sorted(wanted - symbols(known, "--defined-only")):
-            body = "" if name in SUCCEED else f' stand_in::fault(cudaErrorNotSupported, "the stand-in has no {name}");'
+            body = "" if name in SUCCEED else f' stand_in::fault(cudaErrorNotSupported, "{name} is not implemented");'
             result = "cudaSuccess" if name in SUCCEED else "cudaErrorNotSupported"
             lines.append(f'extern "C" __attribute__((visibility("default"))) int {name}_() __asm__("{name}");')
             lines.append(f"int {name}_() {{{body} return {result}; }}")
@@ -196,7 +196,7 @@ def runtime_link_flags() -> list[str]:
 
 @one_at_a_time
 def build_bridge() -> Path:
-    """The library that tells the runtime of torch, and gives torch's own operators real values."""
+    """Builds the library that reports torch's state to the runtime and computes torch's own operators."""
     target_folder = folder(sanitize=False) / "bridge"
     flags = ["-std=c++20", *torch_includes()]
     objects = compile_objects(sorted(BRIDGE.glob("*.cpp")), target_folder, flags)
@@ -209,7 +209,7 @@ def build_bridge() -> Path:
 
 @one_at_a_time
 def build_package(sanitize: bool = False) -> Path:
-    """A folder with a copy of the package afa_ext whose CUDA kernels g++ compiled."""
+    """Builds a copy of the package afa_ext with kernels compiled by g++; returns the folder that contains it."""
     import pybind11
     import torch
 
@@ -233,7 +233,7 @@ def build_package(sanitize: bool = False) -> Path:
 
 
 def copy_package(target_folder: Path, library: Path) -> Path:
-    """A folder with a copy of the package afa_ext around this library."""
+    """Creates a copy of the package afa_ext with this library; returns the folder that contains it."""
     package = target_folder / "afa_ext"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "afa_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -245,13 +245,13 @@ def copy_package(target_folder: Path, library: Path) -> Path:
 
 
 def native_folder() -> Path:
-    """Where setup.py builds."""
+    """The build folder of setup.py."""
     default = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
     return Path(os.environ.get("AFA_EXT_BUILD_DIR") or default).resolve()
 
 
 def link_command() -> list[str]:
-    """That of `_C`, as CMake has it."""
+    """CMake's link command for `_C`."""
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     output = subprocess.run(
         [str(ninja), "-C", str(native_folder()), "-t", "commands", "_C"], capture_output=True, text=True, check=True
@@ -260,20 +260,21 @@ def link_command() -> list[str]:
 
 
 def why_not_shipped() -> str | None:
-    """Why the shipped library can't be linked to the stand-in's runtime; None if it can."""
+    """Why the shipped library can't be linked to the stand-in runtime; None if it can."""
     if not (native_folder() / "build.ninja").exists():
-        return f"the library was not built here: no {native_folder()}"
+        return f"the library was not built on this machine: {native_folder()} does not exist"
     command = link_command()
     if not any("cudart_static" in word for word in command):
         return "the library was built without CUDA"
     missing = [word for word in command if word.endswith(".o") and not (native_folder() / word).exists()]
-    return f"the library's objects are not here: {missing[0]}" if missing else None
+    return f"an object file of the library does not exist: {missing[0]}" if missing else None
 
 
 @one_at_a_time
 def build_shipped_package(linked_to_torch: bool) -> Path:
-    """A folder with a copy of the package around the library that ships, linked by CMake's own command but for the
-    runtime. Without `linked_to_torch`, also without libtorch.so, as a library that can't find torch's CUDA part."""
+    """Creates a copy of the package with the shipped library, linked by CMake's command except for the runtime. Returns
+    the folder that contains it. Without `linked_to_torch`, libtorch.so is not linked either, so the library can't find
+    torch's CUDA functions."""
     target_folder = folder(sanitize=False) / ("shipped" if linked_to_torch else "shipped_without_torch")
     target_folder.mkdir(parents=True, exist_ok=True)
     command = link_command()
@@ -287,7 +288,7 @@ def build_shipped_package(linked_to_torch: bool) -> Path:
 
 @one_at_a_time
 def build_planted_faults() -> Path:
-    """The library of planted_faults.cu."""
+    """Builds the library of planted_faults.cu."""
     target_folder = folder(sanitize=False) / "planted_faults"
     sources = [HERE / "planted_faults.cu", CSRC / "common" / "device.cpp", *HARNESS]
     objects = compile_objects(sources, target_folder, ["-DAFA_WITH_CUDA"])
@@ -297,7 +298,7 @@ def build_planted_faults() -> Path:
 
 @one_at_a_time
 def build_program(source: Path, sanitize: bool) -> Path:
-    """A program of one .cu file with a main."""
+    """Builds a program from one .cu file with a main function."""
     extra = SANITIZE if sanitize else []
     target_folder = folder(sanitize) / source.stem
     device = CSRC / "common" / "device.cpp"

@@ -1,6 +1,6 @@
-"""The stand-in GPU as a test sees it: faults, counts and knobs of the runtime (runtime/api.h), through ctypes.
+"""Python interface to the stand-in GPU: faults, counts and settings of the runtime (runtime/api.h), through ctypes.
 
-It is there in a process that `python -m tests.cuda.run` started; `active` says so.
+Available in processes started by `python -m tests.cuda.run`, where `active` is true.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COUNTED = (
 
 
 class Counts(ctypes.Structure):
-    """runtime/api.h's stand_in_counts."""
+    """stand_in_counts of runtime/api.h."""
 
     _fields_ = [(name, ctypes.c_uint64) for name in _COUNTED]
 
@@ -43,7 +43,7 @@ _runtime: Any = _load() if active else None
 
 
 def attach(bridge: Path) -> None:
-    """Tells the runtime of torch's allocator and streams, and gives torch's own operators real values."""
+    """Connects the runtime to torch's allocator and streams, and overrides torch's own operators."""
     import torch
 
     torch.cuda.init()
@@ -56,7 +56,7 @@ def attach(bridge: Path) -> None:
 
 
 def faults() -> list[str]:
-    """What the stand-in found wrong since the last call."""
+    """The faults since the last call."""
     return _runtime.stand_in_faults().decode().splitlines()
 
 
@@ -67,22 +67,22 @@ def counts() -> Counts:
 
 
 def live_bytes(device: int) -> int:
-    """The caching allocator's blocks that are not freed."""
+    """Bytes in live blocks of the caching allocator."""
     return int(_runtime.stand_in_live_bytes(device))
 
 
 @dataclass
 class Recording:
-    """What happened inside `recorded()`: each launch as a dictionary (runtime/launches.cpp), and the counts."""
+    """The launches inside `recorded()`, each as a dictionary (see runtime/launches.cpp), and counts of other calls."""
 
     launches: list[dict[str, Any]] = field(default_factory=list)
     torch_operations: int = 0
-    """Of torch's own on CUDA tensors; most are one launch."""
+    """torch's own operators on CUDA tensors; most are one launch."""
     synchronizations: int = 0
     device_allocations: int = 0
-    """Calls of cudaMalloc."""
+    """Number of cudaMalloc calls."""
     allocations: int = 0
-    """Blocks of the caching allocator."""
+    """Number of blocks allocated by the caching allocator."""
     allocated_bytes: int = 0
 
 
@@ -102,7 +102,7 @@ def recorded() -> Iterator[Recording]:
 
 @contextmanager
 def never_waits() -> Iterator[None]:
-    """Makes each synchronization, read-back and cudaMalloc a fault."""
+    """Makes each synchronization, device-to-host read and cudaMalloc a fault."""
     _runtime.stand_in_forbid_waiting(True)
     try:
         yield
@@ -112,7 +112,7 @@ def never_waits() -> Iterator[None]:
 
 @contextmanager
 def stream_order(name: str) -> Iterator[None]:
-    """Runs streams that nothing orders in this order: "latest", or a number that seeds one."""
+    """Sets the order of streams that no event orders: "latest", or a number that seeds a random order."""
     _runtime.stand_in_set_order(name.encode())
     try:
         yield
@@ -122,7 +122,7 @@ def stream_order(name: str) -> Iterator[None]:
 
 @contextmanager
 def kernels_skipped() -> Iterator[None]:
-    """Kernels are checked and counted, but not run: for sizes that would take long."""
+    """Checks and counts kernels without running them, for sizes that would take too long."""
     _runtime.stand_in_skip_kernels(True)
     try:
         yield
@@ -132,7 +132,7 @@ def kernels_skipped() -> Iterator[None]:
 
 @contextmanager
 def refused_cooperative_launches(how: int) -> Iterator[None]:
-    """As under MPS: the attribute says that there are none, or each launch fails as too large."""
+    """Refuses cooperative launches, as MPS can: the device attribute is 0, or each launch fails as too large."""
     _runtime.stand_in_refuse_cooperative(how)
     try:
         yield

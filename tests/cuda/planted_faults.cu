@@ -1,4 +1,4 @@
-// A kernel, and the ways to launch it, for the faults that test_faults.py plants in the code around a launch.
+// Kernels and launch functions for the faults that test_faults.py plants in host code.
 #include "common/cuda.cuh"
 
 namespace {
@@ -17,20 +17,21 @@ __global__ void cooperative_kernel(const float* in, float* out, int64_t count) {
 
 #define AFA_PLANTED extern "C" __attribute__((visibility("default")))
 
-// Twice the input. Returns nullptr, or the launch's error.
+// Doubles the input. Returns nullptr, or the launch error.
 AFA_PLANTED const char* planted_double(const float* in, float* out, int64_t count, void* stream) {
   AFA_LAUNCH(double_kernel, afa::grid_for(count, 1), afa::kThreads, stream, in, out, count);
   return afa::launch_error();
 }
 
-// The same in a block that no GPU launches, whose error is fetched or left for whoever launches next.
+// The same with a block size that no GPU supports. `fetch`: fetch the launch error.
 AFA_PLANTED const char* planted_too_many_threads(const float* in, float* out, int64_t count, void* stream,
                                                  bool fetch) {
   AFA_LAUNCH(double_kernel, 1, 2048, stream, in, out, count);
   return fetch ? afa::launch_error() : nullptr;
 }
 
-// The same by a cooperative launch, or, where that is refused, by a plain one. `clear`: its error first.
+// The same with a cooperative launch or, if that is refused, a normal launch. `clear`: clear the error before
+// that.
 AFA_PLANTED const char* planted_fallback(const float* in, float* out, int64_t count, void* stream,
                                          bool clear) {
   AFA_LAUNCH_ON_HOST(cooperative_kernel, 1, afa::kThreads, 0, true, stream, in, out, count);

@@ -1,4 +1,4 @@
-"""The pytest plugin of `python -m tests.cuda.run`: attaches the stand-in GPU, and fails a test that made a fault."""
+"""The pytest plugin of `python -m tests.cuda.run`: attaches the stand-in GPU, and fails tests that cause a fault."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from . import device
 
 device.attach(Path(os.environ["AFA_STAND_IN_BRIDGE"]))
-# Inductor's own backend compiles with Triton, whose kernels can't run here. This one traces, makes the backward graph
-# and runs both operator by operator.
+# Inductor compiles with Triton, whose kernels can't run here. This backend traces the function, creates the backward
+# graph, and runs both operator by operator.
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
 
 
 @pytest.fixture(autouse=True)
 def _no_faults() -> Iterator[None]:
-    """Faults are errors of the calls that made them; also where the caller ignored those."""
+    """Fails a test after a fault, even if the caller ignored the error."""
     device.faults()
     yield
     for number in range(torch.cuda.device_count()):

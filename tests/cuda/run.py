@@ -1,11 +1,11 @@
-"""Runs tests on the stand-in GPU (README.md): builds what changed, then pytest where torch finds its two devices.
+"""Runs tests on the stand-in GPU (README.md): builds changed files, then runs pytest with two simulated devices.
 
-    python -m tests.cuda.run                              # every test that needs a GPU, each access checked
+    python -m tests.cuda.run                              # every test that needs a GPU; all accesses are checked
     python -m tests.cuda.run --sanitize                   # part of them, under AddressSanitizer
-    python -m tests.cuda.run tests/afa_ext/test_par.py -k golden  # these only
-    python -m tests.cuda.run --python script.py           # a script in place of pytest
+    python -m tests.cuda.run tests/afa_ext/test_par.py -k golden  # only these tests
+    python -m tests.cuda.run --python script.py           # a script instead of pytest
 
-The tests of a file run in one process, and as many files at once as there are cores.
+The tests of a file run in one process; there are as many processes as cores.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from . import build
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLUGIN = ["-m", "pytest", "-q", "-p", "tests.cuda.plugin", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
 NO_GPU = ("build", "heuristics", "imports", "window")
-"""Of tests/afa_ext, what has no tensors on a device."""
-# Under AddressSanitizer: the recorded cases, empty and strided tensors, types, and each operator on its own.
+"""Tests in tests/afa_ext without tensors on a device."""
+# With AddressSanitizer: the recorded cases, empty and strided tensors, dtypes, and opcheck of each operator.
 SANITIZED = "not compile and not subprocess and (golden or empty or strided or contiguous or dtype or half or opcheck)"
 
 
 def environment(sanitize: bool = False) -> dict[str, str]:
-    """That of a process which sees the stand-in's devices and imports the package with the host-compiled kernels."""
+    """The environment of a process with the stand-in's devices and the package with the host-compiled kernels."""
     runtime, bridge, package = build.build_runtime(), build.build_bridge(), build.build_package(sanitize)
     return settings(runtime, bridge, package, sanitize)
 
@@ -51,7 +51,7 @@ def settings(runtime: Path, bridge: Path, package: Path, sanitize: bool = False)
 
 
 def run(arguments: list[str], env: dict[str, str]) -> tuple[int, str, float]:
-    """The exit code, what was printed, and the seconds it took."""
+    """Returns the exit code, the output, and the duration in seconds."""
     start = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-P", *arguments],
@@ -72,10 +72,10 @@ def run_files(sanitize: bool, env: dict[str, str]) -> int:
         for path in files
         if path.stem.removeprefix("test_") not in (*NO_GPU, *(["cuda"] if sanitize else []))
     ]
-    # Two start processes of their own: the plain run of the tests has them.
+    # These two start their own processes; the normal test run includes them.
     elsewhere = ["test_harness", "test_shipped"]
-    # The planted faults of the host path are the checked run's: their library has no sanitizer, and in
-    # AddressSanitizer's heap an address may look like a number, so that host pointers go unnoticed.
+    # test_faults only runs in the checked build. Its library is not sanitized, and an address in AddressSanitizer's
+    # heap may look like an integer, so that host pointers are not detected.
     elsewhere += ["test_faults"] if sanitize else []
     planned += [(path, []) for path in Path(__file__).parent.rglob("test_*.py") if path.stem not in elsewhere]
     planned.sort(key=lambda plan: (plan[0].stem != "test_kernels", -plan[0].stat().st_size))
@@ -84,7 +84,7 @@ def run_files(sanitize: bool, env: dict[str, str]) -> int:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = pool.map(lambda plan: run([*PLUGIN, "--capture=sys", str(plan[0]), *plan[1]], env), planned)
         for (path, _), (code, text, seconds) in zip(planned, results, strict=True):
-            bad = code not in (0, 5)  # 5: none of its tests was chosen
+            bad = code not in (0, 5)  # 5: no tests were selected
             failed |= bad
             passed += sum(int(count) for count in re.findall(r"(\d+) passed", text))
             if bad:

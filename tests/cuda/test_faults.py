@@ -1,4 +1,4 @@
-"""Each fault of the code around a launch, once right and once wrong, and what catches it (README.md has the table)."""
+"""Faults in host code around a launch: a correct and a faulty version of each, and what detects it (see README.md)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from . import build, device
 
 pytestmark = pytest.mark.skipif(not device.active, reason="runs on the stand-in GPU: python -m tests.cuda.run")
-COUNT = 700  # more than a grid of the stand-in holds
+COUNT = 700  # more than the stand-in's largest grid
 
 
 class Planted:
-    """The library of planted_faults.cu, called with the handles that Python gives it. Errors of launches raise."""
+    """The library of planted_faults.cu, called with pointers and stream handles. Launch errors raise RuntimeError."""
 
     def __init__(self) -> None:
         self.library = ctypes.CDLL(str(build.build_planted_faults()))
@@ -41,11 +41,11 @@ def planted() -> Planted:
     return Planted()
 
 
-def values(place: str = "cuda:0") -> tuple[Tensor, Tensor]:
-    """An input, and room for its double."""
-    source = torch.arange(COUNT, dtype=torch.float32).to(place)
-    target = torch.zeros(COUNT, device=place)
-    torch.cuda.synchronize(place)
+def values(name: str = "cuda:0") -> tuple[Tensor, Tensor]:
+    """An input, and an output for its double."""
+    source = torch.arange(COUNT, dtype=torch.float32).to(name)
+    target = torch.zeros(COUNT, device=name)
+    torch.cuda.synchronize(name)
     return source, target
 
 
@@ -83,7 +83,8 @@ def stream_id_as_handle(planted: Any, wrong: bool) -> Tensor:
 
 def pointer_to_host_memory(planted: Any, wrong: bool) -> Tensor:
     source, target = values()
-    planted.double(source.cpu() if wrong else source, target)
+    on_host = torch.zeros(COUNT + 1)[1:]  # the lowest byte of its address is not 0
+    planted.double(on_host if wrong else source, target)
     return target
 
 
@@ -130,7 +131,7 @@ def missing_wait_between_streams(planted: Any, wrong: bool) -> Tensor:
 
 
 def missing_wait_for_torch(planted: Any, wrong: bool) -> Tensor:
-    """The same where torch's own operator comes first."""
+    """The same for an operator of torch."""
     source, target = values()
     between = torch.zeros(COUNT, device="cuda")
     torch.cuda.synchronize()
@@ -168,7 +169,7 @@ def captured(work: Callable[[], None], target: Tensor) -> Tensor:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    assert not target.any()  # nothing has run
+    assert not target.any()  # nothing has run yet
     graph.replay()
     return target
 
@@ -246,32 +247,32 @@ def error_left_by_a_fallback(planted: Any, wrong: bool) -> Tensor:
     return target
 
 
-# What catches each: a text of the error, or of a fault, or wrong values.
+# What detects each fault: an error or fault with this text, or wrong values.
 VALUES = "wrong values"
 FAULTS: dict[Callable[[Any, bool], Tensor], str] = {
     missing_device_guard: "launch of double_kernel on a stream of device 1 while device 0 is current",
-    pointer_of_another_device: "launch of double_kernel on device 0 with a pointer of device 1",
+    pointer_of_another_device: "launch of double_kernel on device 0 with a pointer to memory of device 1",
     default_stream_instead_of_the_current: "which is not torch's current stream of device 0",
-    stream_id_as_handle: "is no stream; is it a stream's id?",
-    pointer_to_host_memory: "launch of double_kernel with a pointer to host memory",
-    freed_block: "which lies in a freed block of 2800 bytes",
-    scratch_freed_under_another_stream: "was freed on its stream while the launch of",
+    stream_id_as_handle: "is not a stream handle; is it a stream ID?",
+    pointer_to_host_memory: "launch of double_kernel with host pointer",
+    freed_block: "which is in a freed block of 2800 bytes",
+    scratch_freed_under_another_stream: "was freed on its stream while a launch of double_kernel",
     missing_wait_between_streams: VALUES,
     missing_wait_for_torch: VALUES,
-    wait_for_the_device_in_the_hot_path: "cudaStreamSynchronize where the host may not wait for the device",
-    value_read_in_the_hot_path: "where the host may not wait for the device",
+    wait_for_the_device_in_the_hot_path: "cudaStreamSynchronize where the host must not wait for the device",
+    value_read_in_the_hot_path: "where the host must not wait for the device",
     synchronization_in_a_capture: "operation not permitted when stream is capturing: cudaStreamSynchronize",
     allocation_in_a_capture: "operation not permitted when stream is capturing: cudaMalloc",
     missing_wait_in_a_capture: VALUES,
-    unjoined_work_in_a_capture: "a capture ends with work that its stream does not wait for",
-    error_that_nobody_fetches: "nobody fetched the error of the launch of double_kernel",
-    error_left_by_a_fallback: "nobody fetched the error of the launch of cooperative_kernel",
+    unjoined_work_in_a_capture: "the capture ended with work that its stream has not joined",
+    error_that_nobody_fetches: "the error of the launch of double_kernel was never fetched",
+    error_left_by_a_fallback: "the error of the launch of cooperative_kernel was never fetched",
 }
 every_fault = pytest.mark.parametrize("fault", list(FAULTS), ids=lambda fault: fault.__name__)
 
 
 @every_fault
-def test_right(fault, planted):
+def test_correct_code_has_no_fault(fault, planted):
     result = fault(planted, False)
     assert torch.equal(result.cpu(), 2 * torch.arange(COUNT, dtype=torch.float32))
     assert device.faults() == []

@@ -1,4 +1,4 @@
-"""tests/cuda/README.md against the tests: the faults it lists, and what it says needs a real GPU."""
+"""tests/cuda/README.md lists all planted faults and all tests that need a real GPU."""
 
 from __future__ import annotations
 

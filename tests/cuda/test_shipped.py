@@ -1,5 +1,7 @@
-"""The shipped library on the stand-in GPU: nvcc's objects, linked as `_C` is but for the runtime, which is the
-stand-in's. Each operator reaches its launches; the kernels themselves don't run here."""
+"""The shipped library on the stand-in GPU: nvcc's object files, linked like `_C` except for the runtime.
+
+Checks that each operator reaches its launches. The kernels themselves don't run here.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def compiled_by_gcc() -> Launches:
 
 @pytest.fixture(scope="module")
 def parameters(compiled_by_gcc: Launches, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """By kernel, the sizes of its parameters, which nvcc's code does not tell the runtime."""
+    """Writes the sizes of each kernel's parameters to a file; nvcc's code does not report them to the runtime."""
     path: Path = tmp_path_factory.mktemp("shipped") / "parameters"
     every = [launch for devices in compiled_by_gcc.values() for launches in devices for launch in launches]
     sizes = {launch["kernel"]: " ".join(map(str, launch["parameters"])) for launch in every}
@@ -58,8 +60,8 @@ def environment(parameters: Path, linked_to_torch: bool) -> dict[str, str]:
 
 
 def family(kernel: str) -> str:
-    """The kernel's name. stencil_kept_kernel counts as stencil_kernel, its fallback where a grid is too small:
-    the grids of the kernels compiled by gcc are kept small."""
+    """The kernel's name; stencil_kernel for stencil_kept_kernel, which falls back to it if the grid is too small, as
+    for the kernels compiled by gcc."""
     return "stencil_kernel" if kernel == "stencil_kept_kernel" else kernel
 
 
@@ -72,8 +74,8 @@ def test_every_operator_reaches_its_launches(compiled_by_gcc, parameters):
             assert kernels == known, name
 
 
-def test_a_library_that_torch_cuda_is_hidden_from_fails(parameters):
-    """Without libtorch.so among what it needs, the library finds no current stream: no CUDA call works."""
+def test_a_library_without_torch_cuda_fails(parameters):
+    """Without a dependency on libtorch.so, the library can't find torch's current stream, and every CUDA call fails."""
     result = launch_all(environment(parameters, linked_to_torch=False))
     assert result.returncode != 0
     assert "RuntimeError: this torch has no CUDA support" in result.stderr

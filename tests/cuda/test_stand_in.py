@@ -15,13 +15,13 @@ from . import device
 pytestmark = pytest.mark.skipif(not device.active, reason="runs on the stand-in GPU: python -m tests.cuda.run")
 
 
-def inputs(place: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(2, 3, 20, 33).to(place), torch.rand(2, 5, 20, 33).to(place)
+def inputs(name: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(2, 3, 20, 33).to(name), torch.rand(2, 5, 20, 33).to(name)
 
 
 @pytest.mark.parametrize("order", ["latest", "1", "2"])
 def test_host_threads_with_a_device_and_a_stream_each(order):
-    """As DataParallel runs a module: a thread per device, each with its own current device and stream."""
+    """Runs one thread per device, each with its own current device and stream, as DataParallel does."""
     images, masks = inputs()
     expected = afa_ext.par_refine(images, masks, num_iter=3)
     results: dict[int, torch.Tensor] = {}
@@ -29,10 +29,10 @@ def test_host_threads_with_a_device_and_a_stream_each(order):
 
     def work(number: int) -> None:
         try:
-            place = number % torch.cuda.device_count()
-            stream = torch.cuda.Stream(place)
-            with torch.cuda.device(place), torch.cuda.stream(stream):
-                given = [t.to(f"cuda:{place}") for t in (images, masks)]
+            index = number % torch.cuda.device_count()
+            stream = torch.cuda.Stream(index)
+            with torch.cuda.device(index), torch.cuda.stream(stream):
+                given = [t.to(f"cuda:{index}") for t in (images, masks)]
                 for _ in range(3):
                     out = afa_ext.par_refine(*given, num_iter=3)
                 results[number] = out.cpu()
@@ -74,7 +74,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("refusal", [device.NOT_AN_ATTRIBUTE, device.TOO_LARGE])
 def test_refused_cooperative_launches(refusal):
-    """A launch per step then, with the same result, and no error is left behind."""
+    """Falls back to one launch per step, with the same result and without a remaining error."""
     weights, masks = torch.rand(1, 48, 9, 11).softmax(1).cuda(), torch.rand(1, 3, 9, 11).cuda()
     arguments = (weights, masks, [1, 2, 4, 8, 12, 24], 4, None)
     with device.recorded() as granted:

@@ -1,4 +1,4 @@
-// What the stand-in runtime must know of torch: the caching allocator's blocks and the current stream.
+// Reports torch's state to the stand-in runtime: the caching allocator's blocks and the current stream.
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -23,7 +23,7 @@ cudaStream_t current_stream(int device) {
 
 }  // namespace
 
-// Once, after torch.cuda.init().
+// Call once, after torch.cuda.init().
 extern "C" __attribute__((visibility("default"))) void stand_in_attach() {
   c10::cuda::CUDACachingAllocator::attachAllocatorTraceTracker(trace);
   stand_in_set_current_stream(current_stream);

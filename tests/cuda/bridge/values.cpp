@@ -1,8 +1,8 @@
-// Real values for torch's own operators on CUDA tensors. Each operator with a CUDA kernel is overridden: its
-// CPU kernel computes on CPU tensors that lie in the same memory, and what it computes is put on the current
-// stream, to arrive when the stream runs. Its inputs are read after what its own stream holds has run, with
-// all that the stream waits for, and nothing else: so a missing wait between streams reads stale values. In a
-// capture, a replay computes anew, from the same memory into the same memory.
+// Real values for torch's own operators on CUDA tensors. Every operator that has a CUDA kernel is overridden.
+// Its CPU kernel computes on CPU tensors that share the memory of the CUDA tensors. The results are enqueued
+// on the current stream and are written when the stream runs. Before an operator reads its inputs, the work
+// on its own stream runs, including the work that this stream waits for, and no other work. So a missing wait
+// between streams reads stale values. A graph replay repeats the computation in the same memory.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/as_strided_native.h>
@@ -24,7 +24,7 @@ namespace {
 using c10::IValue;
 using torch::jit::Stack;
 
-// Those that compute nothing, whose native kernels work here.
+// Operators that don't compute anything; their native implementations work here.
 const std::set<std::string> kNative = {"aten::empty.memory_format",
                                        "aten::empty_strided",
                                        "aten::as_strided",
@@ -42,7 +42,7 @@ const std::set<std::string> kNative = {"aten::empty.memory_format",
                                        "aten::is_set_to",
                                        "aten::_local_scalar_dense"};
 
-// The CPU's operators below autograd, autocast and Python's modes, which have had their turn.
+// Dispatches to the CPU kernel, below autograd, autocast and Python modes, which have already run.
 struct BelowEverything {
   at::AutoDispatchBelowAutograd below_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_modes{
@@ -50,7 +50,7 @@ struct BelowEverything {
                            c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA})};
 };
 
-// A CPU tensor in the memory of a CUDA tensor.
+// A CPU tensor that shares the memory of a CUDA tensor.
 at::Tensor on_host(const at::Tensor& t) {
   if (!t.defined() || !t.is_cuda()) return t;
   const c10::Storage& storage = t.storage();
@@ -80,17 +80,17 @@ IValue with_tensors(const IValue& value, const F& f) {
     return list;
   }
   if (value.isDevice()) return value.toDevice().is_cuda() ? IValue(c10::Device(c10::kCPU)) : value;
-  if (value.isGenerator()) return IValue();  // the CPU's own
+  if (value.isGenerator()) return IValue();  // use the CPU's default generator
   return value;
 }
 
 // One call of an operator, on CPU tensors.
 struct Call {
   c10::OperatorHandle op;
-  Stack arguments;              // in the CUDA tensors' memory
-  std::vector<size_t> written;  // which of them the operator writes; it then gets copies of those
+  Stack arguments;              // share the memory of the CUDA tensors
+  std::vector<size_t> written;  // indices of the arguments that the operator writes; it gets copies of these
 
-  // What it returns; copies[i] is what it wrote in place of the i-th argument.
+  // Returns the results; copies[i] is the value that was written to the i-th argument.
   Stack run(Stack& copies) const {
     const BelowEverything guard;
     copies = arguments;
@@ -110,11 +110,11 @@ void add_tensors(const IValue& value, std::vector<at::Tensor>& all) {
   });
 }
 
-// Moves results to where CUDA tensors keep theirs, when the stream comes to it.
+// Copies results to the CUDA tensors when the stream runs.
 struct Delivery {
   std::vector<at::Tensor> to, from;  // CPU tensors
-  std::unique_ptr<Call> again;       // in a capture: computes `from` anew
-  std::vector<size_t> returned;      // which tensors of the call's results those are
+  std::unique_ptr<Call> again;       // in a capture: recomputes `from`
+  std::vector<size_t> returned;      // indices of these tensors among all results of the call
 
   void run() {
     const BelowEverything guard;
@@ -174,7 +174,7 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
     delivery->from.push_back(from);
     delivery->returned.push_back(position);
   };
-  // By the tensor that the CPU kernel saw or wrote, the CUDA tensor that it stands for.
+  // Pairs of a tensor that the CPU kernel received and the CUDA tensor that it stands for.
   std::vector<std::pair<at::Tensor, at::Tensor>> known;
   for (size_t i = 0; i < count; ++i) {
     std::vector<at::Tensor> seen, given;
@@ -205,7 +205,7 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
     add_tensors(originals[i], given);
     for (size_t n = 0; n < wrote.size(); ++n, ++position) {
       if (!wrote[n].defined()) continue;
-      if (!given[n].is_cuda()) {  // a CPU tensor beside CUDA tensors
+      if (!given[n].is_cuda()) {  // a CPU tensor among CUDA tensors
         given[n].copy_(wrote[n]);
         continue;
       }
@@ -220,7 +220,7 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
   for (IValue& value : outputs) stack->push_back(std::move(value));
 }
 
-// Copies between devices, and whole ones, take torch's own way: cudaMemcpyAsync.
+// Copies between devices and contiguous copies use torch's implementation, which calls cudaMemcpyAsync.
 void copy(const c10::OperatorHandle& op, Stack* stack) {
   const at::Tensor self = torch::jit::peek(*stack, 0, 3).toTensor(),
                    from = torch::jit::peek(*stack, 1, 3).toTensor();
@@ -242,7 +242,7 @@ std::unique_ptr<torch::Library> library;
 
 }  // namespace
 
-// Once, after stand_in_attach().
+// Call once, after stand_in_attach().
 extern "C" __attribute__((visibility("default"))) void stand_in_override_operators() {
   library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__,
                                              __LINE__);

@@ -1,4 +1,4 @@
-// The asynchronous copies that threads have asked for and not yet waited for.
+// Asynchronous copies that threads have started and not waited for yet.
 #include <deque>
 #include <map>
 #include <utility>
@@ -11,8 +11,8 @@ namespace {
 
 struct Copies {
   uint32_t period = 0;
-  std::deque<std::vector<Copy>> groups{{}};  // oldest first; the last is not committed
-  size_t taken = 0;                          // of the first
+  std::deque<std::vector<Copy>> groups{{}};  // oldest first; the last group is not committed
+  size_t taken = 0;                          // copies of the first group that were performed
 };
 
 Copies& copies_of_this_thread() {

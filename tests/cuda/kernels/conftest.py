@@ -21,28 +21,28 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(torch.uint8) if t.numel() > 0 else t
 
 
-def to(place: str, value: Any) -> Any:
-    """The same on another device. The strides stay, and where in a vector's alignment it begins."""
-    if not isinstance(value, Tensor) or value.device.type == place:
+def to(device: str, value: Any) -> Any:
+    """Copies tensors to another device. Keeps their strides, and the alignment of their first element."""
+    if not isinstance(value, Tensor) or value.device.type == device:
         return value
     size = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
     offset = value.storage_offset() % 16
     if value.numel() == 0:
-        return value.to(place)
-    whole = torch.empty(offset + size, dtype=value.dtype, device=place)
+        return value.to(device)
+    whole = torch.empty(offset + size, dtype=value.dtype, device=device)
     return torch.as_strided(whole, value.shape, value.stride(), offset).copy_(value)
 
 
 class Kernels:
-    """Every operator on the stand-in GPU, with arguments and result on the CPU: in several orders of threads and
-    blocks, which must give the same result to the last bit."""
+    """Calls every operator on the stand-in GPU; arguments and results are on the CPU. Each call runs in several thread
+    and block orders, whose results must be bitwise equal."""
 
     def __init__(self) -> None:
         self.set_order = ctypes.CDLL(C.__file__).cuda_on_host_order
 
     @contextmanager
     def forced(self, kernel: str, variant: str) -> Iterator[None]:
-        """Launches this variant of the kernel, whatever the rule. Fails if the kernel is never launched."""
+        """Launches this variant of the kernel instead of the rule's choice. Fails if the kernel is not launched."""
 
         def times_picked() -> int:
             return next(entry["times_picked"] for entry in C.kernel_variants() if entry["kernel"] == kernel)
@@ -53,7 +53,7 @@ class Kernels:
             yield
         finally:
             C.force_variant(kernel, None)
-        assert times_picked() > before, f"nothing here launches {kernel}"
+        assert times_picked() > before, f"{kernel} was not launched"
 
     def __getattr__(self, name: str) -> Any:
         operator = getattr(torch.ops.afa_ext, name)
@@ -67,7 +67,7 @@ class Kernels:
             self.set_order(b"any")
             for order, result in zip(ORDERS[1:], results[1:], strict=True):
                 same = torch.equal(bits(result), bits(results[0]))
-                assert same, f"{name}: the order {order} of threads and blocks gives another result than {ORDERS[0]}"
+                assert same, f"{name}: thread and block order {order} changes the result of order {ORDERS[0]}"
             return results[0]
 
         return call

@@ -26,7 +26,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Where the linker has put the static shared memory of all kernels.
+// The section in which the linker places the static shared memory of all kernels.
 extern "C" __attribute__((visibility("hidden"), weak)) char __start_afa_shared[], __stop_afa_shared[];
 
 namespace cuda_on_host {
@@ -51,7 +51,7 @@ std::string thread_name(uint32_t block, uint32_t thread) {
 
 namespace {
 
-// What AddressSanitizer must know of a fiber, and of dynamic shared memory.
+// Tells AddressSanitizer about fiber switches and dynamic shared memory.
 #ifdef __SANITIZE_ADDRESS__
 void forget_frames(const char* stack, size_t size) {
   __asan_unpoison_memory_region(stack, size);
@@ -73,7 +73,7 @@ void enter_stack(void*, const void**, size_t*) {}
 void allow_access(Range, Range) {}
 #endif
 
-// Through the red zones too, unchecked: not by memcpy, which AddressSanitizer replaces.
+// Copies red zones too, without checks. AddressSanitizer replaces memcpy, so it can't be used here.
 __attribute__((no_sanitize("address", "undefined"))) void copy(const char* from, char* to, size_t size) {
   size_t n = 0;
   for (; n + 8 <= size; n += 8) {
@@ -81,7 +81,7 @@ __attribute__((no_sanitize("address", "undefined"))) void copy(const char* from,
   }
   for (; n < size; ++n) *static_cast<volatile char*>(to + n) = from[n];
 }
-// With all bits set: NaN in every floating type, -1 in the integers.
+// Sets all bits: NaN in every floating-point type, -1 in integers.
 __attribute__((no_sanitize("address", "undefined"))) void fill(Range range) {
   char* at = const_cast<char*>(range.begin);
   for (; at + 8 <= range.end; at += 8) *reinterpret_cast<volatile uint64_t*>(at) = ~uint64_t{0};
@@ -95,7 +95,7 @@ char* map_memory(size_t size) {
   return static_cast<char*>(memory);
 }
 
-// A stack, with a page below it that must not be touched.
+// A stack with a guard page below it.
 struct Fiber {
   static constexpr size_t kStack = 256 << 10, kGuard = 64 << 10;
 
@@ -106,7 +106,7 @@ struct Fiber {
 
   char* stack;
   ucontext_t context;
-  jmp_buf at;  // where it goes on; unlike swapcontext, this asks nothing of the kernel
+  jmp_buf at;  // where to resume; unlike swapcontext, setjmp needs no system call
   bool started = false;
   void* asan_frames = nullptr;
 };
@@ -117,10 +117,10 @@ enum class State { fresh, ready, at_barrier, at_warp, at_grid, ended };
 struct Thread {
   State state = State::fresh;
   Fiber* fiber = nullptr;
-  Place place{};
-  unsigned mask = 0;    // of the meeting of a warp
-  bool orders = false;  // whether that also orders memory accesses, as __syncwarp does and a shuffle does not
-  uint64_t value = 0;   // given there
+  CallSite site{};
+  unsigned mask = 0;    // of the warp-level barrier
+  bool orders = false;  // whether it also orders memory accesses, as __syncwarp does
+  uint64_t value = 0;   // the lane's value in a shuffle or vote
 };
 
 struct Block {
@@ -128,10 +128,10 @@ struct Block {
   uint32_t epoch = 0;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::vector<unsigned> order;  // in which the threads run
+  std::vector<unsigned> order;  // execution order of the threads
   size_t started = 0, ended = 0;
   int votes = 0, last_votes = 0;
-  std::vector<char> shared;  // while other blocks of a cooperative launch run
+  std::vector<char> shared;  // saved shared memory while other blocks of a cooperative launch run
 };
 
 class Device {
@@ -153,7 +153,7 @@ class Device {
     }
   }
 
-  // Throws what the kernel does wrong.
+  // Throws an exception if the kernel does something wrong.
   void run(const Launch& launch, const std::function<void()>& kernel) {
     const std::lock_guard<std::mutex> lock(mutex_);
     position.grid = launch.grid;
@@ -162,7 +162,7 @@ class Device {
     name_ = launch.name;
     cooperative_ = launch.cooperative;
     now_ = order_ == Order::any ? static_cast<Order>(random_() % 3) : order_;
-    // Aligned to 16 bytes as promised, and to no more.
+    // Aligned to exactly 16 bytes, as documented, so that code that relies on more fails.
     dynamic_part.begin = dynamic_arena.begin + kZone + 16;
     dynamic_part.end = dynamic_part.begin + launch.shared_bytes;
     allow_access(dynamic_arena, dynamic_part);
@@ -184,38 +184,38 @@ class Device {
     in_kernel = false;
   }
 
-  void block_barrier(const Place& place) { wait(State::at_barrier, place); }
+  void block_barrier(const CallSite& site) { wait(State::at_barrier, site); }
 
-  int block_vote(const Place& place, bool predicate) {
+  int block_vote(const CallSite& site, bool predicate) {
     block_->votes += predicate;
     Block* const block = block_;
-    wait(State::at_barrier, place);
+    wait(State::at_barrier, site);
     return block->last_votes;
   }
 
-  void grid_barrier(const Place& place) {
+  void grid_barrier(const CallSite& site) {
     if (!cooperative_) fail("grid_sync in a kernel not launched by AFA_LAUNCH_COOPERATIVE");
-    wait(State::at_grid, place);
+    wait(State::at_grid, site);
   }
 
-  void warp_barrier(const Place& place, unsigned mask, bool orders) {
+  void warp_barrier(const CallSite& site, unsigned mask, bool orders) {
     const unsigned self = thread_ % 32;
     if ((mask >> self & 1) == 0) {
-      fail("%s by lane %u, which is not in the mask %#x, at %s:%d", place.what, self, mask, place.file,
-           place.line);
+      fail("%s called by lane %u, which is not in mask %#x, at %s:%d", site.what, self, mask, site.file,
+           site.line);
     }
     own().mask = mask;
     own().orders = orders;
     own().state = State::at_warp;
-    own().place = place;
+    own().site = site;
     if (!meet(thread_)) suspend();
   }
 
-  // Returns which lanes gave one.
-  unsigned warp_give(const Place& place, unsigned mask, uint64_t value, uint64_t (&values)[32]) {
+  // Returns the mask of participating lanes.
+  unsigned warp_gather(const CallSite& site, unsigned mask, uint64_t value, uint64_t (&values)[32]) {
     const unsigned first = thread_ / 32 * 32;
     own().value = value;
-    warp_barrier(place, mask, false);
+    warp_barrier(site, mask, false);
     unsigned given = 0;
     for (unsigned l = 0; l < lanes(first); ++l) {
       const Thread& thread = block_->threads[first + l];
@@ -223,16 +223,16 @@ class Device {
       given |= 1u << l;
       values[l] = thread.value;
     }
-    warp_barrier(place, mask, false);  // nobody gives the next one before all have taken this one
+    warp_barrier(site, mask, false);  // a lane must not overwrite its value before all lanes have read it
     return given;
   }
 
-  uint64_t warp_take(const Place& place, unsigned mask, uint64_t value, int source) {
+  uint64_t warp_read(const CallSite& site, unsigned mask, uint64_t value, int source) {
     uint64_t values[32];
-    const unsigned given = warp_give(place, mask, value, values);
+    const unsigned given = warp_gather(site, mask, value, values);
     if (source < 0 || source > 31 || (given >> source & 1) == 0) {
-      fail("%s takes the value of lane %d, which gives none (mask %#x), at %s:%d", place.what, source, mask,
-           place.file, place.line);
+      fail("%s reads from lane %d, which does not participate (mask %#x), at %s:%d", site.what, source, mask,
+           site.file, site.line);
     }
     return values[source];
   }
@@ -259,7 +259,7 @@ class Device {
     dynamic_arena.end = dynamic_arena.begin + size;
   }
 
-  // Fills `indices` with 0, 1, 2, ... in the order of this launch.
+  // Fills `indices` with 0, 1, 2, ... in the launch's execution order.
   void arrange(std::vector<unsigned>& indices) {
     std::iota(indices.begin(), indices.end(), 0u);
     if (now_ == Order::backward) std::reverse(indices.begin(), indices.end());
@@ -296,7 +296,7 @@ class Device {
     position.block_index = {block.number % grid.x, block.number / grid.x % grid.y,
                             block.number / (grid.x * grid.y)};
     running.block = block.number;
-    running.place = cooperative_ ? block.number : 0;
+    running.slot = cooperative_ ? block.number : 0;
     running.epoch = block.epoch;
   }
 
@@ -309,7 +309,7 @@ class Device {
     }
   }
 
-  // All blocks from one meeting to the next, each with shared memory of its own.
+  // Runs all blocks from one grid barrier to the next. Each block has its own copy of shared memory.
   void run_together(std::vector<unsigned>& order) {
     std::deque<Block> blocks(order.size());
     const Range fixed = static_shared();
@@ -335,15 +335,15 @@ class Device {
       if (ended == blocks.size()) return;
       const auto waiting =
           std::find_if(blocks.begin(), blocks.end(), [](const Block& block) { return block.ended == 0; });
-      const Thread& place = waiting->threads[0];
+      const Thread& site = waiting->threads[0];
       if (ended > 0) {
         std::ostringstream text;
-        text << ended << " of " << blocks.size() << " blocks have ended, the others wait";
-        stuck(text.str(), place);
+        text << ended << " of " << blocks.size() << " blocks have exited; the others wait";
+        stuck(text.str(), site);
       }
       for (const Block& block : blocks) {
-        if (same_place(block.threads[0], place)) continue;
-        stuck("blocks wait at " + place_name(block.threads[0]) + " and", place);
+        if (same_site(block.threads[0], site)) continue;
+        stuck("blocks wait at " + site_name(block.threads[0]) + " and", site);
       }
       ++running.period;
       arrange(order);
@@ -351,7 +351,7 @@ class Device {
     }
   }
 
-  // As far as the threads of a block come: to their end, or to a meeting of the grid.
+  // Runs a block until its threads exit or wait at a grid barrier.
   void run(Block& block) {
     for (;;) {
       for (bool progress = true; progress;) {
@@ -368,47 +368,47 @@ class Device {
                                           [](const Thread& thread) { return thread.state != State::ended; });
       if (block.ended > 0) {
         std::ostringstream text;
-        text << block.ended << " of a block's " << block.threads.size()
-             << " threads have ended, the others wait";
+        text << block.ended << " of the block's " << block.threads.size()
+             << " threads have exited; the others wait";
         stuck(text.str(), first);
       }
       for (const Thread& thread : block.threads) {
-        if (!same_place(thread, first))
-          stuck("threads of a block wait at " + place_name(thread) + " and", first);
+        if (!same_site(thread, first))
+          stuck("threads of a block wait at " + site_name(thread) + " and", first);
       }
       if (first.state == State::at_grid) return;
-      if (first.state == State::at_warp) stuck("not all lanes of a mask have come", first);
+      if (first.state == State::at_warp) stuck("not all lanes of the mask have arrived", first);
       block.last_votes = std::exchange(block.votes, 0);
       release(block);
       running.epoch = block.epoch;
     }
   }
 
-  // From a barrier that all threads have come to.
+  // Releases a block from a barrier that all of its threads have reached.
   void release(Block& block) {
     block.epoch = ++epochs_;
     for (Thread& thread : block.threads) thread.state = State::ready;
     arrange(block.order);
   }
 
-  static bool same_place(const Thread& a, const Thread& b) {
-    return a.state == b.state && a.place.line == b.place.line && std::string(a.place.file) == b.place.file;
+  static bool same_site(const Thread& a, const Thread& b) {
+    return a.state == b.state && a.site.line == b.site.line && std::string(a.site.file) == b.site.file;
   }
 
-  static std::string place_name(const Thread& thread) {
-    return std::string(thread.place.file) + ":" + std::to_string(thread.place.line);
+  static std::string site_name(const Thread& thread) {
+    return std::string(thread.site.file) + ":" + std::to_string(thread.site.line);
   }
 
   [[noreturn]] void stuck(const std::string& what, const Thread& waiting) const {
     throw std::runtime_error(std::string("kernel ") + name_ + ": divergent barrier: " + what + " at " +
-                             place_name(waiting) + " (" + waiting.place.what + ")");
+                             site_name(waiting) + " (" + waiting.site.what + ")");
   }
 
   unsigned lanes(unsigned first) const {
     return std::min<unsigned>(32, static_cast<unsigned>(block_->threads.size()) - first);
   }
 
-  // Makes the lanes of a mask that this thread waits with ready, if all that have not ended have come.
+  // Makes the lanes in this thread's mask ready if all of them have arrived or exited.
   bool meet(unsigned waiting) {
     Block& block = *block_;
     const unsigned first = waiting / 32 * 32;
@@ -418,13 +418,13 @@ class Device {
     for (unsigned l = 0; l < lanes(first); ++l) {
       const Thread& thread = block.threads[first + l];
       if ((self.mask >> l & 1) == 0 || thread.state == State::ended) continue;
-      if (!same_place(thread, self) || thread.mask != self.mask) return false;
+      if (!same_site(thread, self) || thread.mask != self.mask) return false;
       for (unsigned n = 0; n < 32; ++n) known[n] = std::max(known[n], warp.clocks[l][n]);
     }
     if (self.orders) {
-      ++warp.meetings;
+      ++warp.barriers;
       for (unsigned l = 0; l < 32; ++l) {
-        if ((self.mask >> l & 1) != 0) known[l] = warp.meetings;
+        if ((self.mask >> l & 1) != 0) known[l] = warp.barriers;
       }
     }
     for (unsigned l = 0; l < lanes(first); ++l) {
@@ -436,7 +436,7 @@ class Device {
     return true;
   }
 
-  // The thread has ended: those of its warp that waited for it alone go on.
+  // The current thread has exited: releases the lanes of its warp that waited only for it.
   void leave_warp() {
     const unsigned first = thread_ / 32 * 32;
     for (unsigned l = 0; l < lanes(first); ++l) {
@@ -444,16 +444,16 @@ class Device {
     }
   }
 
-  void wait(State state, const Place& place) {
+  void wait(State state, const CallSite& site) {
     Thread& thread = own();
     thread.state = state;
-    thread.place = place;
+    thread.site = site;
     suspend();
   }
 
   // ---- fibers ----
 
-  // Runs threads that have not begun, in order; the fiber stays with the first one that waits.
+  // Runs threads that have not started, in order, until one of them waits. That thread keeps the fiber.
   void run_fresh() {
     if (free_fibers_.empty()) free_fibers_.push_back(&fibers_.emplace_back());
     Fiber& fiber = *free_fibers_.back();
@@ -566,7 +566,7 @@ class Device {
 
 const char* run(const Launch& launch, const std::function<void()>& kernel, const stand_in_span* blocks,
                 size_t block_count) {
-  static std::string failure;  // under the runtime's lock
+  static std::string failure;  // protected by the runtime's lock
   allowed_blocks = {blocks, block_count};
   try {
     Device::instance().run(launch, kernel);
@@ -576,23 +576,23 @@ const char* run(const Launch& launch, const std::function<void()>& kernel, const
     return failure.c_str();
   }
 }
-void block_barrier(const Place& place) {
-  Device::instance().block_barrier(place);
+void block_barrier(const CallSite& site) {
+  Device::instance().block_barrier(site);
 }
-int block_vote(const Place& place, bool predicate) {
-  return Device::instance().block_vote(place, predicate);
+int block_vote(const CallSite& site, bool predicate) {
+  return Device::instance().block_vote(site, predicate);
 }
-void grid_barrier(const Place& place) {
-  Device::instance().grid_barrier(place);
+void grid_barrier(const CallSite& site) {
+  Device::instance().grid_barrier(site);
 }
-void warp_barrier(const Place& place, unsigned mask) {
-  Device::instance().warp_barrier(place, mask, true);
+void warp_barrier(const CallSite& site, unsigned mask) {
+  Device::instance().warp_barrier(site, mask, true);
 }
-unsigned warp_give(const Place& place, unsigned mask, uint64_t value, uint64_t (&values)[32]) {
-  return Device::instance().warp_give(place, mask, value, values);
+unsigned warp_gather(const CallSite& site, unsigned mask, uint64_t value, uint64_t (&values)[32]) {
+  return Device::instance().warp_gather(site, mask, value, values);
 }
-uint64_t warp_take(const Place& place, unsigned mask, uint64_t value, int source) {
-  return Device::instance().warp_take(place, mask, value, source);
+uint64_t warp_read(const CallSite& site, unsigned mask, uint64_t value, int source) {
+  return Device::instance().warp_read(site, mask, value, source);
 }
 int lane() {
   return Device::instance().lane();
@@ -611,8 +611,9 @@ void fail(const char* format, ...) {
 
 }  // namespace cuda_on_host
 
-// The order of threads and blocks from now on: "forward", "backward", a number that seeds a shuffle, or "any"
-// (one of these for each launch, always the same). At first what AFA_CUDA_ON_HOST_ORDER says.
+// Sets the execution order of threads and blocks: "forward", "backward", a number that seeds a shuffle, or
+// "any" (one of these per launch, in a reproducible sequence). The initial value is that of
+// AFA_CUDA_ON_HOST_ORDER.
 extern "C" __attribute__((visibility("default"))) void cuda_on_host_order(const char* name) {
   cuda_on_host::Device::instance().set_order(name);
 }

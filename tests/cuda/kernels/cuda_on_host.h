@@ -1,12 +1,12 @@
-// Enough of CUDA to run the project's .cu files on the CPU, compiled by an ordinary C++ compiler against the
-// toolkit's own headers. A block's threads are fibers on one thread, run in turn, each until it ends or waits
-// for others; the blocks run one after another, or, in a cooperative launch, from one meeting of the grid to
-// the next. All in an order that can be chosen, so that what depends on it shows. See README.md for what this
-// catches, and common/cuda.cuh, which includes this file.
+// The part of CUDA that is needed to run the project's .cu files on the CPU. A C++ compiler compiles them
+// against the toolkit's headers. The threads of a block are fibers on one host thread. They run in turn, each
+// until it exits or waits at a barrier. Blocks run one after another or, in a cooperative launch, from one
+// grid barrier to the next. The execution order can be chosen, which exposes results that depend on it.
+// README.md lists the detected bugs; common/cuda.cuh includes this file.
 //
-// Shared memory is a static variable of the kernel, so that AddressSanitizer puts red zones around each
-// array; [[gnu::used]] keeps the compiler from taking one that is never written for zeros. build.py gathers
-// them in a section of their own, which is filled with NaN before each block. Dynamic shared memory is
+// Shared memory is a static variable of the kernel, so AddressSanitizer puts red zones around each array.
+// [[gnu::used]] prevents the compiler from replacing a variable that is never written by zeros. build.py puts
+// these variables in a separate section, which is filled with NaN before each block. Dynamic shared memory is
 // declared by AFA_DYNAMIC_SHARED; extern __shared__ does not compile.
 #pragma once
 
@@ -25,7 +25,7 @@
 #include "runtime/api.h"
 #include "runtime/limits.h"
 
-// The headers above leave attributes that only nvcc knows.
+// Remove the attributes that only nvcc knows.
 #undef __global__
 #undef __device__
 #undef __host__
@@ -43,15 +43,14 @@
 
 namespace cuda_on_host {
 
-// Where the running thread is.
+// The indices of the running thread.
 struct Position {
   dim3 grid, block;
   uint3 block_index, thread_index;
 };
 extern Position position;
 
-// In place of the limits of a GPU, so that small inputs already take every kernel's loop over what the grid
-// can't hold.
+// The grid size is limited more than on a GPU, so that small inputs already execute the grid-stride loops.
 constexpr int64_t kMaxGridX = 3;
 constexpr int64_t kMaxGridY = 2;
 
@@ -62,12 +61,12 @@ struct Launch {
   bool cooperative;
 };
 
-// Runs a kernel, which may touch only these blocks of device memory. Returns what it does wrong, or nullptr.
+// Runs a kernel, which may access only these blocks of device memory. Returns an error message, or nullptr.
 const char* run(const Launch& launch, const std::function<void()>& kernel, const stand_in_span* blocks,
                 size_t block_count);
 
-// Hands a kernel and a copy of its arguments to the stand-in runtime, which checks the launch and runs it
-// when the host waits for its stream. cudaGetLastError returns what is wrong with the launch.
+// Passes a kernel and a copy of its arguments to the stand-in runtime. The runtime checks the launch, and
+// runs the kernel when the host waits for its stream. cudaGetLastError returns the launch error.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& launch, void* stream,
             const Arguments&... arguments) {
@@ -103,25 +102,27 @@ void launch(void (*kernel)(Parameters...), const Launch& launch, void* stream,
   stand_in_launch_kernel(&given);
 }
 
-// The calls of a kernel. A place is where in the source it waits.
-struct Place {
+// CUDA's functions for kernels. A call site is the source location of such a call.
+struct CallSite {
   const char* what;
   const char* file;
   int line;
 };
-void block_barrier(const Place& place);
-int block_vote(const Place& place, bool predicate);  // how many threads said true
-void grid_barrier(const Place& place);
-void warp_barrier(const Place& place, unsigned mask);
-// Gives a value to the lanes of the mask and takes that of the lane `source`; or of each, and which gave one.
-uint64_t warp_take(const Place& place, unsigned mask, uint64_t value, int source);
-unsigned warp_give(const Place& place, unsigned mask, uint64_t value, uint64_t (&values)[32]);
+void block_barrier(const CallSite& site);
+int block_vote(const CallSite& site, bool predicate);  // number of threads whose predicate is true
+void grid_barrier(const CallSite& site);
+void warp_barrier(const CallSite& site, unsigned mask);
+// Exchange values between the lanes of the mask. warp_read returns the value of lane `source`; warp_gather
+// returns all values and the mask of participating lanes.
+uint64_t warp_read(const CallSite& site, unsigned mask, uint64_t value, int source);
+unsigned warp_gather(const CallSite& site, unsigned mask, uint64_t value, uint64_t (&values)[32]);
 int lane();
 void* dynamic_shared();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Asynchronous copies (common/async_copy.cuh). next_copy gives those of the running thread's committed
-// groups, but for the last `left`, one after the other; they don't outlive a launch or a meeting of its grid.
+// Asynchronous copies (common/async_copy.cuh). next_copy returns the copies of the running thread's committed
+// groups, except the last `left` groups, one by one. Copies are dropped at the end of a launch and at a grid
+// barrier.
 struct Copy {
   void* to;
   const void* from;
@@ -140,49 +141,49 @@ const T& aligned(const T* pointer) {
 }
 
 template <typename T>
-T shuffle(const Place& place, unsigned mask, T value, int source, int width, bool inside) {
+T shuffle(const CallSite& site, unsigned mask, T value, int source, int width, bool inside) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   if (width <= 0 || width > 32 || (width & (width - 1)) != 0) fail("shuffle of width %d", width);
   uint64_t bits = 0;
   std::memcpy(static_cast<void*>(&bits), &value, sizeof(T));
-  bits = warp_take(place, mask, bits, inside ? source : lane());
+  bits = warp_read(site, mask, bits, inside ? source : lane());
   T result;
   std::memcpy(static_cast<void*>(&result), &bits, sizeof(T));
   return result;
 }
 
 template <typename T>
-T shuffle_index(const Place& place, unsigned mask, T value, int source, int width = 32) {
-  return shuffle(place, mask, value, lane() / width * width + (source & (width - 1)), width, true);
+T shuffle_index(const CallSite& site, unsigned mask, T value, int source, int width = 32) {
+  return shuffle(site, mask, value, lane() / width * width + (source & (width - 1)), width, true);
 }
 
 template <typename T>
-T shuffle_up(const Place& place, unsigned mask, T value, unsigned delta, int width = 32) {
+T shuffle_up(const CallSite& site, unsigned mask, T value, unsigned delta, int width = 32) {
   const int source = lane() - static_cast<int>(delta);
-  return shuffle(place, mask, value, source, width, source >= lane() / width * width);
+  return shuffle(site, mask, value, source, width, source >= lane() / width * width);
 }
 
 template <typename T>
-T shuffle_down(const Place& place, unsigned mask, T value, unsigned delta, int width = 32) {
+T shuffle_down(const CallSite& site, unsigned mask, T value, unsigned delta, int width = 32) {
   const int source = lane() + static_cast<int>(delta);
-  return shuffle(place, mask, value, source, width, source < (lane() / width + 1) * width);
+  return shuffle(site, mask, value, source, width, source < (lane() / width + 1) * width);
 }
 
 template <typename T>
-T shuffle_xor(const Place& place, unsigned mask, T value, int flip, int width = 32) {
+T shuffle_xor(const CallSite& site, unsigned mask, T value, int flip, int width = 32) {
   const int source = lane() ^ flip;
-  return shuffle(place, mask, value, source, width, source < (lane() / width + 1) * width);
+  return shuffle(site, mask, value, source, width, source < (lane() / width + 1) * width);
 }
 
-inline unsigned ballot(const Place& place, unsigned mask, bool predicate) {
+inline unsigned ballot(const CallSite& site, unsigned mask, bool predicate) {
   uint64_t values[32];
-  const unsigned given = warp_give(place, mask, predicate, values);
+  const unsigned given = warp_gather(site, mask, predicate, values);
   unsigned result = 0;
   for (int l = 0; l < 32; ++l) result |= (given >> l & 1) != 0 && values[l] != 0 ? 1u << l : 0u;
   return result;
 }
 
-// A default argument is evaluated where the function is called.
+// The default argument is evaluated at the call site.
 inline void grid_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   grid_barrier({"grid_sync", file, line});
 }
@@ -193,16 +194,17 @@ inline void grid_sync(const char* file = __builtin_FILE(), int line = __builtin_
 #define blockIdx (::cuda_on_host::position.block_index)
 #define blockDim (::cuda_on_host::position.block)
 #define gridDim (::cuda_on_host::position.grid)
-#define AFA_PLACE(what) (::cuda_on_host::Place{what, __FILE__, __LINE__})
-#define __syncthreads() ::cuda_on_host::block_barrier(AFA_PLACE("__syncthreads"))
-#define __syncthreads_count(value) ::cuda_on_host::block_vote(AFA_PLACE("__syncthreads_count"), (value) != 0)
+#define AFA_CALL_SITE(what) (::cuda_on_host::CallSite{what, __FILE__, __LINE__})
+#define __syncthreads() ::cuda_on_host::block_barrier(AFA_CALL_SITE("__syncthreads"))
+#define __syncthreads_count(value) \
+  ::cuda_on_host::block_vote(AFA_CALL_SITE("__syncthreads_count"), (value) != 0)
 #define __syncthreads_or(value) int(__syncthreads_count(value) != 0)
 #define __syncthreads_and(value) int(__syncthreads_count((value) == 0) == 0)
-#define __shfl_sync(...) ::cuda_on_host::shuffle_index(AFA_PLACE("__shfl_sync"), __VA_ARGS__)
-#define __shfl_up_sync(...) ::cuda_on_host::shuffle_up(AFA_PLACE("__shfl_up_sync"), __VA_ARGS__)
-#define __shfl_down_sync(...) ::cuda_on_host::shuffle_down(AFA_PLACE("__shfl_down_sync"), __VA_ARGS__)
-#define __shfl_xor_sync(...) ::cuda_on_host::shuffle_xor(AFA_PLACE("__shfl_xor_sync"), __VA_ARGS__)
-#define __ballot_sync(mask, value) ::cuda_on_host::ballot(AFA_PLACE("__ballot_sync"), mask, (value) != 0)
+#define __shfl_sync(...) ::cuda_on_host::shuffle_index(AFA_CALL_SITE("__shfl_sync"), __VA_ARGS__)
+#define __shfl_up_sync(...) ::cuda_on_host::shuffle_up(AFA_CALL_SITE("__shfl_up_sync"), __VA_ARGS__)
+#define __shfl_down_sync(...) ::cuda_on_host::shuffle_down(AFA_CALL_SITE("__shfl_down_sync"), __VA_ARGS__)
+#define __shfl_xor_sync(...) ::cuda_on_host::shuffle_xor(AFA_CALL_SITE("__shfl_xor_sync"), __VA_ARGS__)
+#define __ballot_sync(mask, value) ::cuda_on_host::ballot(AFA_CALL_SITE("__ballot_sync"), mask, (value) != 0)
 #define __any_sync(mask, value) int(__ballot_sync(mask, value) != 0)
 #define __all_sync(mask, value) int(__ballot_sync(mask, (value) == 0) == 0)
 #define __ldg(pointer) (::cuda_on_host::aligned(pointer))
@@ -220,7 +222,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin
   ::cuda_on_host::warp_barrier({"__syncwarp", file, line}, mask);
 }
 
-// Of CUDA's global functions, those that <math.h> and the toolkit's headers leave out.
+// CUDA's global functions that <math.h> and the toolkit's headers do not declare.
 template <typename T>
 inline std::enable_if_t<std::is_arithmetic_v<T>, T> min(T a, T b) {
   return b < a ? b : a;

@@ -1,4 +1,4 @@
-// What the scheduler of threads (cuda_on_host.cpp) and the check of memory accesses (memory_check.cpp) share.
+// State shared by the thread scheduler (cuda_on_host.cpp) and the memory checker (memory_check.cpp).
 #pragma once
 
 #include <array>
@@ -9,31 +9,31 @@
 
 namespace cuda_on_host {
 
-// Numbers the meetings of a warp. clocks[a][b]: the last one at which lane a met lane b, directly or through
-// others; what b did before that one, a sees.
+// Counts the barriers of a warp. clocks[a][b] is the last one that synchronized lane a with lane b, directly
+// or through other lanes: a sees what b did before it.
 struct Warp {
   std::array<std::array<uint32_t, 32>, 32> clocks{};
-  uint32_t meetings = 0;
+  uint32_t barriers = 0;
 };
 
-// The running thread, for the check of its accesses.
+// The running thread, for the memory checker.
 struct Running {
-  const char *stack = nullptr, *stack_end = nullptr;            // its own
+  const char *stack = nullptr, *stack_end = nullptr;            // of the fiber
   const char *host_stack = nullptr, *host_stack_end = nullptr;  // of the launching thread
   uint32_t block = 0, thread = 0;
-  uint32_t place = 0;   // of the block, among those alive at once
-  uint32_t period = 0;  // a number for each launch and each time between two meetings of a grid
-  uint32_t epoch = 0;   // one for each time between two barriers of a block
+  uint32_t slot = 0;    // index among the blocks that are alive at the same time
+  uint32_t period = 0;  // incremented at each launch and each grid barrier
+  uint32_t epoch = 0;   // incremented at each block barrier
   const Warp* warp = nullptr;
 };
 extern Running running;
-// Whether this host thread is inside a kernel.
+// Whether this host thread is executing a kernel.
 extern thread_local bool in_kernel __attribute__((tls_model("initial-exec")));
 
-// Shared memory: the section of static variables, the dynamic part of this launch, and what surrounds it.
+// Shared memory: the section of static variables, this launch's dynamic part, and the red zones around that.
 struct Range {
   const char *begin, *end;
-  bool holds(const char* at) const { return at >= begin && at < end; }
+  bool contains(const char* at) const { return at >= begin && at < end; }
 };
 Range static_shared();
 extern Range dynamic_part, dynamic_arena;

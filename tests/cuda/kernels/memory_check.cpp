@@ -1,9 +1,9 @@
-// Checks each memory access of the kernels. build.py compiles the .cu files with -fsanitize=thread, so that
-// the compiler puts a call before each access, and with -fsanitize=alignment,bounds; what is called is here,
-// not in the sanitizers' own libraries.
+// Checks each memory access of the kernels. build.py compiles the .cu files with -fsanitize=thread, which
+// inserts a call before each access, and -fsanitize=alignment,bounds. These calls are implemented in this
+// file, not by the sanitizers' libraries.
 //
-// A race: two threads access the same byte, one of them writes, and no barrier lies between. Found whichever
-// of them ran first. Nothing is forgiven because both write the same value: that is a race in CUDA too.
+// A race: two threads access the same byte without a barrier in between, and at least one of them writes.
+// Races are detected in any execution order. Two writes of the same value are a race too, as in CUDA.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -22,18 +22,18 @@ namespace {
 
 constexpr uint32_t kSeveral = ~uint32_t{0};
 
-// What is remembered of accesses that no barrier orders: which threads, when, from where in the code.
+// Accesses that no barrier has ordered yet: which threads, when, and from which instruction.
 struct Access {
   uint32_t period = 0, block = 0, epoch = 0;
   uint32_t warp = 0, lanes = 0, clock = 0;
-  uint32_t code = 0;  // an address, relative to the library's
+  uint32_t code = 0;  // address of the instruction, relative to the library
 };
 
 struct Cell {
   Access write, read;
 };
 
-// The cells of 4 KiB: one for each 1, 2 or 4 bytes, as small as the accesses in this period are.
+// The cells of 4 KiB: one per 1, 2 or 4 bytes, depending on the smallest access in this period.
 constexpr unsigned kPageBits = 12;
 struct Page {
   uint64_t key = ~uint64_t{0};
@@ -45,7 +45,7 @@ struct Page {
 std::unordered_map<uint64_t, std::unique_ptr<Page>> pages;
 constexpr size_t kRemembered = 256;
 Page* remembered[kRemembered];
-constexpr size_t kMostPages = 8192;  // half a gigabyte of cells: beyond, a launch's accesses go unchecked
+constexpr size_t kMaxPages = 8192;  // half a GiB; accesses to further pages are not checked
 
 const char* code_base() {
   static const char* base = [] {
@@ -55,13 +55,13 @@ const char* code_base() {
   return base;
 }
 
-// The line of the source, as far as the tools are there to tell.
+// The source line, if addr2line can find it.
 std::string source_of(uint32_t code) {
   Dl_info info;
   std::ostringstream text;
   text << "+0x" << std::hex << code;
   if (dladdr(&pages, &info) == 0) return text.str();
-  std::ostringstream command;  // the call's own address, not that it returns to
+  std::ostringstream command;  // code - 1: the address of the call, not its return address
   command << "addr2line -e '" << info.dli_fname << "' 0x" << std::hex << code - 1 << " 2>/dev/null";
   FILE* pipe = popen(command.str().c_str(), "r");
   if (pipe == nullptr) return text.str();
@@ -73,7 +73,7 @@ std::string source_of(uint32_t code) {
   return line;
 }
 
-// Whether the running thread comes after all of these accesses, or is the one that made them.
+// Whether all of these accesses happen before the running thread, or were made by it.
 bool ordered(const Access& access, bool shared) {
   if (access.period != running.period) return true;
   if (!shared && access.block != running.block) return false;
@@ -125,15 +125,16 @@ std::string name_of(const Access& access) {
   const Range fixed = static_shared();
   std::ostringstream text;
   text << "race: ";
-  if (fixed.holds(at)) {
+  if (fixed.contains(at)) {
     text << "static shared memory at byte " << at - fixed.begin;
-  } else if (dynamic_part.holds(at)) {
+  } else if (dynamic_part.contains(at)) {
     text << "dynamic shared memory at byte " << at - dynamic_part.begin;
   } else {
     text << "global memory at " << static_cast<const void*>(at);
   }
   text << (other_write ? " written by " : " read by ") << name_of(other) << " (" << source_of(other.code)
-       << ") and " << (write ? "written" : "read") << " (" << source_of(code) << ") with no barrier between";
+       << ") and " << (write ? "written" : "read") << " (" << source_of(code)
+       << ") with no barrier between them";
   fail("%s", text.str().c_str());
 }
 
@@ -149,7 +150,7 @@ Page& page_of(uint64_t key) {
   return *cached;
 }
 
-// Makes the page's cells small enough for an access.
+// Splits the page's cells until they are small enough for the access.
 void fit(Page& page, uintptr_t at, size_t size) {
   unsigned shift = ((at | size) & 1) != 0 ? 0 : ((at | size) & 3) != 0 ? 1 : 2;
   if (page.period == running.period && page.shift <= shift) return;
@@ -158,18 +159,18 @@ void fit(Page& page, uintptr_t at, size_t size) {
     for (size_t n = 0; n < cells.size(); ++n) cells[n] = page.cells[n >> (page.shift - shift)];
   } else if (page.shift == shift && !page.cells.empty()) {
     page.period = running.period;
-    return;  // what its cells hold is of another period
+    return;  // the cells' contents are from an earlier period
   }
   page.cells = std::move(cells);
   page.shift = shift;
   page.period = running.period;
 }
 
-// `space`: 0 for global memory; shared memory is another in each block that is alive.
+// `space`: 0 for global memory; for shared memory, different in each block that is alive.
 void check_cells(const char* from, size_t size, bool write, uint32_t code, uint64_t space) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(from);
   const uint64_t key = (at >> kPageBits) + (space << 48);
-  if (pages.size() >= kMostPages && pages.find(key) == pages.end()) return;
+  if (pages.size() >= kMaxPages && pages.find(key) == pages.end()) return;
   Page& page = page_of(key);
   fit(page, at, size);
   const uintptr_t mask = (uintptr_t{1} << kPageBits) - 1;
@@ -186,27 +187,27 @@ void check_cells(const char* from, size_t size, bool write, uint32_t code, uint6
   }
 }
 
-// An access of device memory lies within one of the blocks that the kernel's arguments point to.
+// An access to device memory must be inside one of the blocks that the kernel's arguments point to.
 void check_block(const char* at, size_t size, bool write, uint32_t code) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(at) - stand_in::kDeviceMemory;
   if (offset >= stand_in::kDeviceRange * stand_in::kMaxDevices) return;
   const stand_in_span *const begin = allowed_blocks.first, *const end = begin + allowed_blocks.count;
-  static const stand_in_span* last = nullptr;  // in most cases the same again
-  const auto holds = [&](const stand_in_span& block) {
+  static const stand_in_span* last = nullptr;  // usually the same block as for the last access
+  const auto contains = [&](const stand_in_span& block) {
     return at >= block.begin && at + size <= block.begin + block.size;
   };
-  if (last >= begin && last < end && holds(*last)) return;
+  if (last >= begin && last < end && contains(*last)) return;
   for (const stand_in_span* block = begin; block != end; ++block) {
-    if (!holds(*block)) continue;
+    if (!contains(*block)) continue;
     last = block;
     return;
   }
   for (const stand_in_span* block = begin; block != end; ++block) {
     if (at + size <= block->begin - 4096 || at >= block->begin + block->size + 4096) continue;
-    fail("out of bounds: byte %td of a block of %zu bytes of global memory %s at %s", at - block->begin,
+    fail("out of bounds: byte %td of a %zu-byte block of global memory was %s at %s", at - block->begin,
          block->size, write ? "written" : "read", source_of(code).c_str());
   }
-  fail("out of bounds: global memory at %p, in no block that an argument points to, %s at %s",
+  fail("out of bounds: global memory at %p, outside the blocks that the arguments point to, was %s at %s",
        static_cast<const void*>(at), write ? "written" : "read", source_of(code).c_str());
 }
 
@@ -219,14 +220,15 @@ void check(const void* address, size_t size, bool write, const void* return_addr
     return;
   const uint32_t code = static_cast<uint32_t>(static_cast<const char*>(return_address) - code_base());
   uint64_t space = 0;
-  if (dynamic_arena.holds(at)) {
-    if (!dynamic_part.holds(at) || at + size > dynamic_part.end) {
-      fail("out of bounds: byte %td of %td of dynamic shared memory %s at %s", at - dynamic_part.begin,
-           dynamic_part.end - dynamic_part.begin, write ? "written" : "read", source_of(code).c_str());
+  if (dynamic_arena.contains(at)) {
+    if (!dynamic_part.contains(at) || at + size > dynamic_part.end) {
+      fail("out of bounds: byte %td of %td bytes of dynamic shared memory was %s at %s",
+           at - dynamic_part.begin, dynamic_part.end - dynamic_part.begin, write ? "written" : "read",
+           source_of(code).c_str());
     }
-    space = 1 + running.place;
-  } else if (static_shared().holds(at)) {
-    space = 1 + running.place;
+    space = 1 + running.slot;
+  } else if (static_shared().contains(at)) {
+    space = 1 + running.slot;
   } else {
     check_block(at, size, write, code);
   }
@@ -240,7 +242,7 @@ void check(const void* address, size_t size, bool write, const void* return_addr
   }
 }
 
-// An access whose type promises this alignment.
+// An access whose type requires this alignment.
 void check_aligned(const void* address, size_t size, bool write, const void* return_address) {
   if (in_kernel && reinterpret_cast<uintptr_t>(address) % size != 0) {
     const uint32_t code = static_cast<uint32_t>(static_cast<const char*>(return_address) - code_base());
@@ -253,14 +255,14 @@ void check_aligned(const void* address, size_t size, bool write, const void* ret
 
 void start_memory_check() {
   code_base();
-  if (pages.size() < kMostPages / 4) return;
+  if (pages.size() < kMaxPages / 4) return;
   pages.clear();
   for (Page*& page : remembered) page = nullptr;
 }
 
 }  // namespace cuda_on_host
 
-// ---- what the compiler calls ----
+// ---- functions that the compiler calls ----
 
 #define AFA_CALLED extern "C" __attribute__((visibility("hidden"))) void
 #define AFA_CALLED_SIZED(size)                                                 \
@@ -295,7 +297,7 @@ AFA_CALLED __tsan_func_exit() {}
 
 namespace {
 
-// As GCC lays them out for its runtime.
+// The structures that GCC passes to the sanitizer runtime.
 struct SourceLocation {
   const char* file;
   uint32_t line, column;

@@ -1,6 +1,7 @@
-// Small kernels, each right and with one bug, by which test_harness.py shows what running on the CPU catches.
+// Small kernels, each with a correct version and a version with one bug. test_harness.py uses them to show
+// which bugs the CPU runs detect.
 //
-//     planted_bugs <kernel> <right|wrong> <order>...    prints the kernel's output, a line an order
+//     planted_bugs <kernel> <right|wrong> <order>...    prints the kernel's output, one line per order
 #include <cstdio>
 #include <numeric>
 #include <stdexcept>
@@ -15,15 +16,15 @@ namespace {
 
 using afa::grid_sync;
 
-constexpr int kSize = 64;   // threads of a block, and values it handles
-constexpr int kBlocks = 4;  // so that an output has kBlocks * kSize values
+constexpr int kSize = 64;   // threads per block, and values per block
+constexpr int kBlocks = 4;  // an output has kBlocks * kSize values
 constexpr int kHalf = kSize / 2;
 
 __device__ int item() {
   return static_cast<int>(blockIdx.x * kSize + threadIdx.x);
 }
 
-// A block's values in reverse. Wrong: no barrier between writing and reading.
+// Reverses a block's values. Wrong: no barrier between writing and reading.
 template <bool RIGHT>
 __global__ void missing_barrier(const float* in, float* out) {
   __shared__ float tile[kSize];
@@ -32,8 +33,8 @@ __global__ void missing_barrier(const float* in, float* out) {
   out[item()] = tile[kSize - 1 - threadIdx.x];
 }
 
-// Each value plus the one before it. Wrong: no barrier, which shows only where a thread runs before the
-// previous one; never in the order 0, 1, 2, ...
+// Adds to each value the one before it. Wrong: no barrier. The output is wrong only if a thread runs before
+// the previous one, so never in the order 0, 1, 2, ...
 template <bool RIGHT>
 __global__ void race_in_one_order(const float* in, float* out) {
   __shared__ float tile[kSize];
@@ -42,8 +43,8 @@ __global__ void race_in_one_order(const float* in, float* out) {
   out[item()] = tile[threadIdx.x] + (threadIdx.x > 0 ? tile[threadIdx.x - 1] : 0);
 }
 
-// The block's values shifted twice. Wrong: the second pass overwrites what others have yet to read; every
-// value read has been written, so that none is NaN.
+// Shifts the block's values twice. Wrong: the second pass overwrites values that other threads still have to
+// read. All values that are read have been written, so there is no NaN.
 template <bool RIGHT>
 __global__ void missing_second_barrier(const float* in, float* out) {
   __shared__ float tile[kSize];
@@ -57,7 +58,7 @@ __global__ void missing_second_barrier(const float* in, float* out) {
   out[item()] = value;
 }
 
-// The sum of a block's values, by its first thread. Wrong: one slot more is summed than was written.
+// The first thread sums the block's values. Wrong: the sum includes one element that was not written.
 template <bool RIGHT>
 __global__ void unwritten_shared(const float* in, float* out) {
   __shared__ float tile[kSize + 1];
@@ -68,7 +69,7 @@ __global__ void unwritten_shared(const float* in, float* out) {
   out[item()] = threadIdx.x == 0 ? sum : 0;
 }
 
-// A constant that the block's first thread sets. Wrong: only that of the first block.
+// The block's first thread sets a constant. Wrong: only in the first block.
 template <bool RIGHT>
 __global__ void shared_of_another_block(const float* in, float* out) {
   __shared__ float scale;
@@ -77,7 +78,7 @@ __global__ void shared_of_another_block(const float* in, float* out) {
   out[item()] = scale * in[item()];
 }
 
-// The same from an array that nobody writes.
+// The same with an array that is never written.
 template <bool RIGHT>
 __global__ void never_written_shared(const float* in, float* out) {
   __shared__ float scale[2];
@@ -86,13 +87,13 @@ __global__ void never_written_shared(const float* in, float* out) {
   out[item()] = scale[threadIdx.x % 2] * in[item()];
 }
 
-// Not seen through by the compiler, which would find the end of an array by itself.
+// Hides an index from the compiler, which would otherwise detect the overflow.
 template <typename T>
 __attribute__((noinline)) T* element(T* first, unsigned index) {
   return first + index;
 }
 
-// Each value goes into a tile and back. Wrong: the last one past its end.
+// Copies each value to shared memory and back. Wrong: the last one is past the end of the array.
 template <bool RIGHT>
 __global__ void shared_overflow(const float* in, float* out) {
   __shared__ float tile[kSize], next[kSize];
@@ -103,7 +104,7 @@ __global__ void shared_overflow(const float* in, float* out) {
   out[item()] = *own + next[threadIdx.x];
 }
 
-// The same within rows of one array, where the next row is no stranger's memory.
+// The same within rows of one array, where the memory after a row belongs to the next row.
 template <bool RIGHT>
 __global__ void shared_row_overflow(const float* in, float* out) {
   __shared__ float tile[2][kHalf];
@@ -114,19 +115,19 @@ __global__ void shared_row_overflow(const float* in, float* out) {
   out[item()] = tile[row][column];
 }
 
-// A copy. Wrong: reads one value past the input.
+// Copies the input. Wrong: reads one value past its end.
 template <bool RIGHT>
 __global__ void global_read_overflow(const float* in, float* out) {
   out[item()] = in[item() + (RIGHT ? 0 : 1)];
 }
 
-// A copy. Wrong: writes one value before the output.
+// Copies the input. Wrong: writes one value before the output.
 template <bool RIGHT>
 __global__ void global_write_underflow(const float* in, float* out) {
   out[item() - (RIGHT ? 0 : 1)] = in[item()];
 }
 
-// A reverse over half the block. Wrong: the other half ends before the barrier.
+// Reverses half of the block's values. Wrong: the other threads exit before the barrier.
 template <bool RIGHT>
 __global__ void early_return(const float* in, float* out) {
   __shared__ float tile[kHalf];
@@ -136,7 +137,7 @@ __global__ void early_return(const float* in, float* out) {
   if (threadIdx.x < kHalf) out[item()] = tile[kHalf - 1 - threadIdx.x];
 }
 
-// A reverse. Wrong: the threads wait at two barriers, one in each branch.
+// Reverses the values. Wrong: the threads wait at two different barriers, one in each branch.
 template <bool RIGHT>
 __global__ void barrier_in_a_branch(const float* in, float* out) {
   __shared__ float tile[kSize];
@@ -151,20 +152,20 @@ __global__ void barrier_in_a_branch(const float* in, float* out) {
   out[item()] = tile[kSize - 1 - threadIdx.x];
 }
 
-// The largest value of all. Wrong: the last one written.
+// The largest value of all. Wrong: the value written last.
 template <bool RIGHT>
 __global__ void last_writer(const float* in, float* out) {
   if (!RIGHT || (blockIdx.x == kBlocks - 1 && threadIdx.x == kSize - 1)) out[0] = in[item()];
 }
 
-// Each block takes from the input. Wrong: from what the block before it wrote, as if that had run already.
+// Each block reads the input. Wrong: it reads the output of the previous block, which may not have run yet.
 template <bool RIGHT>
 __global__ void race_between_blocks(const float* in, float* out) {
   const float before = blockIdx.x == 0 ? 0 : (RIGHT ? in : out)[item() - kSize];
   out[item()] = RIGHT ? before : (blockIdx.x == 0 ? in[item()] : before);
 }
 
-// A copy by blocks of the grid that grid_for gives. Wrong: values beyond the grid are left out.
+// Copies with the grid that grid_for returns. Wrong: values beyond the grid are skipped.
 template <bool RIGHT>
 __global__ void beyond_the_grid(const float* in, float* out, int64_t count) {
   for (int64_t i = afa::first_item(); i < count; i += afa::item_stride()) {
@@ -173,7 +174,7 @@ __global__ void beyond_the_grid(const float* in, float* out, int64_t count) {
   }
 }
 
-// Four values at once. Wrong: from an address that is not a multiple of 16.
+// Copies four values at once. Wrong: from an address that is not a multiple of 16.
 template <bool RIGHT>
 __global__ void misaligned_vector(const float* in, float* out) {
   if (threadIdx.x >= kSize / 4) return;
@@ -191,7 +192,7 @@ __global__ void misaligned_ldg(const float* in, float* out) {
   out[item()] = value.x + value.w;
 }
 
-// A reverse in dynamic shared memory. Wrong: the last value past its end.
+// Reverses the values in dynamic shared memory. Wrong: the last value is past its end.
 template <bool RIGHT>
 __global__ void dynamic_overflow(const float* in, float* out) {
   AFA_DYNAMIC_SHARED(float, tile);
@@ -200,7 +201,7 @@ __global__ void dynamic_overflow(const float* in, float* out) {
   out[item()] = tile[kSize - 1 - threadIdx.x];
 }
 
-// A constant in dynamic shared memory. Wrong: never set.
+// Reads a constant from dynamic shared memory. Wrong: it is never set.
 template <bool RIGHT>
 __global__ void unwritten_dynamic(const float* in, float* out) {
   AFA_DYNAMIC_SHARED(float, scale);
@@ -209,7 +210,7 @@ __global__ void unwritten_dynamic(const float* in, float* out) {
   out[item()] = scale[kSize - 1] * in[item()];
 }
 
-// A reverse in dynamic shared memory. Wrong: no barrier.
+// Reverses the values in dynamic shared memory. Wrong: no barrier.
 template <bool RIGHT>
 __global__ void missing_barrier_dynamic(const float* in, float* out) {
   AFA_DYNAMIC_SHARED(float, tile);
@@ -218,7 +219,7 @@ __global__ void missing_barrier_dynamic(const float* in, float* out) {
   out[item()] = tile[kSize - 1 - threadIdx.x];
 }
 
-// A reverse within warps. Wrong: the lanes don't wait for each other.
+// Reverses the values within warps. Wrong: no __syncwarp.
 template <bool RIGHT>
 __global__ void missing_syncwarp(const float* in, float* out) {
   __shared__ float tile[kSize];
@@ -227,7 +228,7 @@ __global__ void missing_syncwarp(const float* in, float* out) {
   out[item()] = tile[threadIdx.x ^ 31];
 }
 
-// The sum of a warp's values, in each of its lanes. Wrong: by a mask of half the warp.
+// Sums a warp's values in each of its lanes. Wrong: the mask contains only half of the warp.
 template <bool RIGHT>
 __global__ void lane_not_in_mask(const float* in, float* out) {
   float sum = in[item()];
@@ -236,7 +237,7 @@ __global__ void lane_not_in_mask(const float* in, float* out) {
   out[item()] = sum;
 }
 
-// The value of a warp's first lane. Wrong: that lane takes no part.
+// Broadcasts the value of a warp's first lane. Wrong: that lane does not participate.
 template <bool RIGHT>
 __global__ void absent_lane(const float* in, float* out) {
   float value = in[item()];
@@ -244,7 +245,7 @@ __global__ void absent_lane(const float* in, float* out) {
   out[item()] = value;
 }
 
-// The sum by halves of the warp. Wrong: only one half comes, but the mask names both.
+// Sums each half of the warp. Wrong: only one half calls the shuffle, but the mask contains both.
 template <bool RIGHT>
 __global__ void half_a_warp(const float* in, float* out) {
   float sum = in[item()];
@@ -255,18 +256,18 @@ __global__ void half_a_warp(const float* in, float* out) {
   out[item()] = sum;
 }
 
-// All blocks write, then each takes what another wrote, twice over. Wrong: they don't wait for each other.
+// All blocks write, then each reads the value of another block, in two rounds. Wrong: no grid barrier.
 template <bool RIGHT>
 __global__ void missing_grid_sync(const float* in, float* out) {
   out[item()] = in[item()];
   if (RIGHT) grid_sync();
-  __shared__ float kept;  // a block's own, also while the others run
+  __shared__ float kept;  // each block has its own copy, also while the others run
   if (threadIdx.x == 0) kept = out[(blockIdx.x + 1) % kBlocks * kSize];
   grid_sync();
   out[item()] = kept;
 }
 
-// Wrong: one block has gone.
+// All blocks synchronize. Wrong: one block has exited.
 template <bool RIGHT>
 __global__ void grid_sync_without_a_block(const float* in, float* out) {
   if (!RIGHT && blockIdx.x == 1) return;
@@ -274,7 +275,8 @@ __global__ void grid_sync_without_a_block(const float* in, float* out) {
   out[item()] = in[item()];
 }
 
-// The kernels' callers would launch once per step; here a refusal is the bug to be seen.
+// Callers of the project's kernels launch once per step if a cooperative launch is refused; here this is an
+// error.
 void granted(bool is_granted) {
   if (!is_granted) throw std::runtime_error(cudaGetErrorString(cudaErrorCooperativeLaunchTooLarge));
 }
@@ -328,9 +330,9 @@ void run(const std::string& name, const float* in, float* out) {
       AFA_LAUNCH((grid_sync_without_a_block<true>), kBlocks, kSize, nullptr, in, out);
     }
   } else if (name == "more_blocks_than_resident") {
-    const int64_t most = afa::resident_blocks(grid_sync_without_a_block<true>, kSize, 0);
-    if (most < kBlocks) throw std::logic_error("the grid of the right kernel must fit");
-    const dim3 grid(static_cast<unsigned>(RIGHT ? kBlocks : most + 1));
+    const int64_t max_blocks = afa::resident_blocks(grid_sync_without_a_block<true>, kSize, 0);
+    if (max_blocks < kBlocks) throw std::logic_error("the correct kernel's grid must fit");
+    const dim3 grid(static_cast<unsigned>(RIGHT ? kBlocks : max_blocks + 1));
     granted(AFA_LAUNCH_COOPERATIVE((grid_sync_without_a_block<true>), grid, kSize, 0, nullptr, in, out));
   } else if (name == "too_much_shared_memory") {
     const size_t bytes = static_cast<size_t>(afa::current_gpu().shared_of_block) + (RIGHT ? 0 : 1);
@@ -343,7 +345,7 @@ void run(const std::string& name, const float* in, float* out) {
   } else if (name == "empty_grid") {
     AFA_LAUNCH((global_read_overflow<true>), RIGHT ? 1 : 0, kSize, nullptr, in, out);
   } else {
-    throw std::invalid_argument("there is no kernel " + name);
+    throw std::invalid_argument("unknown kernel " + name);
   }
 }
 

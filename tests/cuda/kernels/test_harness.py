@@ -1,5 +1,8 @@
-"""Running CUDA kernels on the CPU catches what it claims to: each kernel of planted_bugs.cu as it should be passes,
-in every order of threads and blocks, and with its bug is caught in the way named here."""
+"""Running CUDA kernels on the CPU detects the bugs that README.md lists.
+
+For each kernel of planted_bugs.cu, the correct version passes in every order of threads and blocks, and the version
+with the bug is detected in the way given here.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ import pytest
 from .. import build
 from .conftest import ORDERS
 
-# How the bug of each kernel shows, first in the build whose every access is checked (memory_check.cpp), then under
-# AddressSanitizer: in the output (NaN in every order; not the same in every order; the same but wrong), or as the
-# error named. None: not at all, as the other build is there for it.
+# How each kernel's bug shows, first in the build that checks every access (memory_check.cpp), then with
+# AddressSanitizer: in the output (NaN in every order; different outputs; the same wrong output in every order), or as
+# an error that contains this text. None: not detected by this build, only by the other one.
 NAN, ORDER, VALUE = "nan", "order", "value"
 SHARED_RACE = "race: static shared memory at byte"
 GLOBAL_RACE = "race: global memory at"
 POISONED = "AddressSanitizer: use-after-poison"
-BLOCK = "of a block of 1024 bytes of global memory"
+BLOCK = "of a 1024-byte block of global memory was"
 DIVERGENT = "divergent barrier: "
 BUGS = {
     "missing_barrier": (SHARED_RACE, NAN),
@@ -36,17 +39,17 @@ BUGS = {
     "unwritten_dynamic": (NAN, NAN),
     "shared_overflow": (None, "AddressSanitizer: global-buffer-overflow"),
     "shared_row_overflow": ("index 32 out of bounds for type 'float [32]'",) * 2,
-    "dynamic_overflow": ("out of bounds: byte 256 of 256 of dynamic", POISONED),
+    "dynamic_overflow": ("out of bounds: byte 256 of 256 bytes of dynamic shared memory", POISONED),
     "global_read_overflow": (f"out of bounds: byte 1024 {BLOCK} read", POISONED),
     "global_write_underflow": (f"out of bounds: byte -4 {BLOCK} written", POISONED),
     "misaligned_vector": ("misaligned address",) * 2,
     "misaligned_ldg": ("misaligned address",) * 2,
-    "early_return": (DIVERGENT + "32 of a block's 64 threads have ended, the others wait at ",) * 2,
+    "early_return": (DIVERGENT + "32 of the block's 64 threads have exited; the others wait at ",) * 2,
     "barrier_in_a_branch": (DIVERGENT + "threads of a block wait at ",) * 2,
     "half_a_warp": (DIVERGENT + "threads of a block wait at ",) * 2,
-    "lane_not_in_mask": ("__shfl_xor_sync by lane 16, which is not in the mask 0xffff",) * 2,
-    "absent_lane": ("__shfl_sync takes the value of lane 0, which gives none (mask 0xfffffffe)",) * 2,
-    "grid_sync_without_a_block": (DIVERGENT + "1 of 4 blocks have ended, the others wait at ",) * 2,
+    "lane_not_in_mask": ("__shfl_xor_sync called by lane 16, which is not in mask 0xffff",) * 2,
+    "absent_lane": ("__shfl_sync reads from lane 0, which does not participate (mask 0xfffffffe)",) * 2,
+    "grid_sync_without_a_block": (DIVERGENT + "1 of 4 blocks have exited; the others wait at ",) * 2,
     "grid_sync_of_a_plain_launch": ("grid_sync in a kernel not launched by AFA_LAUNCH_COOPERATIVE",) * 2,
     "beyond_the_grid": (VALUE, VALUE),
     "too_many_threads": ("invalid configuration argument",) * 2,
@@ -65,12 +68,12 @@ def planted_bugs(sanitize: bool) -> Path:
 
 @pytest.fixture(scope="session")
 def programs() -> tuple[Path, Path]:
-    """The planted bugs with each access checked, and under AddressSanitizer."""
+    """The program with the planted bugs, as the checked and as the sanitized build."""
     return planted_bugs(sanitize=False), planted_bugs(sanitize=True)
 
 
 def run(program: Path, name: str, version: str, orders: Sequence[str] = ORDERS) -> tuple[list[str], str]:
-    """The outputs, one for each order, and what went wrong."""
+    """The outputs, one per order, and the error message."""
     command = [str(program), name, version, *orders]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     return result.stdout.splitlines(), result.stderr if result.returncode else ""
@@ -109,11 +112,11 @@ def test_every_planted_bug_is_caught_by_one_build() -> None:
 def test_a_race_is_caught_in_any_order_and_named(name: str, order: str, programs: tuple[Path, Path]) -> None:
     _, error = run(programs[0], name, "wrong", [order])
     assert f"kernel ({name}<RIGHT>): race: " in error
-    assert error.count("planted_bugs.cu:") == 2  # the two lines of the source
+    assert error.count("planted_bugs.cu:") == 2  # the source lines of both accesses
     assert error.count("thread (") == 2
 
 
-def test_one_order_alone_hides_a_race_from_the_output(programs: tuple[Path, Path]) -> None:
+def test_a_single_order_can_hide_a_race_from_the_output(programs: tuple[Path, Path]) -> None:
     name = "race_in_one_order"
     right, _ = run(programs[1], name, "right", ["forward"])
     wrong, _ = run(programs[1], name, "wrong", ["forward", "backward"])

@@ -1,5 +1,7 @@
-"""Every CUDA kernel, run on the CPU, against the recorded cases and the CPU kernels (themselves held to the
-plain-PyTorch reference by tests/afa_ext/test_par.py, tests/afa_ext/test_walk.py and tests/afa_ext/test_affinity.py)."""
+"""Every CUDA kernel, run on the CPU, compared with the recorded cases and with the CPU kernels.
+
+tests/afa_ext compares the CPU kernels with the plain-PyTorch references.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +61,11 @@ def test_affinity_golden(kernels, golden, assert_relative):
     affinity = kernels.affinity_from_attention(g["attn"], g["weight"], g["bias"], 1, nodes, None, False)
     assert_relative(affinity, g["affinity"], 1e-6)
     tokens = g["label_map"][:, ::16, ::16].long()
-    labels = kernels.affinity_labels(tokens, g["radius"], 255, False)
+    labels = kernels.affinity_labels(tokens, g["radius"], 255, False, None)
     assert torch.equal(labels, g["aff_label"])
-    sums = kernels.affinity_loss(affinity, labels)
+    sums = kernels.affinity_loss(affinity, labels, 0.5, 0.5, 0.0, None)
     assert_relative(sums[0], torch.tensor(g["loss"]), 1e-6)
-    grad = kernels.affinity_loss_backward(torch.tensor([1.0, 0.0, 0.0]), sums, labels)
+    grad = kernels.affinity_loss_backward(torch.tensor([1.0] + [0.0] * 9), sums, labels)
     settings = (1, nodes, None, False)
     grad_attention = kernels.affinity_from_attention_backward_attention(grad, affinity, g["weight"], *settings)
     assert_relative(grad_attention, g["grad_attn"], 5e-6)
@@ -111,7 +113,7 @@ def test_par_affinity_of_channels(dtype, dilations, channels, kernels, assert_re
 
 
 def test_par_affinity_loses_no_small_deviations(kernels, assert_relative):
-    """Sums in float32, of an image nearly flat but for a step, against float64."""
+    """Sums in float32 compared with float64, for an image that is nearly constant except for one step."""
     images = 100 + 1e-2 * torch.rand(1, 3, 9, 60)
     images[..., 30:] += 50
     for name, settings in (("par_affinity", (D6, 0.3, 0.01)), ("pamr_affinity", (D6,))):
@@ -155,7 +157,7 @@ def test_walk(grid, radius, window, dtype, kernels, assert_relative):
 
 
 def test_walk_transition_is_exact_in_float32(kernels):
-    """Columns sum to 1 to a float's rounding, of large and of the smallest entries."""
+    """Columns with large and with the smallest entries sum to 1 within float32 rounding."""
     for scale, power in ((1.0, 2.0), (1e30, 1.0), (1e-30, 1.0), (1e-39, 1.0)):
         affinity = (torch.rand(1, 20 * 21, 20 * 21, dtype=torch.float64) + 0.1) * scale
         settings = (20, 21, 8, "square", power, True, 0.0)
@@ -178,7 +180,7 @@ def test_window_affinities(grid, radius, dtype, kernels, assert_relative):
 
 
 def label_arguments(cams, box=None, weights=None, index=None, **changed):
-    """Arguments of pseudo_labels: images, CAMs, 0 to 3 classes an image, and the settings by name."""
+    """Arguments of pseudo_labels: images, CAMs, 0 to 3 classes per image, and settings by name."""
     batch, classes, height, width = cams.shape
     coarse = torch.rand(batch, 3, 4, 5, dtype=torch.float64)
     images = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear") * 255
@@ -222,7 +224,7 @@ def test_pseudo_labels(size, dtype, kernels):
         label_arguments(cams, box, index=torch.arange(20).view(4, 5) * 3, ignore_index=-7),
     ):
         actual, expected = (getattr(ops, name)(*arguments) for ops in (kernels, NATIVE))
-        # Float32 sums differ in their last digits, which may break a tie the other way.
+        # Float32 sums differ in their last digits, which can decide a tie differently.
         allowed = 0 if dtype == torch.float64 else 1
         assert int((actual != expected).sum()) <= allowed
 
@@ -312,16 +314,19 @@ def test_affinity(grid, radius, dtype, kernels, assert_relative):
         compare(kernels, "affinity_from_attention_backward_attention", arguments, limit, assert_relative)
         arguments = (grad, affinity, attention, *settings)
         compare(kernels, "affinity_from_attention_backward_weight", arguments, max(limit, 1e-10), assert_relative)
-        labels = torch.randint(0, 3, affinity.shape, dtype=torch.uint8)
-        sums = compare(kernels, "affinity_loss", (affinity, labels), 1e-6, assert_relative)
+        labels = torch.randint(0, 4, affinity.shape, dtype=torch.uint8)
+        counts = torch.tensor([700, 900, 800])
+        for settings in ((0.5, 0.5, 0.0, None), (0.5, 0.2, 0.3, counts)):
+            sums = compare(kernels, "affinity_loss", (affinity, labels, *settings), 1e-6, assert_relative)
         grad = torch.rand_like(sums)
         compare(kernels, "affinity_loss_backward", (grad, sums, labels), 1e-6, assert_relative)
-        arguments = (tokens, radius, 2, layout[1])
-        compare(kernels, "affinity_labels", arguments, 0, assert_relative)
+        for background in (None, 0):
+            arguments = (tokens, radius, 2, layout[1], background)
+            compare(kernels, "affinity_labels", arguments, 0, assert_relative)
 
 
 def misaligned(t):
-    """The same values, one element past where vectors could begin."""
+    """The same values, starting one element after an address that vector accesses could use."""
     view = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
     return view.copy_(t)
 
@@ -343,13 +348,14 @@ def test_affinity_of_misaligned_tensors(layout, dtype, kernels, assert_relative)
             name = "affinity_from_attention_backward_weight"
             compare(kernels, name, (*pair, read, *settings), limit, assert_relative)
     labels = torch.randint(0, 3, affinity.shape, dtype=torch.uint8)
-    sums = compare(kernels, "affinity_loss", (misaligned(affinity), labels), 1e-6, assert_relative)
-    compare(kernels, "affinity_loss", (affinity, misaligned(labels)), 1e-6, assert_relative)
+    weights = (0.5, 0.2, 0.3, None)
+    sums = compare(kernels, "affinity_loss", (misaligned(affinity), labels, *weights), 1e-6, assert_relative)
+    compare(kernels, "affinity_loss", (affinity, misaligned(labels), *weights), 1e-6, assert_relative)
     compare(kernels, "affinity_loss_backward", (torch.rand_like(sums), sums, misaligned(labels)), 1e-6, assert_relative)
 
 
 def test_affinity_ignores_entries_outside_the_window(kernels, assert_relative):
-    grid, radius = (5, 8), 1  # vectors of four reach past the window
+    grid, radius = (5, 8), 1  # vectors of four cross the window's border
     attention = torch.randn(1, 3, 40, 40)
     settings, weight, bias = (*grid, radius, True), torch.randn(3), torch.randn(1)
     affinity = kernels.affinity_from_attention(attention, weight, bias, *settings)
@@ -366,7 +372,79 @@ def test_affinity_ignores_entries_outside_the_window(kernels, assert_relative):
 def test_affinity_loss_of_many_blocks_and_of_no_pairs(kernels, assert_relative):
     affinity, labels = torch.rand(40_000, dtype=torch.float64), torch.randint(0, 3, (40_000,), dtype=torch.uint8)
     for count in (40_000, 0):
-        compare(kernels, "affinity_loss", (affinity[:count], labels[:count]), 1e-12, assert_relative)
+        arguments = (affinity[:count], labels[:count], 0.5, 0.2, 0.3, None)
+        compare(kernels, "affinity_loss", arguments, 1e-12, assert_relative)
+
+
+def lattices(kernels, features):
+    """By the CUDA kernels and by the CPU kernels: vertices are numbered differently. What the vertices leave over of a
+    buffer is filled, so that the orders of threads can be compared."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        name = "lattice_build"
+        return getattr(kernels, name)(features), getattr(NATIVE, name)(features)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@DTYPES
+@pytest.mark.parametrize("dims", [1, 2, 3, 4, 5, 6])
+def test_lattice_filter(dims, dtype, kernels, assert_relative):
+    features = 2 * torch.randn(2, dims, 7, 19)
+    features[1] = 0.7  # flat: every pixel in one simplex
+    own, native = lattices(kernels, features)
+    assert torch.equal(own[:, 0], native[:, 0])  # as many vertices
+    values = torch.rand(2, 35, 7, 19).to(dtype)
+    for settings in ((dims, "none", False), (dims, "symmetric", True), (dims, "before", False), (dims, "after", True)):
+        name = "lattice_filter"
+        actual, expected = (
+            getattr(kernels, name)(values, own, *settings),
+            getattr(NATIVE, name)(values, native, *settings),
+        )
+        # A lattice's norms are float32, and summed in another order.
+        limit = LIMITS[dtype] if settings[1] == "none" else max(LIMITS[dtype], 1e-6)
+        assert_relative(actual, expected, limit)
+
+
+def test_lattice_of_more_pixels_than_a_tile_sorts(kernels, assert_relative):
+    features = torch.randn(2, 5, 30, 57)  # 10,260 corners, in six tiles
+    features[1] = 0.7  # flat: 1,710 pixels in one simplex
+    own, native = lattices(kernels, features)
+    values = torch.rand(2, 2, 30, 57)
+    actual = kernels.lattice_filter(values, own, 5, "symmetric", False)
+    assert_relative(actual, NATIVE.lattice_filter(values, native, 5, "symmetric", False), 1e-5)
+
+
+def test_lattice_clamps_features_out_of_range(kernels):
+    features = torch.randn(1, 5, 4, 5)
+    features[0, 0, 0, 0], features[0, 1, 1, 1], features[0, 2, 2, 2] = torch.nan, torch.inf, 1e30
+    torch.use_deterministic_algorithms(True)
+    try:
+        own = kernels.lattice_build(features)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert 0 < int(own[0, 0]) <= 20 * 6
+
+
+@DTYPES
+@pytest.mark.parametrize(("size", "spread"), [((1, 1), 3), ((5, 13), 3), ((5, 13), 100)], ids=str)
+def test_mean_field(size, spread, dtype, kernels):
+    colors = spread * torch.rand(2, 5, *size)
+    positions = torch.stack(torch.meshgrid(*(torch.arange(n) / 3 for n in size), indexing="ij"))[None]
+    smooth, edges = lattices(kernels, positions), lattices(kernels, colors)
+    vertices, room = smooth[0][:, 0] + edges[0][:, 0], 6 * size[0] * size[1]
+    assert bool((vertices <= room).all()) == (size[0] > 1 and spread == 3)  # whether both lattices fit into the tables
+    scores, keep = torch.rand(2, 33, *size).to(dtype), torch.rand(2, 33) > 0.3
+    for rest in (
+        (3.0, 4.0, None, None, True, 3),
+        (3.0, 0.0, None, keep, True, 1),
+        (0.5, 1.0, torch.randn(33, 33), keep, False, 2),
+        (0.0, 0.0, None, None, False, 2),
+    ):
+        name = "mean_field"
+        actual = getattr(kernels, name)(scores, smooth[0], edges[0], *rest)
+        expected = getattr(NATIVE, name)(scores, smooth[1], edges[1], *rest)
+        assert float((actual - expected).abs().max()) < 2e-5
 
 
 def test_every_operator_is_compared(kernels):
@@ -374,4 +452,4 @@ def test_every_operator_is_compared(kernels):
         text = source.read()
     for name in _native._C.operators():
         assert hasattr(kernels, name)
-        assert f'"{name}"' in text, f"{name} is never compared"
+        assert f'"{name}"' in text, f"{name} has no comparison"

@@ -1,4 +1,4 @@
-"""Every variant of each CUDA kernel, run on the CPU at sizes that no tile divides, against the CPU kernels."""
+"""Every variant of each CUDA kernel, run on the CPU and compared with the CPU kernels; tiles don't divide the sizes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Calls = list[tuple[str, tuple[Any, ...]]]
 
 
 def stencil_calls(dtype: torch.dtype) -> Calls:
-    """Steps and both backward passes of walks, and of PAR with dilations of its own: small and odd sizes, few and
-    many classes, some of them left out."""
+    """Steps and both backward passes of walks, and of PAR with non-default dilations: small and odd sizes, few and many
+    classes, some of them inactive."""
     calls: Calls = []
     for shape in ((1, 1, 1, 1), (2, 5, 9, 37), (1, 23, 35, 5), (3, 9, 17, 13)):
         batch, classes, height, width = shape
@@ -38,7 +38,7 @@ def stencil_calls(dtype: torch.dtype) -> Calls:
 
 
 def ring_calls(dtype: torch.dtype) -> Calls:
-    """Steps of PAR with its default dilations: widths with and without aligned rows, several tiles an image."""
+    """Steps of PAR with its default dilations: aligned and unaligned rows, several tiles per image."""
     calls: Calls = []
     for shape, steps, some in (((1, 1, 1, 1), 1, False), ((2, 3, 9, 37), 3, True), ((1, 2, 35, 36), 2, False)):
         batch, classes, height, width = shape
@@ -50,8 +50,8 @@ def ring_calls(dtype: torch.dtype) -> Calls:
 
 
 def walk_step_calls(dtype: torch.dtype) -> Calls:
-    """walk_step on grids of rows that four divides and that it doesn't, narrow, wider than a block's tile, of more
-    classes than a pass; windows beyond the grid, rows of a disc of unequal length; each layout, each power's code."""
+    """walk_step on grids whose width is or isn't a multiple of four, narrow or wider than a block's tile; more classes
+    than one pass processes; windows larger than the grid, disc rows of different lengths; every layout and power."""
     calls: Calls = []
     settings: list[tuple[Any, ...]] = [
         ((8, 12), 21, 3, "square", 2.0, True),
@@ -75,7 +75,7 @@ def walk_step_calls(dtype: torch.dtype) -> Calls:
 
 
 def affinity_calls(dtype: torch.dtype) -> Calls:
-    """affinity_from_attention of rows that vectors divide, and rows that they don't."""
+    """affinity_from_attention with row lengths that are, and that are not, multiples of the vector length."""
     calls: Calls = []
     for grid, maps in (((1, 1), 3), ((5, 7), 5), ((6, 8), 16), ((3, 24), 7)):
         nodes = grid[0] * grid[1]
@@ -86,7 +86,7 @@ def affinity_calls(dtype: torch.dtype) -> Calls:
     return calls
 
 
-# By kernel, the calls that launch it: operator and arguments.
+# Kernel -> calls that launch it: operator and arguments.
 CALLS: dict[str, Callable[[torch.dtype], Calls]] = {
     "par_ring": ring_calls,
     "stencil": stencil_calls,

@@ -1,6 +1,6 @@
-// The devices: two unless AFA_STAND_IN_DEVICES says otherwise, odd and small on purpose, so that small inputs
-// already take every kernel's loop over what a grid can't hold. AFA_STAND_IN_PROCESSORS and
-// AFA_STAND_IN_SHARED_BYTES pretend larger ones. Each host thread has its current device.
+// The simulated devices: two, or AFA_STAND_IN_DEVICES. They are small, so that small inputs already execute
+// the kernels' grid-stride loops. AFA_STAND_IN_PROCESSORS and AFA_STAND_IN_SHARED_BYTES simulate larger ones.
+// Each host thread has its own current device.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -121,7 +121,9 @@ STAND_IN_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which
   bool known = true;
   *value = attribute(which, known);
   const auto guard = lock();
-  return known ? cudaSuccess : fault(cudaErrorNotSupported, "the stand-in has no device attribute %d", which);
+  return known ? cudaSuccess
+               : fault(cudaErrorNotSupported, "the stand-in runtime does not implement device attribute %d",
+                       which);
 }
 
 STAND_IN_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
@@ -150,7 +152,7 @@ STAND_IN_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int
   return cudaSuccess;
 }
 
-// torch then copies between devices through contiguous temporaries, as it does on most machines.
+// No peer access: torch then copies between devices through contiguous temporaries, as on most machines.
 STAND_IN_API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
   *can = 0;
   return cudaSuccess;
@@ -164,6 +166,7 @@ STAND_IN_API cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, vo
   if (result != nullptr)
     *result = *function == nullptr ? cudaDriverEntryPointSymbolNotFound : cudaDriverEntryPointSuccess;
   const auto guard = lock();
-  return *function == nullptr ? fault(cudaErrorSymbolNotFound, "the stand-in driver has no %s", symbol)
-                              : cudaSuccess;
+  return *function == nullptr
+             ? fault(cudaErrorSymbolNotFound, "the stand-in driver does not implement %s", symbol)
+             : cudaSuccess;
 }

@@ -1,5 +1,5 @@
-// libcuda.so.1: the driver functions that torch looks up by name when it starts. A call of one that is not
-// implemented ends the process with the function's name.
+// libcuda.so.1: the driver functions that torch looks up by name at startup. Calling a function that is not
+// implemented aborts the process with the function's name.
 #include <cstdio>
 #include <cstdlib>
 
@@ -12,7 +12,7 @@ AFA_DRIVER_API cuDriverGetVersion(int* version) {
   *version = 13000;
   return 0;
 }
-// Asked before a device is used, to know whether that would create its context.
+// torch calls this before it uses a device, to find out whether that would create a context.
 AFA_DRIVER_API cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
   *flags = 0;
   *active = 1;
@@ -27,7 +27,7 @@ AFA_DRIVER_API cuCtxSetCurrent(void*) {
   return 0;
 }
 AFA_DRIVER_API cuGetErrorString(int, const char** text) {
-  *text = "an error of the stand-in driver";
+  *text = "error of the stand-in driver";
   return 0;
 }
 

@@ -1,5 +1,5 @@
-// Errors as the CUDA runtime reports them, and faults: uses of CUDA that a GPU may let pass and the stand-in
-// does not. A fault is both an error of the call, with its own text, and an entry of stand_in_faults().
+// CUDA errors, and faults: incorrect uses of CUDA that a GPU may accept but the stand-in rejects. A fault is
+// both the call's error, with its own message, and an entry of stand_in_faults().
 #include <cstdarg>
 #include <cstdio>
 #include <utility>
@@ -46,7 +46,7 @@ cudaError_t fault(cudaError_t code, const char* format, ...) {
 void check_that_launch_errors_were_fetched() {
   if (unfetched_launch.empty()) return;
   const std::string kernel = std::exchange(unfetched_launch, std::string());
-  report("nobody fetched the error of the launch of " + kernel);
+  report("the error of the launch of " + kernel + " was never fetched");
 }
 
 void remember_launch_error(const std::string& kernel) {
@@ -96,7 +96,7 @@ STAND_IN_API const char* cudaGetErrorString(cudaError_t code) {
     case cudaErrorStreamCaptureMerge:
       return "operation would result in a merge of separate capture sequences";
     default:
-      return "an error that the stand-in runtime has no text for";
+      return "an error without a message in the stand-in runtime";
   }
 }
 

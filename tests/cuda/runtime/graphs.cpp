@@ -1,6 +1,6 @@
-// Graphs: what a capturing stream would queue becomes a node, and a launch runs the nodes with the arguments
-// they were captured with, in an order that their dependencies allow and that is as far as can be from the
-// one they were captured in.
+// Graphs. In a capture, each item that would be enqueued becomes a node. A graph launch runs the nodes with
+// the captured arguments, in the order that differs most from the capture order and is allowed by the
+// dependencies.
 #include <algorithm>
 #include <set>
 #include <utility>
@@ -13,7 +13,7 @@ namespace {
 thread_local cudaStreamCaptureMode mode_of_thread = cudaStreamCaptureModeGlobal;
 unsigned long long captures = 0;
 
-using Handle = std::shared_ptr<Graph>;  // what a cudaGraph_t and a cudaGraphExec_t point to
+using Handle = std::shared_ptr<Graph>;  // the target of a cudaGraph_t and a cudaGraphExec_t
 
 std::vector<Stream*> streams_of(const Graph& graph) {
   std::vector<Stream*> streams;
@@ -28,7 +28,7 @@ void collect(Node* node, std::set<Node*>& found) {
   for (Node* before : node->after) collect(before, found);
 }
 
-// The latest node whose predecessors have run comes first.
+// Of the nodes whose predecessors have run, the one captured last runs first.
 void replay(const Graph& graph) {
   std::vector<size_t> missing(graph.nodes.size());
   std::vector<std::vector<size_t>> next(graph.nodes.size());
@@ -117,7 +117,7 @@ STAND_IN_API cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* 
   if (graph->invalid) return error(cudaErrorStreamCaptureInvalidated);
   if (joined.size() != graph->nodes.size())
     return fault(cudaErrorStreamCaptureUnjoined,
-                 "a capture ends with work that its stream does not wait for");
+                 "the capture ended with work that its stream has not joined");
   *result = reinterpret_cast<cudaGraph_t>(new Handle(graph));
   return cudaSuccess;
 }

@@ -1,6 +1,6 @@
-// Launches: what is checked at each, and what is counted. A launch comes from the kernels compiled for the
-// CPU (stand_in_launch_kernel), which run later, on their stream; or from nvcc's code in the shipped library
-// (cudaLaunchKernel), whose kernels cannot run here: they are checked and counted.
+// Checks and counts launches. A launch comes either from the host-compiled kernels (stand_in_launch_kernel),
+// which run later on their stream, or from nvcc's code in the shipped library (cudaLaunchKernel). The
+// latter's kernels can't run here; their launches are checked and counted.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -34,11 +34,11 @@ stand_in_counts counts;
 bool recording = false, kernels_skipped = false;
 std::string recorded;
 std::map<const void*, int> allowed_shared;
-std::map<const void*, std::string> names;  // of the kernels that nvcc compiled
+std::map<const void*, std::string> names;  // of the kernels compiled by nvcc
 cudaStream_t (*current_stream)(int device) = nullptr;
 
-// By a kernel's name without its template arguments, the sizes of its parameters; from the file that
-// AFA_STAND_IN_PARAMETERS names, as nvcc's code does not tell them.
+// The sizes of a kernel's parameters, by the kernel's name without template arguments. They are read from the
+// file AFA_STAND_IN_PARAMETERS, because nvcc's code does not contain them.
 const std::map<std::string, std::vector<size_t>>& parameter_sizes() {
   static const auto sizes = [] {
     std::map<std::string, std::vector<size_t>> result;
@@ -54,7 +54,8 @@ const std::map<std::string, std::vector<size_t>>& parameter_sizes() {
   return sizes;
 }
 
-// The symbols of the library that an address lies in, by their offset in it: kernels have internal linkage.
+// The symbols of the library that contains an address, by offset. Needed because kernels have internal
+// linkage.
 const std::map<uintptr_t, std::string>& symbols_of(const Dl_info& library) {
   static std::map<std::string, std::map<uintptr_t, std::string>> known;
   const auto [entry, is_new] = known.try_emplace(library.dli_fname);
@@ -72,7 +73,7 @@ const std::map<uintptr_t, std::string>& symbols_of(const Dl_info& library) {
   return entry->second;
 }
 
-// "walk_step_kernel" of _ZN3afa..._GLOBAL__N__...16walk_step_kernelIfEEvNS_10WalkParamsE: the last name of
+// "walk_step_kernel" from _ZN3afa..._GLOBAL__N__...16walk_step_kernelIfEEvNS_10WalkParamsE: the last name of
 // the nested name, before its template arguments.
 std::string base_name(const std::string& mangled) {
   std::string last;
@@ -111,7 +112,7 @@ std::string json(const Description& d, const std::vector<stand_in_span>& paramet
   return text.str();
 }
 
-// What a GPU refuses to launch.
+// Limits that a GPU checks, too.
 cudaError_t check_limits(const Description& d) {
   const dim3 grid = d.grid, block = d.block;
   const bool empty =
@@ -132,14 +133,22 @@ cudaError_t check_limits(const Description& d) {
   return cudaSuccess;
 }
 
-// Not a number: neither a small one, nor an int of less than 2^24 with padding that holds half of an address.
-// Device memory begins 2^24 bytes after a multiple of 2^32, and a device's part ends before the next one.
+// False for small integers, and for an int below 2^24 followed by padding that contains half of an address.
+// For this to work, device memory begins 2^24 bytes after a multiple of 2^32, and a device's range ends
+// before the next multiple.
 bool looks_like_a_pointer(const void* at) {
   const auto bits = reinterpret_cast<uintptr_t>(at);
   return bits >> 47 == 0 && bits >> 40 != 0 && (bits & 0xffffffff) >> 24 != 0;
 }
 
-// What only the stand-in sees: device, stream and pointers. Adds the blocks that the arguments point to.
+// True also for some host pointers, since a bool may be followed by padding that contains the rest of
+// an address.
+bool may_be_a_bool(const void* at) {
+  return (reinterpret_cast<uintptr_t>(at) & 0xff) <= 1;
+}
+
+// Checks that only the stand-in can do: device, stream and pointers. Adds the blocks that the arguments point
+// to.
 cudaError_t check_arguments(const Description& d, Stream& stream,
                             const std::vector<stand_in_span>& parameters, std::vector<Span>& blocks) {
   const int device = current_device();
@@ -160,19 +169,19 @@ cudaError_t check_arguments(const Description& d, Stream& stream,
       if (!looks_like_a_pointer(at)) continue;
       const int owner = device_of(at);
       if (owner < 0) {
-        if (is_mapped_host_memory(at))
-          return fault(cudaErrorIllegalAddress, "launch of %s with a pointer to host memory, %p",
-                       name_of(d).c_str(), at);
+        if (!may_be_a_bool(at) && is_mapped_host_memory(at))
+          return fault(cudaErrorIllegalAddress, "launch of %s with host pointer %p", name_of(d).c_str(), at);
         continue;
       }
       if (owner != device) {
-        return fault(cudaErrorIllegalAddress, "launch of %s on device %d with a pointer of device %d",
-                     name_of(d).c_str(), device, owner);
+        return fault(cudaErrorIllegalAddress,
+                     "launch of %s on device %d with a pointer to memory of device %d", name_of(d).c_str(),
+                     device, owner);
       }
       const Block* const block = live_block(at);
       if (block == nullptr) {
-        return fault(cudaErrorIllegalAddress, "launch of %s with the pointer %p, which lies %s",
-                     name_of(d).c_str(), at, why_not_live(at).c_str());
+        return fault(cudaErrorIllegalAddress, "launch of %s with pointer %p, which is %s", name_of(d).c_str(),
+                     at, why_not_live(at).c_str());
       }
       blocks.push_back(block->span);
     }
@@ -203,21 +212,20 @@ cudaError_t launch(const Description& d, const std::vector<stand_in_span>& param
   return cudaSuccess;
 }
 
-// ---- kernels that nvcc compiled ----
+// ---- kernels compiled by nvcc ----
 
 cudaError_t launch_compiled(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
                             cudaStream_t stream, bool cooperative) {
   const auto guard = lock();
   const std::string& name = names[kernel];
   if (name.find("3afa") == std::string::npos) {
-    return fault(
-        cudaErrorNotSupported,
-        "%s, a kernel of torch's own, cannot run on the stand-in; tests/cuda/README.md lists what can",
-        name.empty() ? "an unknown kernel" : name.c_str());
+    return fault(cudaErrorNotSupported,
+                 "%s is a kernel of torch, which cannot run on the stand-in; see tests/cuda/README.md",
+                 name.empty() ? "an unknown kernel" : name.c_str());
   }
   const std::string base = base_name(name);
   std::vector<stand_in_span> parameters;
-  if (std::getenv("AFA_STAND_IN_PARAMETERS") == nullptr)  // the arguments are not checked
+  if (std::getenv("AFA_STAND_IN_PARAMETERS") == nullptr)  // without sizes, the arguments are not checked
     return launch({base.c_str(), kernel, grid, block, shared_bytes, cooperative, stream}, parameters,
                   nullptr);
   const auto sizes = parameter_sizes().find(base);
@@ -327,7 +335,7 @@ STAND_IN_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes);
 }
 
-// ---- what nvcc's code calls ----
+// ---- functions that nvcc's code calls ----
 
 STAND_IN_API void** __cudaRegisterFatBinary(void*) {
   static void* handle[1];

@@ -1,6 +1,6 @@
-// Device memory: host memory in an address range reserved per device, so that any word of a kernel's
-// arguments that falls into it is known to be a pointer of that device. Knows every live block: those of
-// cudaMalloc, and, from the bridge's reports, the caching allocator's blocks inside them.
+// Device memory is host memory in a reserved address range per device. So any word of a kernel's arguments in
+// that range is known to be a pointer to that device. All live blocks are tracked: those of cudaMalloc and,
+// from the bridge's reports, the caching allocator's blocks inside them.
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,21 +16,21 @@
 namespace stand_in {
 namespace {
 
-constexpr size_t kGap = 64 << 10;  // between allocations; as much as AddressSanitizer guards
+constexpr size_t kGap = 64 << 10;  // between allocations; the size of a red zone of AddressSanitizer
 constexpr size_t kPage = 4096;
 
 struct Allocation {
   Block block;
-  bool segment = false;  // of the caching allocator, which hands out blocks of it
+  bool segment = false;  // owned by the caching allocator, which divides it into blocks
 };
 
 struct State {
-  char* next[kMaxDevices];  // where never-used memory begins
+  char* next[kMaxDevices];  // start of the memory that was never used
   size_t used[kMaxDevices] = {};
   std::multimap<size_t, char*> free[kMaxDevices];  // by size
   std::map<const char*, Allocation> allocations;
   std::map<const char*, Block> blocks;
-  std::map<const char*, Block> freed;  // the last block freed at an address
+  std::map<const char*, Block> freed;  // the last block that was freed at an address
   std::map<const char*, size_t> pinned;
 
   State() {
@@ -60,7 +60,7 @@ auto holder(Map& map, const void* at) {
   return found == map.begin() ? map.end() : std::prev(found);
 }
 
-// AddressSanitizer's, where the process has it.
+// AddressSanitizer's functions, if the process has them.
 using Region = void (*)(const void volatile*, size_t);
 void guard_region(const void* at, size_t size, bool reachable) {
   static const Region poison_region =
@@ -81,17 +81,17 @@ int device_of(const void* at) {
 const Block* live_block(const void* at) {
   State& all = state();
   const auto allocation = holder(all.allocations, at);
-  if (allocation == all.allocations.end() || !allocation->second.block.span.holds(at)) return nullptr;
+  if (allocation == all.allocations.end() || !allocation->second.block.span.contains(at)) return nullptr;
   if (!allocation->second.segment) return &allocation->second.block;
   const auto block = holder(all.blocks, at);
-  return block != all.blocks.end() && block->second.span.holds(at) ? &block->second : nullptr;
+  return block != all.blocks.end() && block->second.span.contains(at) ? &block->second : nullptr;
 }
 
 std::string why_not_live(const void* at) {
   const auto block = holder(state().freed, at);
-  const bool freed = block != state().freed.end() && block->second.span.holds(at);
+  const bool freed = block != state().freed.end() && block->second.span.contains(at);
   return freed ? "in a freed block of " + std::to_string(block->second.span.size) + " bytes"
-               : "in no block that was ever allocated";
+               : "not in any block that was ever allocated";
 }
 
 bool is_mapped_host_memory(const void* at) {
@@ -159,7 +159,7 @@ STAND_IN_API cudaError_t cudaFree(void* pointer) {
   const auto found = all.allocations.find(static_cast<char*>(pointer));
   if (found == all.allocations.end())
     return fault(cudaErrorInvalidValue, "cudaFree of %p, which cudaMalloc did not return", pointer);
-  run_everything();  // as cudaFree does, which waits for the device
+  run_everything();  // like cudaFree, which waits for the device
   const Block block = found->second.block;
   all.freed[block.span.begin] = block;
   all.used[block.device] -= rounded(block.span.size);
@@ -235,17 +235,17 @@ STAND_IN_API void stand_in_trace(stand_in_event event, int device, void* pointer
     return;
   }
   const auto found = all.blocks.find(at);
-  if (found == all.blocks.end()) return;  // allocated before the bridge was there
+  if (found == all.blocks.end()) return;  // allocated before the bridge was attached
   const Block block = found->second;
   all.blocks.erase(found);
   all.freed[at] = block;
   const std::string user = launch_that_still_uses(block);
   if (!user.empty()) {
     report("a block of " + std::to_string(block.span.size) +
-           " bytes was freed on its stream while the launch of " + user +
-           " on another stream, which nothing orders before, still uses it");
+           " bytes was freed on its stream while a launch of " + user +
+           " on another stream may still use it; no event orders the free after the launch");
   }
-  if (capture_id(*stream) != block.capture_id) return;  // a replay must not spoil what others own
+  if (capture_id(*stream) != block.capture_id) return;  // a replay must not overwrite memory that was reused
   Item item;
   item.name = "poison of a freed block";
   item.run = [span = block.span] { poison(span); };

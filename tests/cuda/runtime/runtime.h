@@ -1,5 +1,5 @@
-// What the files of the stand-in runtime share. README.md says what the runtime does; api.h is what the rest
-// of the test bed calls. Every function here expects the caller to hold lock().
+// Shared by the files of the stand-in runtime. README.md describes the runtime; api.h is its interface to the
+// other parts of the tests. All functions in this file require the caller to hold lock().
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,48 +17,48 @@
 
 namespace stand_in {
 
-// One lock for all state. Recursive: a kernel that runs under it may ask for the blocks it may touch.
+// One lock for all state. Recursive, because a kernel that runs while it is held may query its blocks.
 std::unique_lock<std::recursive_mutex> lock();
 
 // ---- errors.cpp ----
-// The error of a CUDA call that a GPU would refuse as well; what cudaGetLastError returns next.
+// Reports a CUDA error that a GPU would report, too; cudaGetLastError returns it next.
 cudaError_t error(cudaError_t code);
-// A fault: a use of CUDA that the stand-in finds wrong. The text is kept for stand_in_faults(), and
-// cudaGetErrorString returns it for the code in this host thread.
+// Reports a fault: an incorrect use of CUDA. The message is added to stand_in_faults(), and in this host
+// thread cudaGetErrorString returns it for the code.
 cudaError_t fault(cudaError_t code, const char* format, ...) __attribute__((format(printf, 2, 3)));
-// A fault that is no call's error.
+// Reports a fault that is not the error of a call.
 void report(const std::string& text);
-// Makes a launch error that nobody has fetched a fault; called before the next launch.
+// Called before the next launch: an earlier launch error that was not fetched is a fault.
 void check_that_launch_errors_were_fetched();
 void remember_launch_error(const std::string& kernel);
 
 // ---- devices.cpp ----
 int device_count();
 int processors();
-int max_shared_bytes();  // of a block
+int max_shared_bytes();  // per block
 int current_device();
 
 // ---- memory.cpp ----
 struct Span {
   const char* begin = nullptr;
   size_t size = 0;
-  bool holds(const void* at) const { return at >= begin && at < begin + size; }
+  bool contains(const void* at) const { return at >= begin && at < begin + size; }
 };
 struct Block {
   Span span;
   int device = 0;
-  void* stream = nullptr;             // the caching allocator's blocks: the stream they were allocated on
-  unsigned long long capture_id = 0;  // of the capture during which it was allocated
+  void* stream = nullptr;  // for blocks of the caching allocator: the stream they were allocated on
+  unsigned long long capture_id = 0;  // ID of the capture during which it was allocated; 0: none
 };
-// The device whose address range holds this address; -1 for none.
+// The device whose address range contains this address, or -1.
 int device_of(const void* at);
-// The live block of cudaMalloc or of the caching allocator that holds this address.
+// The live block of cudaMalloc or of the caching allocator that contains this address, or nullptr.
 const Block* live_block(const void* at);
-// Why there is none: never allocated, or freed.
+// Why live_block returned nullptr: the block was freed, or never allocated.
 std::string why_not_live(const void* at);
 bool is_mapped_host_memory(const void* at);
 bool is_pinned(const void* at);
-// NaN in every floating type, and under AddressSanitizer out of reach.
+// Fills the span with NaN (in any floating-point type) and, with AddressSanitizer, makes it inaccessible.
 void poison(Span span);
 void unpoison(Span span);
 
@@ -72,31 +72,34 @@ struct Item {
   enum Kind { work, launch, wait, record } kind = work;
   std::string name;
   Work run;                  // work, launch
-  std::vector<Span> blocks;  // launch: what its arguments point to
-  Stream* stream = nullptr;  // wait: for what this stream held up to `until`
+  std::vector<Span> blocks;  // launch: the blocks that its arguments point to
+  Stream* stream = nullptr;  // wait: runs this stream up to item `until`
   uint64_t until = 0;
-  uint64_t number = 0;  // its place in its stream
+  uint64_t number = 0;  // position in its stream
 };
 
-// nullptr, with a fault, if it is none. Each device has a default stream.
+// Returns nullptr and reports a fault if the handle is not a stream. Each device has a default stream.
 Stream* stream_of(cudaStream_t handle, int device = current_device());
 int device_of(const Stream& stream);
 Graph* captured_by(const Stream& stream);
-// Queues work, or adds a node to the graph that captures the stream.
+// Enqueues an item or, in a capture, adds a node to the graph.
 void enqueue(Stream& stream, Item item);
-// Runs what a stream holds, with all that it waits for.
+// Runs the work on a stream, including the work that it waits for.
 void run(Stream& stream);
 void run_device(int device);
 void run_everything();
-// Queued launches that use the block and that its stream's next item would not wait for.
+// The name of a queued launch that uses the block and that the block's stream does not wait for; "" if there
+// is none.
 std::string launch_that_still_uses(const Block& block);
-// Whether the calling host thread may synchronize, read back or allocate; a fault or an error if not.
+// Returns an error or fault if the calling host thread must not synchronize, read device memory or allocate
+// now.
 cudaError_t check_that_host_may(const char* what, Stream* stream = nullptr);
-// A failure of a kernel that ran since the last call, as the error of the call that made it run.
+// The failure of a kernel since the last call, reported as the error of the current call.
 cudaError_t failure_of_kernels();
 
 // ---- graphs.cpp ----
-// During capture, in place of a queue: adds a node after all that the stream has captured or waited for.
+// During capture, instead of enqueuing: adds a node that depends on all work that the stream has captured or
+// waited for.
 void add_node(Stream& stream, Item item);
 unsigned long long capture_id(const Stream& stream);
 bool any_capture_forbids_unsafe_calls();

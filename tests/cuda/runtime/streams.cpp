@@ -1,6 +1,6 @@
-// Lazy streams: what is queued runs only when the host waits for it, and then only what it waits for, so that
+// Lazy streams: enqueued work runs only when the host waits for it, together with the work it depends on. So
 // a missing wait between streams gives wrong values. Among streams that no event orders, the one enqueued to
-// last goes first, or a seeded order decides. Also events and copies.
+// last runs first, or a seeded random order is used. This file also implements events and copies.
 #include "streams.h"
 
 #include <algorithm>
@@ -16,9 +16,9 @@
 namespace stand_in {
 namespace {
 
-constexpr int kQueriesUntilDone = 3;  // a host that polls sees progress at last
+constexpr int kQueriesUntilDone = 3;  // so that a host that polls eventually sees progress
 
-std::string failure;  // of a kernel, until a call reports it
+std::string failure;  // message of a failed kernel, until a call reports it
 bool waiting_forbidden = false;
 uint64_t now = 0;
 bool latest_first = true;
@@ -49,7 +49,7 @@ void run_until(Stream& stream, uint64_t until) {
   }
 }
 
-// What the first `until` items of a stream wait for, directly or through others: by stream, up to which item.
+// Collects what the first `until` items of a stream wait for, directly or indirectly: item number by stream.
 void add_waits(Stream& stream, uint64_t until, std::map<Stream*, uint64_t>& waits) {
   uint64_t& known = waits[&stream];
   if (known >= until) return;
@@ -89,7 +89,7 @@ std::vector<Stream*> in_order(int device) {
 Event* event_of(cudaEvent_t handle) {
   Event* event = reinterpret_cast<Event*>(handle);
   if (events.count(event) > 0) return event;
-  fault(cudaErrorInvalidResourceHandle, "%p is no event", static_cast<void*>(handle));
+  fault(cudaErrorInvalidResourceHandle, "%p is not an event", static_cast<void*>(handle));
   return nullptr;
 }
 
@@ -114,13 +114,13 @@ cudaError_t check_memory(const char* what, const void* at, size_t size) {
   if (device_of(at) < 0 || size == 0) return cudaSuccess;
   const Block* block = live_block(at);
   if (block == nullptr) {
-    return fault(cudaErrorInvalidValue, "%s: %p lies %s", what, at, why_not_live(at).c_str());
+    return fault(cudaErrorInvalidValue, "%s: %p is %s", what, at, why_not_live(at).c_str());
   }
   const size_t left =
       static_cast<size_t>(block->span.begin + block->span.size - static_cast<const char*>(at));
   if (size <= left) return cudaSuccess;
-  return fault(cudaErrorInvalidValue, "%s: %zu bytes at %p, of which the block has %zu", what, size, at,
-               left);
+  return fault(cudaErrorInvalidValue, "%s: %zu bytes at %p, but the block has only %zu bytes from there",
+               what, size, at, left);
 }
 
 cudaError_t copy(const char* what, void* to, const void* from, size_t size, cudaStream_t handle) {
@@ -138,7 +138,7 @@ cudaError_t copy(const char* what, void* to, const void* from, size_t size, cuda
   }
   Item item;
   item.name = what;
-  if (reads_pageable) {  // the caller may reuse it at once
+  if (reads_pageable) {  // copied now, because the caller may reuse the memory immediately
     auto bytes = std::make_shared<std::vector<char>>(static_cast<const char*>(from),
                                                      static_cast<const char*>(from) + size);
     item.run = [to, bytes] { std::memcpy(to, bytes->data(), bytes->size()); };
@@ -173,7 +173,8 @@ Stream* stream_of(cudaStream_t handle, int device) {
   Stream* const stream = reinterpret_cast<Stream*>(handle);
   const auto& all = all_streams();
   if (std::find(all.begin(), all.end(), stream) != all.end()) return stream;
-  fault(cudaErrorInvalidResourceHandle, "%p is no stream; is it a stream's id?", static_cast<void*>(handle));
+  fault(cudaErrorInvalidResourceHandle, "%p is not a stream handle; is it a stream ID?",
+        static_cast<void*>(handle));
   return nullptr;
 }
 
@@ -236,7 +237,7 @@ std::string launch_that_still_uses(const Block& block) {
 
 cudaError_t check_that_host_may(const char* what, Stream* stream) {
   if (waiting_forbidden)
-    return fault(cudaErrorNotPermitted, "%s where the host may not wait for the device", what);
+    return fault(cudaErrorNotPermitted, "%s where the host must not wait for the device", what);
   if (stream != nullptr && stream->capture != nullptr) {
     stream->capture->invalid = true;
   } else if (!any_capture_forbids_unsafe_calls()) {
@@ -324,7 +325,7 @@ STAND_IN_API cudaError_t cudaStreamDestroy(cudaStream_t handle) {
   const auto guard = lock();
   Stream* const stream = stream_of(handle);
   if (stream == nullptr) return cudaErrorInvalidResourceHandle;
-  run(*stream);  // kept, as events may still point to it; but no longer a stream
+  run(*stream);  // not deleted, because events may still point to it
   auto& all = all_streams();
   all.erase(std::find(all.begin(), all.end(), stream));
   return failure_of_kernels();
@@ -400,7 +401,7 @@ STAND_IN_API cudaError_t cudaEventDestroy(cudaEvent_t handle) {
   const auto guard = lock();
   Event* const event = event_of(handle);
   if (event == nullptr) return cudaErrorInvalidResourceHandle;
-  events.erase(event);  // kept for a record of it that is still queued
+  events.erase(event);  // not deleted, because a record of it may still be queued
   return cudaSuccess;
 }
 
@@ -440,12 +441,13 @@ STAND_IN_API cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cudaEve
   if (event->capture == nullptr) {
     if (stream->capture != nullptr) {
       stream->capture->invalid = true;
-      return fault(cudaErrorStreamCaptureIsolation, "a capturing stream waits for an event recorded outside");
+      return fault(cudaErrorStreamCaptureIsolation,
+                   "a capturing stream waits for an event recorded outside the capture");
     }
     push_wait(*stream, *event->stream, event->until);
     return cudaSuccess;
   }
-  if (stream->capture == nullptr) {  // the fork of a capture
+  if (stream->capture == nullptr) {  // the event's stream is being captured: this stream joins the capture
     stream->capture = event->capture;
     stream->captured_last.clear();
   } else if (stream->capture != event->capture) {

@@ -1,4 +1,4 @@
-// Streams and graphs, for streams.cpp and graphs.cpp.
+// Streams and graphs: shared by streams.cpp and graphs.cpp.
 #pragma once
 
 #include <deque>
@@ -10,7 +10,7 @@ namespace stand_in {
 
 struct Node {
   Item item;
-  std::vector<Node*> after;  // these come first
+  std::vector<Node*> after;  // predecessors
   size_t index = 0;
 };
 
@@ -25,21 +25,21 @@ struct Graph {
 struct Stream {
   int device = 0;
   bool is_default = false;
-  bool blocking = true;  // ordered with the default stream
+  bool blocking = true;  // synchronizes with the default stream
   int priority = 0;
   std::deque<Item> queue;
-  uint64_t last = 0, done = 0;  // the numbers of the item queued last and of the one run last
-  uint64_t queued_at = 0;       // on a clock of all streams
-  int queries = 0;              // since the last item
+  uint64_t last = 0, done = 0;  // numbers of the last enqueued item and of the last item that ran
+  uint64_t queued_at = 0;       // time of the last enqueue, on a clock shared by all streams
+  int queries = 0;              // since the last item was enqueued
   std::shared_ptr<Graph> capture;
-  std::vector<Node*> captured_last;  // what the next node comes after
+  std::vector<Node*> captured_last;  // predecessors of the next node
 };
 
 struct Event {
-  Stream* stream = nullptr;  // none: never recorded
-  uint64_t until = 0;        // complete once its stream has run this item
+  Stream* stream = nullptr;  // nullptr: never recorded
+  uint64_t until = 0;        // the event is complete when the stream has run this item
   int queries = 0;
-  double milliseconds = 0;  // when it was reached
+  double milliseconds = 0;  // time at which it completed
   std::shared_ptr<Graph> capture;
   std::vector<Node*> captured;
 };
