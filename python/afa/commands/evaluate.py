@@ -16,10 +16,10 @@ from afa.commands.common import colored, first_alone, make_data, need_classes, n
 from afa.config import Config, load_config, with_absolute_paths
 from afa.data import TaggedDataset, check_dataset, open_dataset
 from afa.distributed import is_main
+from afa.evaluation.diagnostics import Diagnosis
 from afa.evaluation.evaluate import evaluate
 from afa.evaluation.result import EvalResult
 from afa.evaluation.store import EvalStore, evaluation_key
-from afa.labeling.crf import check_installed
 from afa.model import AFANet, load_model
 from afa.report.results import environment, load_result, save_result
 from afa.run import CONFIG, EVALUATION, METRICS, MODEL, check_run, lock_run
@@ -31,8 +31,6 @@ def run(options: argparse.Namespace) -> None:
     """Run `afa evaluate` with its parsed options."""
     need_run(options.run)
     config = with_absolute_paths(load_config(options.run / CONFIG, options.overrides))
-    if config.eval.crf:
-        check_installed()
     kept = training_facts(options.run)
     with processes(options.device) as (device, first):
         progress = first and not options.quiet
@@ -116,5 +114,21 @@ def _table(result: EvalResult, images: int) -> str:
         bar = full * filled + empty * (24 - filled)
         line = f"{name:<16}{scores['miou']:>7.3f}  {bar}{scores['pixel_acc']:>8.3f}{scores['mean_acc']:>9.3f}"
         lines.append(f"\033[1m{line}\033[0m" if row == list(result.rows)[-1] and colored() else line)
+    lines += _diagnosis(result.diagnosis)
     lines += [f"note: {note}" for note in result.notes]
     return "\n".join([*lines, f"tag F1 {result.f1:.3f}", ""])
+
+
+def _diagnosis(found: Diagnosis | None) -> list[str]:
+    if found is None:
+        return []
+    miou, affinity = found.miou, found.affinity
+    best = [f"{NAMES[row]} {found.best(row)[1]:.3f} at {found.best(row)[0]:.2f}" for row in found.curves]
+    return [
+        f"on {found.images:,} of them: CAM {miou['cam']:.3f}, walk {miou['walk']:.3f} (identity "
+        f"{miou['walk_identity']:.3f}, oracle {miou['walk_oracle']:.3f}), PAR {miou['par']:.3f}, walk + PAR "
+        f"{miou['walk_par']:.3f}",
+        f"affinity: object {affinity['object']:.2f}, background {affinity['background']:.2f}, different "
+        f"{affinity['different']:.2f}, AUC of objects {affinity['auc']:.2f}",
+        f"best background scores: {', '.join(best)}",
+    ]

@@ -22,7 +22,7 @@ from afa.data.visualize import SCREEN_COLORS, heat, overlay, save_mask, save_pic
 from afa.errors import UserError, printable
 from afa.files import check_writable, is_output, mark_output
 from afa.labeling.cam import pack_classes
-from afa.labeling.crf import CrfSettings, check_installed, dense_crf
+from afa.labeling.crf import crf_probabilities
 from afa.labeling.inference import ScaleOutputs, infer
 from afa.labeling.upsample import upsampled_labels
 from afa.model import AFANet, load_model
@@ -40,8 +40,6 @@ def run(options: argparse.Namespace) -> None:
     overrides = [f"eval.scales={options.scales}"] if options.scales is not None else []
     overrides += ["eval.flip=true"] * options.flip + ["eval.crf=true"] * options.crf
     config = with_overrides(config, overrides)
-    if config.eval.crf:
-        check_installed()
     names = ["background", *classes]
 
     bad: list[str] = []
@@ -162,12 +160,11 @@ def predict(
         pixels = torch.from_numpy(np.array(small).transpose(2, 0, 1)[None].copy()).to(device)
         found = infer(model, pixels, config, {"class", "cam", "seg"})
         assert found.seg_logits is not None
-        logits = found.seg_logits[0]
+        scores = found.seg_logits
         if config.eval.crf:
-            probabilities = logits.softmax(0).cpu().numpy()
-            logits = torch.from_numpy(dense_crf(np.array(small), probabilities, CrfSettings.of(config.eval)))
-        cam = _shown_cam(found.outputs, logits)
-        labels = upsampled_labels(logits, image.height, image.width)
+            scores = crf_probabilities(pixels, scores, config.eval)
+        cam = _shown_cam(found.outputs, scores[0])
+        labels = upsampled_labels(scores[0], image.height, image.width)
         picture = np.asarray(image)
         save_mask(out / "masks" / f"{name}.png", labels)
         save_picture(out / "overlays" / f"{name}.png", overlay(picture, labels))
@@ -190,13 +187,13 @@ def _claim(out: Path) -> Path:
 
 
 @torch.inference_mode()
-def _shown_cam(outputs: ScaleOutputs, logits: Tensor) -> np.ndarray:
+def _shown_cam(outputs: ScaleOutputs, scores: Tensor) -> np.ndarray:
     """Maximum CAM over the classes that the classifier or the segmentation predicts: float32 [H, W] in [0, 1].
 
-    outputs: of one image. logits: its segmentation logits [C+1, H, W].
+    outputs: of one image. scores: its segmentation logits or probabilities [C+1, H, W].
     """
     assert outputs.class_logits is not None
     present = (outputs.class_logits > 0).float()
-    segmented = logits.argmax(0).unique().to(present.device)
+    segmented = scores.argmax(0).unique()
     present[0, segmented[segmented > 0] - 1] = 1
     return outputs.class_activation_maps(pack_classes(present))[0].amax(0).cpu().numpy()

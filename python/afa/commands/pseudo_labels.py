@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from afa.errors import UserError, did_you_mean
 from afa.evaluation.metrics import SegmentationMetrics
 from afa.evaluation.store import weights_id
 from afa.files import atomic_path, check_writable, mark_output, write_json
-from afa.labeling.crf import CrfPool, CrfSettings, check_installed
+from afa.labeling.crf import crf_settings
 from afa.labeling.label_maker import SOURCES, LabelMaker
 from afa.model.network import AFANet, load_model
 from afa.run import CONFIG, MODEL
@@ -56,8 +56,6 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--source must be one of {', '.join(SOURCES)}, got '{options.source}'{hint}")
 
     config = with_absolute_paths(load_config(options.run / CONFIG, options.overrides))
-    if config.eval.crf and options.source == "seg":
-        check_installed()
     check_writable(options.out, "--out")
     split = options.split or config.data.train_split
     with processes(options.device) as (device, first):
@@ -173,21 +171,18 @@ def export_labels(
 
 
 class _Writer:
-    """Makes labels batch by batch. Threads encode and write them; processes compute the CRF."""
+    """Makes labels batch by batch. Threads encode and write them."""
 
     def __init__(
         self, model: AFANet, dataset: TaggedDataset, maker: LabelMaker, out: Path, source: str, cams: bool
     ) -> None:
         self.model, self.dataset, self.maker = model, dataset, maker
-        self.out, self.source, self.cams = out, source, cams
+        self.out, self.cams = out, cams
+        self.source = "crf" if source == "seg" and maker.config.eval.crf else source
         self.device = next(model.parameters()).device
         self.numbers = {name: number for number, name in enumerate(dataset.names)}
         self.threads = ThreadPoolExecutor(_WRITERS)
         self.writing: deque[Future[None]] = deque()
-        settings = maker.config.eval
-        self.crf: CrfPool[_Labeled] | None = None
-        if source == "seg" and settings.crf:
-            self.crf = CrfPool(CrfSettings.of(settings), settings.crf_workers)
 
     def run(self, indices: Sequence[int], bar: tqdm[Any]) -> None:
         settings = self.maker.config
@@ -199,25 +194,9 @@ class _Writer:
             for i, name in enumerate(batch["name"]):
                 present = batch["tags"][i].nonzero()[:, 0].numpy().astype(np.uint8)
                 own = None if maps_of_classes is None else maps_of_classes[i, : len(present)]
-                item = _Labeled(name, maps[i], present + 1, own)
-                if self.crf is None:
-                    self._write(item)
-                else:
-                    assert labels.seg_logits is not None
-                    # Only the image's own classes: the cost is proportional to their number.
-                    probabilities = labels.seg_logits[i, : len(present) + 1].softmax(0).cpu().numpy()
-                    self.crf.add(item, batch["image"][i].permute(1, 2, 0).contiguous().numpy(), probabilities)
-            if self.crf is not None:
-                self._refined(self.crf.take())
+                self._write(_Labeled(name, maps[i], present + 1, own))
             bar.update(len(batch["name"]))
-        if self.crf is not None:
-            self._refined(self.crf.take(everything=True))
         self._wait(0)
-
-    def _refined(self, results: Iterable[tuple[_Labeled, NDArray[np.uint8]]]) -> None:
-        for item, choice in results:
-            numbers = np.concatenate([np.zeros(1, np.uint8), item.classes])
-            self._write(replace(item, label=numbers[choice]))
 
     def _write(self, item: _Labeled) -> None:
         self._wait(8 * _WRITERS)
@@ -231,8 +210,6 @@ class _Writer:
 
     def close(self) -> None:
         self.threads.shutdown()
-        if self.crf is not None:
-            self.crf.close()
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,10 +287,12 @@ def _score(
 def _description(maker: LabelMaker, dataset: TaggedDataset, source: str, model_id: str) -> dict[str, Any]:
     """Everything that a label depends on."""
     content = to_dict(maker.config)
-    used = (
-        *("longer_side", "scales", "flip", "fusion"),
-        *("crf", "crf_iterations", "crf_gaussian", "crf_bilateral"),
-    )
+    evaluation = {name: content["eval"][name] for name in ("longer_side", "scales", "flip", "fusion")}
+    if maker.config.eval.crf:
+        settings = crf_settings(maker.config.eval)
+        # Lists, as JSON reads them back.
+        kernels = {name: list(map(float, settings[name])) for name in ("gaussian", "bilateral")}
+        evaluation["crf"] = {"num_iter": settings["num_iter"], **kernels}
     return {
         "source": source,
         "weights": model_id,
@@ -322,7 +301,7 @@ def _description(maker: LabelMaker, dataset: TaggedDataset, source: str, model_i
         "classes": ["background", *dataset.classes],
         "labels": content["labels"],
         "thresholds": [list(maker.thresholds), list(maker.walk_thresholds)],
-        "eval": {name: content["eval"][name] for name in used} if source == "seg" else {},
+        "eval": evaluation if source == "seg" else {},
     }
 
 

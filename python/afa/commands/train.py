@@ -97,7 +97,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _describe(config: Config, model: AFANet) -> str:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    return f"{config.model.backbone}, {millions:.1f} million parameters, {config.model.weights or 'random'} weights"
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad) / 1e6
+    size = f"{millions:.1f} million parameters" + (f" ({frozen:.1f} million frozen)" if frozen else "")
+    return f"{config.model.backbone}, {size}, {config.model.weights or 'random'} weights"
 
 
 def _check_crop(config: Config, model: AFANet) -> None:

@@ -16,6 +16,8 @@ from afa.run import CONFIG
 
 READY = Path(__file__).parent / "ready"
 _COMMAND_LINE = "on the command line"
+RETIRED = {"eval.crf_workers"}
+"""Settings that no longer exist. Files of older runs contain them, so they are ignored there."""
 
 Values = dict[str, dict[str, Any]]
 """Section -> name -> value as given by the user."""
@@ -170,6 +172,8 @@ class _Reading:
 
     def _set(self, key: str, value: Any, where: str) -> None:
         section, _, name = key.partition(".")
+        if key in RETIRED and where != _COMMAND_LINE:
+            return
         if _schema(section, name) is None:
             self.problems.append(_unknown_key(key, where))
             return
@@ -219,8 +223,9 @@ def _expected(key: str) -> str:
 def _described(schema: Mapping[str, Any]) -> str:
     """Describe the values that a JSON schema allows."""
     if "anyOf" in schema:
-        kinds = [kind for kind in schema["anyOf"] if kind.get("type") != "null"]
-        return f"{_described(kinds[0])} or null"
+        return " or ".join("null" if kind.get("type") == "null" else _described(kind) for kind in schema["anyOf"])
+    if "const" in schema:
+        return f"'{schema['const']}'"
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     kind = schema["type"]

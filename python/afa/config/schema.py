@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 
 PAR_DILATIONS = (1, 2, 4, 8, 12, 24)
 """The published dilations of PAR."""
+_NARROWEST = 0.5
+"""Smallest standard deviation of the CRF, in pixels or color values; photos leave the lattice's range with 0.1."""
 
 
 def _number(value: Any) -> int | float:
@@ -54,6 +56,7 @@ Positive = Annotated[int, Field(ge=1), INT]
 Count = Annotated[int, Field(ge=0), INT]
 Pixels = Annotated[int, Field(ge=32), INT]
 NonNegative = Annotated[float, Field(ge=0), FLOAT]
+Deviation = Annotated[float, Field(ge=1), FLOAT]
 Score = Annotated[float, Field(gt=0, lt=1), FLOAT]
 Scale = Annotated[float, Field(gt=0, le=8), FLOAT]
 Resize = Annotated[float, Field(gt=0, le=16), FLOAT]
@@ -110,6 +113,9 @@ class ModelConfig(Section):
     """Pixels per token in the last stage; the strides of a pyramid's last stages are removed to reach it."""
     attention_blocks: Positive | None = None
     """Number of last blocks that provide attention maps; null: all blocks of the last stage (plain ViT: 2)."""
+    freeze: Annotated[Annotated[int, Field(ge=0), INT] | Literal["all"], Field(union_mode="left_to_right")] = 0
+    """Number of first Transformer blocks to freeze, together with everything before them, or 'all' for the whole
+    backbone. Frozen parts take no memory for gradients and have no drop path. 0: train everything, as published."""
     decoder: Literal["mlp", "single"] = "mlp"
     """'mlp': all-MLP head over all levels; 'single': a head on the last level only."""
     decoder_width: Annotated[int, Field(ge=1, le=8192), INT] = 256
@@ -121,6 +127,9 @@ class ModelConfig(Section):
     """Dilations of the PAR layer."""
     refine_downscale: Positive = 2
     """The PAR layer and its output logits have 1/refine_downscale of the image size."""
+    affinity_logits: Literal["raw", "standardized"] = "raw"
+    """'raw': the affinity head weights the attention logits as they are, as published; 'standardized': each map is
+    first shifted and scaled to mean 0 and standard deviation 1 over the pairs of an image."""
     pooling: Literal["max", "mean"] = "max"
     """Global pooling before the classifier; the published method uses 'max'."""
 
@@ -147,6 +156,9 @@ class LabelConfig(Section):
     """Number of steps of the walk."""
     walk_eps: Annotated[float, Field(gt=0), FLOAT] = 0.1
     """Added to the column sums of the affinity."""
+    walk_weight: Annotated[float, Field(gt=0, le=1), FLOAT] = 1.0
+    """Weight of the walked scores; the scores before the walk have the rest. Below 1 this is a lazy random walk, which
+    stays at its token with the remaining probability. 1: as published."""
     walk_scale: Scale = 1.0
     """Image scale of the affinity for the walk in evaluation; training uses the largest CAM scale."""
     par_dilations: Dilations = PAR_DILATIONS
@@ -157,6 +169,9 @@ class LabelConfig(Section):
     """Iterations of PAR on walk labels; 0: none; null: same as par_iterations."""
     par_downscale: Positive = 2
     """PAR works at 1/par_downscale of the image size."""
+    affinity_sampling: Literal["corner", "center"] = "corner"
+    """Pixel of a token whose label is the token's label in the affinity loss: 'corner', as published, or 'center',
+    which the walk samples."""
     affinity_from_walk: StrictBool = False
     """Use the walk label as the affinity target once the segmentation target switches to it (published for COCO
     only).
@@ -182,6 +197,20 @@ class TrainConfig(Section):
     """Weight of the segmentation loss."""
     weight_affinity: NonNegative = 0.1
     """Weight of the affinity loss."""
+    energy_weight: NonNegative = 0.0
+    """Weight of the dense energy loss of the segmentation ("On Regularized Losses for Weakly-supervised CNN
+    Segmentation", 2018), which is low where pixels that are near and of similar color have the same class. 0: off, as
+    in the main results of AFA. Its regularized variant has 0.01 (configuration voc_energy)."""
+    energy_sigma_rgb: Deviation = 15.0
+    """Standard deviation of the dense energy loss in 8-bit color values."""
+    energy_sigma_xy: Deviation = 100.0
+    """Standard deviation of the dense energy loss in pixels of the crop."""
+    energy_scale: Annotated[float, Field(ge=0.0625, le=1), FLOAT] = 0.5
+    """Scale of the crop at which the dense energy loss is computed."""
+    affinity_object_share: Annotated[float, Field(ge=0, le=1), FLOAT] | None = None
+    """Share of pairs of tokens of one object in the affinity loss of pairs of the same class; pairs of background
+    tokens have the rest. null: in proportion to their number, as published; nearly all of them are then pairs of
+    background."""
     lr: Annotated[float, Field(gt=0, le=1), FLOAT] = 6e-5
     """Learning rate of the backbone."""
     head_lr_factor: NonNegative = 10.0
@@ -244,17 +273,24 @@ class EvalConfig(Section):
     fusion: Literal["max", "mean"] = "max"
     """How to fuse the logits of several scales; the published method uses 'max'."""
     crf: StrictBool = False
-    """Apply a dense CRF to the fused segmentation; needs the extra `crf`."""
-    crf_workers: Count | None = None
-    """Number of CRF processes; null: one per core; 0: run in the main process."""
-    crf_iterations: Count = 10
-    """Number of mean-field iterations."""
-    crf_gaussian: Annotated[tuple[Float, Float], LIST] = (3.0, 3.0)
-    """Standard deviation (pixels) and weight of the smoothness kernel."""
-    crf_bilateral: Annotated[tuple[Float, Float, Float], LIST] = (64.0, 5.0, 4.0)
-    """Standard deviations (pixels, 8-bit color values) and weight of the appearance kernel."""
+    """Apply a dense CRF to the fused segmentation, on the device of the model."""
+    crf_preset: Literal["afa", "toco", "dupl", "excel", "psa", "irn"] = "afa"
+    """Settings of the CRF, one of afa_ext.CRF_PRESETS. 'afa': the published multi-scale test, 10 iterations, a
+    smoothness kernel of 3 pixels and weight 3, an appearance kernel of 64 pixels, 5 color values and weight 4. 'toco',
+    'dupl' and 'excel': the same with 80 pixels, 13 color values and weight 10, as PSA. 'psa' and 'irn' (50 pixels, 5
+    color values, weight 10): one iteration."""
+    crf_iterations: Count | None = None
+    """Number of mean-field iterations; null: that of the preset."""
+    crf_gaussian: Annotated[tuple[Float, Float], LIST] | None = None
+    """Standard deviation (pixels) and weight of the smoothness kernel; null: those of the preset."""
+    crf_bilateral: Annotated[tuple[Float, Float, Float], LIST] | None = None
+    """Standard deviations (pixels, 8-bit color values) and weight of the appearance kernel; null: those of the
+    preset."""
     batch_size: Positive = 1
     """Maximum batch size; only images of equal size share a batch."""
+    diagnostic_images: Count = 200
+    """Number of images, evenly spaced over the split, for the diagnostics of walk, affinity and background scores; 0:
+    none. They need masks."""
     report_images: Count = 12
     """Number of images in the report, evenly spaced over the split. One third as many are added for the best images and
     for the worst."""
@@ -293,8 +329,8 @@ class Config(BaseModel):
             yield "train.accumulate", f"a divisor of train.batch_size ({train.batch_size})"
         for name in ("crf_gaussian", "crf_bilateral"):
             kernel = getattr(evaluation, name)
-            if min(kernel[:-1]) <= 0 or kernel[-1] < 0:
-                yield f"eval.{name}", "deviations above 0, then a weight of 0 or more"
+            if kernel is not None and (min(kernel[:-1]) < _NARROWEST or kernel[-1] < 0):
+                yield f"eval.{name}", f"deviations of at least {_NARROWEST}, then a weight of 0 or more"
 
     def notes(self) -> list[str]:
         """Warnings about settings that are valid but rarely intended."""

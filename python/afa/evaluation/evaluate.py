@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from afa.config import Config, EvalConfig
+from afa.config import Config
 from afa.data import TaggedDataset, eval_loader, share
 from afa.data.classes import IGNORE
 from afa.data.dataset import Sample
 from afa.data.transforms import image_size
 from afa.distributed import all_reduce_sum_, broadcast, gather, is_main, rank, world_size
+from afa.evaluation.diagnostics import Diagnosis, ImageCounts, add_up, count_images, spread, token_affinity
 from afa.evaluation.metrics import SegmentationMetrics, classification_f1, image_scores
 from afa.evaluation.result import ROWS, EvalResult, Example
 from afa.evaluation.store import EvalStore
-from afa.labeling.crf import CrfPool, CrfSettings, dense_crf
 from afa.labeling.inference import infer
 from afa.labeling.label_maker import LabelMaker
 from afa.model.network import AFANet
@@ -42,6 +39,7 @@ def evaluate(
     *,
     progress: bool = True,
     keep: int = 0,
+    diagnose: bool = True,
     store: EvalStore | None = None,
     on_resume: Callable[[int], None] | None = None,
 ) -> EvalResult:
@@ -51,6 +49,7 @@ def evaluate(
     eval.scales, each averaged with the horizontal flip if eval.flip; eval.crf adds a row with the dense CRF.
 
     keep: number of example images to return, and a third as many of the best and of the worst.
+    diagnose: whether to count what `EvalResult.diagnosis` needs, on eval.diagnostic_images images.
     store: saves each image's label maps. Images already in it are not computed again; on_resume is called with their
     number. With torch.distributed, every process must call this function: each evaluates a share of the images, all
     get the summed scores, and only rank 0 gets the examples.
@@ -60,7 +59,7 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            measurement = _Measurement(model, dataset, config, store)
+            measurement = _Measurement(model, dataset, config, store, config.eval.diagnostic_images if diagnose else 0)
             measurement.run(progress, on_resume)
             measurement.gather()
             image_iou = {name: measurement.image_iou[name] for name in dataset.names if name in measurement.image_iou}
@@ -80,24 +79,31 @@ def evaluate(
         best=best,
         worst=worst,
         notes=dataset.mask_notes() if dataset.with_mask else [],
+        diagnosis=measurement.diagnosis(),
     )
 
 
 class _Measurement:
     """Accumulates the scores of one process's share of a split."""
 
-    def __init__(self, model: AFANet, dataset: TaggedDataset, config: Config, store: EvalStore | None) -> None:
+    def __init__(
+        self, model: AFANet, dataset: TaggedDataset, config: Config, store: EvalStore | None, diagnosed: int
+    ) -> None:
         self.model, self.dataset, self.config = model, dataset, config
         self.label_maker = LabelMaker.for_evaluation(config)
         self.device = next(model.parameters()).device
         self.has_masks = dataset.with_mask and dataset.has_masks
         self.store = store if self.has_masks else None
         self.num_classes = len(dataset.classes) + 1
-        self.crf = config.eval.crf and self.has_masks
-        self.metrics = {row: SegmentationMetrics(self.num_classes) for row in ((*ROWS, "crf") if self.crf else ROWS)}
+        self.rows = _rows(config)
+        kept = self.rows if self.has_masks else ROWS
+        self.metrics = {row: SegmentationMetrics(self.num_classes) for row in kept}
         self.found: dict[str, list[int]] = {}
         """Name -> zero-based class indices predicted by the classifier."""
         self.image_iou: dict[str, float] = {}
+        self.diagnosed = set(spread(dataset.names, diagnosed)) if self.has_masks else set()
+        self.counts: dict[str, ImageCounts] = {}
+        """Name -> counts of a diagnosed image."""
 
     def run(self, progress: bool, on_resume: Callable[[int], None] | None) -> None:
         settings = self.config.eval
@@ -125,61 +131,44 @@ class _Measurement:
             disable=not (progress and is_main()),
             leave=False,
         )
-        with bar, _crf_pool(settings) if self.crf else nullcontext() as pool:
+        with bar:
             for batch in loader:
                 if self.has_masks:
-                    self._measure(batch, pool)
+                    self._measure(batch)
                 else:
                     images = batch["image"].to(self.device, non_blocking=True)
                     found = infer(self.model, images, self.config, {"class"})
                     self._note_found(batch["name"], found.outputs.class_logits)
                 bar.update(len(batch["name"]))
-                if pool is not None:
-                    self._finish_crf(pool.take())
-            if pool is not None:
-                self._finish_crf(pool.take(everything=True))
 
-    def _measure(self, batch: Sample, pool: CrfPool[_Waiting] | None) -> None:
+    def _measure(self, batch: Sample) -> None:
         truth = batch["mask"].to(self.device, non_blocking=True)
         images = batch["image"].to(self.device, non_blocking=True)
-        labels = self.label_maker.from_images(self.model, images, batch["tags"])
-        for row in ROWS:
+        labels = self.label_maker.from_images(self.model, images, batch["tags"], self.rows)
+        for row in self.rows:
             self.metrics[row].update(labels.maps[row], truth)
         self._note_found(batch["name"], labels.class_logits)
-        if pool is None:
-            self._note_iou(batch["name"], labels.maps["seg"], truth)
-        if pool is None and self.store is None:
+        self._note_iou(batch["name"], labels.maps[self.rows[-1]], truth)
+        chosen = [i for i, name in enumerate(batch["name"]) if name in self.diagnosed]
+        counts = count_images(images, labels, truth, self.config, self.num_classes, chosen)
+        self.counts.update((batch["name"][i], count) for i, count in zip(chosen, counts, strict=True))
+        if self.store is None:
             return
-        planes = {row: label.to(torch.uint8).cpu().numpy() for row, label in labels.maps.items()}
+        planes = {row: labels.maps[row].to(torch.uint8).cpu().numpy() for row in self.rows}
         for i, name in enumerate(batch["name"]):
             own = {row: plane[i] for row, plane in planes.items()}
-            if pool is None:
-                self._keep(name, own)
-            else:
-                image = batch["image"][i].permute(1, 2, 0).contiguous().numpy()
-                assert labels.seg_logits is not None
-                probabilities = labels.seg_logits[i].softmax(0).cpu().numpy()
-                pool.add(_Waiting(name, own, batch["mask"][i]), image, probabilities)
-
-    def _finish_crf(self, results: Iterable[tuple[_Waiting, NDArray[np.uint8]]]) -> None:
-        for waiting, labels in results:
-            prediction, truth = torch.from_numpy(labels)[None], waiting.truth[None]
-            self.metrics["crf"].update(prediction, truth)
-            self._note_iou([waiting.name], prediction, truth)
-            self._keep(waiting.name, {**waiting.planes, "crf": labels})
-
-    def _keep(self, name: str, planes: dict[str, NDArray[np.uint8]]) -> None:
-        if self.store is not None:
-            self.store.save(name, planes, self.found[name])
+            self.store.save(name, own, self.found[name], self.counts.get(name))
 
     def _count_stored(self, index: int) -> None:
         assert self.store is not None
         name = self.dataset.names[index]
-        planes, self.found[name] = self.store.load(name)
+        planes, self.found[name], counts = self.store.load(name)
+        if counts is not None and name in self.diagnosed:
+            self.counts[name] = counts
         truth = torch.from_numpy(self.dataset.mask(index, image_size(self.dataset.paths[index])))[None]
         for row, metrics in self.metrics.items():
             metrics.update(torch.from_numpy(planes[row])[None], truth)
-        self._note_iou([name], torch.from_numpy(planes["crf" if self.crf else "seg"])[None], truth)
+        self._note_iou([name], torch.from_numpy(planes[self.rows[-1]])[None], truth)
 
     def _note_found(self, names: Sequence[str], logits: Tensor | None) -> None:
         assert logits is not None
@@ -199,9 +188,13 @@ class _Measurement:
             if counts is None:
                 counts = torch.zeros(self.num_classes, self.num_classes + 1, dtype=torch.int64)
             metrics.confusion = all_reduce_sum_(counts.to(self.device))
-        for found, image_iou in broadcast(gather((self.found, self.image_iou))):
+        for found, image_iou, counts in broadcast(gather((self.found, self.image_iou, self.counts))):
             self.found.update(found)
             self.image_iou.update(image_iou)
+            self.counts.update(counts)
+
+    def diagnosis(self) -> Diagnosis | None:
+        return add_up(self.counts.values(), self.num_classes) if self.counts else None
 
     def f1(self) -> float:
         scores = torch.full_like(self.dataset.tags, -1)
@@ -210,22 +203,9 @@ class _Measurement:
         return classification_f1(scores, self.dataset.tags)
 
 
-@dataclass(frozen=True, eq=False)
-class _Waiting:
-    """An image that waits for its CRF."""
-
-    name: str
-    planes: dict[str, NDArray[np.uint8]]
-    truth: Tensor
-
-
-@contextmanager
-def _crf_pool(settings: EvalConfig) -> Iterator[CrfPool[_Waiting]]:
-    pool: CrfPool[_Waiting] = CrfPool(CrfSettings.of(settings), settings.crf_workers)
-    try:
-        yield pool
-    finally:
-        pool.close()
+def _rows(config: Config) -> tuple[str, ...]:
+    """Rows to compute; the last one is the final segmentation."""
+    return (*ROWS, "crf") if config.eval.crf else ROWS
 
 
 def _samples(
@@ -235,7 +215,6 @@ def _samples(
 
     They are computed again, because the ranking is known only at the end and a resumed evaluation has only the labels.
     """
-    spread = sorted({round(i * (len(dataset) - 1) / max(1, keep - 1)) for i in range(min(keep, len(dataset)))})
     numbers = {name: number for number, name in enumerate(dataset.names)}
     ranked = sorted((name for name in image_iou if not math.isnan(image_iou[name])), key=lambda name: image_iou[name])
     extremes = min(keep // 3, len(ranked) // 2)
@@ -244,25 +223,26 @@ def _samples(
     def take(names: Iterable[str]) -> list[Example]:
         return [_sample(model, dataset, numbers[name], config, image_iou.get(name, math.nan)) for name in names]
 
-    return take(dataset.names[number] for number in spread), take(best), take(worst)
+    return take(spread(dataset.names, keep)), take(best), take(worst)
 
 
 def _sample(model: AFANet, dataset: TaggedDataset, number: int, config: Config, iou: float) -> Example:
     item = dataset[number]
     image = item["image"].permute(1, 2, 0).contiguous().numpy()
     device = next(model.parameters()).device
-    labels = LabelMaker.for_evaluation(config).from_images(model, item["image"][None].to(device), item["tags"][None])
-    prediction = labels.maps["seg"][0].cpu().numpy()
-    if config.eval.crf:
-        assert labels.seg_logits is not None
-        probabilities = labels.seg_logits[0].softmax(0).cpu().numpy()
-        prediction = dense_crf(image, probabilities, CrfSettings.of(config.eval)).argmax(0)
+    rows, maker = _rows(config), LabelMaker.for_evaluation(config)
+    labels = maker.from_images(model, item["image"][None].to(device), item["tags"][None], rows)
+    prediction = labels.maps[rows[-1]][0].cpu().numpy()
     truth = item["mask"].numpy() if "mask" in item else np.full(prediction.shape, IGNORE)
+    cam = labels.cams[0].amax(0)
+    token, affinity = token_affinity(labels, cam)
     return {
         "name": item["name"],
         "image": image,
         "tags": [dataset.classes[index] for index in item["tags"].nonzero()[:, 0].tolist()],
-        "cam": labels.cams[0].amax(0).cpu().numpy(),
+        "cam": cam.cpu().numpy(),
+        "token": token,
+        "affinity": affinity.cpu().numpy(),
         "cam_label": labels.maps["cam"][0].cpu().numpy(),
         "walk_label": labels.maps["walk"][0].cpu().numpy(),
         "par_label": labels.maps["par"][0].cpu().numpy(),

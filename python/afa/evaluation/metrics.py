@@ -35,7 +35,10 @@ class SegmentationMetrics:
         for name, labels in (("pred", pred), ("target", target)):
             if labels.dtype.is_floating_point or labels.dtype == torch.bool:
                 raise TypeError(f"{name} must contain integers, got {labels.dtype}")
-        counts = _count(pred.reshape(1, -1), target.reshape(1, -1), self.num_classes)[0]
+        self.add(count_pixels(pred.reshape(1, -1), target.reshape(1, -1), self.num_classes)[0])
+
+    def add(self, counts: Tensor) -> None:
+        """Add counts of `count_pixels`: int64 [num_classes, num_classes + 1]."""
         self.confusion = counts if self.confusion is None else self.confusion + counts.to(self.confusion.device)
 
     def compute(self) -> dict[str, Any]:
@@ -61,12 +64,70 @@ class SegmentationMetrics:
         }
 
 
+class AffinityMetrics:
+    """Mean affinity of three groups of token pairs, and how well the affinity separates objects.
+
+    Sums stay on the device of the inputs, so `update` never synchronizes with the GPU.
+    """
+
+    BINS = 1000
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        """float64 [2, 3]: sums of the affinity over pairs of different classes, of background and of one foreground
+        class; numbers of these pairs."""
+        self.histograms: Tensor | None = None
+        """int64 [2, BINS]: pairs from a foreground token, by affinity: to another class, to the same class."""
+
+    def update(self, affinity: Tensor, pairs: Tensor) -> None:
+        """Add affinity [B, N, N] in [0, 1] and pairs [B, N, N] of `afa_ext.affinity_labels` with a background. Pairs of
+        a token with itself are not counted."""
+        affinity = affinity.float()
+        foreground = pairs.diagonal(dim1=1, dim2=2) == 2
+        pairs = pairs.clone()
+        pairs.diagonal(dim1=1, dim2=2).fill_(IGNORE)
+        sums = torch.stack(
+            [
+                torch.stack([(affinity * (pairs == group)).sum(dtype=torch.float64) for group in range(3)]),
+                torch.stack([(pairs == group).sum() for group in range(3)]).double(),
+            ]
+        )
+        bins = (affinity * self.BINS).long().clamp(0, self.BINS - 1)
+        histograms = torch.stack(
+            [
+                torch.zeros(self.BINS, dtype=torch.int64, device=affinity.device).scatter_add_(
+                    0, bins.flatten(), ((pairs == group) & foreground.unsqueeze(2)).flatten().long()
+                )
+                for group in (0, 2)
+            ]
+        )
+        self.add(sums, histograms)
+
+    def add(self, sums: Tensor, histograms: Tensor) -> None:
+        """Add `sums` and `histograms` of another object."""
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.histograms = histograms if self.histograms is None else self.histograms + histograms
+
+    def compute(self) -> dict[str, float]:
+        """`different`, `background` and `object`: mean affinities of the three groups. `auc`: the probability that,
+        from a foreground token, a random token of its class has a higher affinity than a random token of another class
+        (area under the ROC curve; 0.5 is chance). nan without such pairs."""
+        if self.sums is None or self.histograms is None:
+            return dict.fromkeys(("different", "background", "object", "auc"), float("nan"))
+        total, pairs = self.sums.cpu()
+        different, background, same = (total / pairs).tolist()
+        other, own = self.histograms.double().cpu()
+        below = other.cumsum(0) - other / 2  # ties count half
+        auc = float((own * below).sum() / (own.sum() * other.sum()))
+        return {"different": different, "background": background, "object": same, "auc": auc}
+
+
 def image_scores(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """Mean IoU of each image over the classes present in its target: float64 [B] for inputs [B,H,W].
 
     nan for an image with only ignored pixels.
     """
-    counts = _count(pred.flatten(1), target.flatten(1), num_classes).double()
+    counts = count_pixels(pred.flatten(1), target.flatten(1), num_classes).double()
     hit = counts[:, :, :num_classes].diagonal(dim1=1, dim2=2)
     present = counts.sum(2)
     union = present + counts[:, :, :num_classes].sum(1) - hit
@@ -74,8 +135,9 @@ def image_scores(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
     return torch.where(there, hit / union.clamp(min=1), 0).sum(1) / there.sum(1)
 
 
-def _count(pred: Tensor, target: Tensor, n: int) -> Tensor:
-    """Confusion matrices int64 [B,n,n+1] of pixels [B,P]; the last column counts predictions outside the classes."""
+def count_pixels(pred: Tensor, target: Tensor, n: int) -> Tensor:
+    """Confusion matrices int64 [B,n,n+1] of pixels [B,P], rows: targets; the last column counts predictions outside the
+    classes."""
     target = target.long()
     pred = pred.to(target)
     # An extra row and column collect values outside the classes. Selecting pixels with a mask would synchronize with

@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from afa.evaluation.diagnostics import Diagnosis
+
 ROWS = ("cam", "walk", "par", "seg")
 """Rows of every evaluation; `EvalResult.rows` adds "crf" if the CRF was enabled."""
 
@@ -15,7 +17,16 @@ Scores = dict[str, Any]
 """The result of `SegmentationMetrics.compute`."""
 
 
-class Example(TypedDict):
+class _TokenAffinity(TypedDict, total=False):
+    """Missing in runs evaluated by an earlier version."""
+
+    token: tuple[float, float]
+    """Center (y, x) of the token with the highest CAM, as shares of height and width."""
+    affinity: NDArray[np.floating]
+    """[h, w] on the token grid: affinity of all tokens to that token."""
+
+
+class Example(_TokenAffinity):
     """An evaluated image that the report shows."""
 
     name: str
@@ -63,6 +74,8 @@ class EvalResult:
     """Images with the highest and lowest `image_iou`, most extreme first."""
     notes: list[str] = field(default_factory=list)
     """Warnings about the validity of the scores, such as masks without any class."""
+    diagnosis: Diagnosis | None = None
+    """What the walk gains and could gain, and more; None without masks or with eval.diagnostic_images=0."""
 
     @property
     def rows(self) -> dict[str, Scores]:

@@ -13,17 +13,18 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from afa.config import Config, to_dict
+from afa.evaluation.diagnostics import ImageCounts
 from afa.files import atomic_path, remove_tree, sha256
 
-_FORMAT = 1
-_IRRELEVANT = ("batch_size", "report_images", "crf_workers")
+_FORMAT = 2
+_IRRELEVANT = ("batch_size", "report_images")
 
 
 class EvalStore:
     """Folder of one evaluation. Files of other models or settings are deleted.
 
-    Each PNG contains the label maps of all rows, stacked vertically, and a text chunk with the names of the rows and
-    the predicted classes.
+    Each PNG contains the label maps of all rows, stacked vertically, and a text chunk with the names of the rows, the
+    predicted classes and the counts of the diagnostics.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
@@ -40,20 +41,28 @@ class EvalStore:
         names = {path.relative_to(self.folder).as_posix()[: -len(".png")] for path in files}
         return {name for name in names if self._whole(name)}
 
-    def save(self, name: str, planes: Mapping[str, NDArray[np.uint8]], found: Sequence[int]) -> None:
-        """Save an image's label maps [H, W] by row, and the class indices that the classifier predicted."""
+    def save(
+        self,
+        name: str,
+        planes: Mapping[str, NDArray[np.uint8]],
+        found: Sequence[int],
+        counts: ImageCounts | None = None,
+    ) -> None:
+        """Save an image's label maps [H, W] by row, the class indices that the classifier predicted, and the counts of
+        its diagnostics."""
         about = PngInfo()
-        about.add_text("afa", json.dumps({"rows": list(planes), "found": list(found)}))
+        content = {"rows": list(planes), "found": list(found), "counts": counts}
+        about.add_text("afa", json.dumps(content), zip=True)
         with atomic_path(self.folder / f"{name}.png") as temporary:
             Image.fromarray(np.concatenate(list(planes.values()))).save(temporary, pnginfo=about)
 
-    def load(self, name: str) -> tuple[dict[str, NDArray[np.uint8]], list[int]]:
+    def load(self, name: str) -> tuple[dict[str, NDArray[np.uint8]], list[int], ImageCounts | None]:
         """Return the arguments of `save`."""
         with Image.open(self.folder / f"{name}.png") as image:
             image.load()
             about = json.loads(image.info["afa"])
             planes = np.split(np.array(image), len(about["rows"]))
-        return dict(zip(about["rows"], planes, strict=True)), about["found"]
+        return dict(zip(about["rows"], planes, strict=True)), about["found"], about["counts"]
 
     def clear(self) -> None:
         """Delete everything after a complete evaluation, so that the next one starts from scratch."""

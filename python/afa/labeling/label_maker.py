@@ -6,10 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from afa.config import Config
 from afa.labeling.cam import ClassSet, pack_host_tags
+from afa.labeling.crf import crf_probabilities
 from afa.labeling.inference import ScaleOutputs, infer
 from afa.labeling.labels import Thresholds, cam_labels, par_labels, par_weights, walk_labels, walked_cam_labels
 from afa.model.network import AFANet
@@ -29,9 +31,10 @@ class Labels:
     classes: ClassSet
     class_logits: Tensor | None
     """[B, C], if requested."""
-    seg_logits: Tensor | None
-    """[B, C+1, H, W] of all classes, or [B, K+1, H, W] of the tagged ones (padded with -inf); background first. None
-    without the source seg."""
+    affinity: Tensor | None = None
+    """[B, N, N] on `grid`, with the source walk."""
+    grid: tuple[int, int] | None = None
+    """Token grid (h, w) of the affinity."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class LabelMaker:
     refine_walk: bool
     """Whether walk labels are refined by PAR."""
     tagged_only: bool
-    """Whether the source seg is restricted to the tagged classes."""
+    """Whether the sources seg and crf are restricted to the tagged classes."""
 
     @classmethod
     def for_training(cls, config: Config, *, ignore: bool = True) -> LabelMaker:
@@ -115,19 +118,30 @@ class LabelMaker:
 
     @torch.inference_mode()
     def from_images(self, model: AFANet, images: Tensor, tags: Tensor, sources: Collection[str] = SOURCES) -> Labels:
-        """Labels of uint8 images [B, 3, H, W] with CPU tags [B, C]; the model must be in evaluation mode."""
+        """Labels of uint8 images [B, 3, H, W] with CPU tags [B, C]; the model must be in evaluation mode.
+
+        The additional source crf is the segmentation after the dense CRF of the eval section. If the segmentation is
+        restricted to the tagged classes, so is the CRF.
+        """
         classes = pack_host_tags(tags, images.device)
-        want = {"class", "cam", "seg"} if "seg" in sources else {"class", "cam"}
+        want = {"class", "cam", "seg"} if {"seg", "crf"} & set(sources) else {"class", "cam"}
         scale = self.walk_scale if "walk" in sources else None
         found = infer(model, images, self.config, want, affinity_scale=scale)
         maps, cams = self.from_outputs(images, found.outputs, classes, sources)
         logits = found.seg_logits
         if logits is not None:
+            valid = None
             if self.tagged_only:
                 logits = _among_tagged(logits, classes)
-            choice = logits.max(1).indices
-            maps["seg"] = classes.labels(choice) if self.tagged_only else choice
-        return Labels(maps, cams, classes, found.outputs.class_logits, logits)
+                valid = F.pad(classes.valid, (1, 0), value=True)
+            scores = {"seg": logits} if "seg" in sources else {}
+            if "crf" in sources:
+                scores["crf"] = crf_probabilities(images, logits, self.config.eval, class_mask=valid)
+            for source, score in scores.items():
+                choice = score.max(1).indices
+                maps[source] = classes.labels(choice) if self.tagged_only else choice
+        outputs = found.outputs
+        return Labels(maps, cams, classes, outputs.class_logits, outputs.affinity, outputs.grid)
 
 
 def _among_tagged(logits: Tensor, classes: ClassSet) -> Tensor:

@@ -80,16 +80,21 @@ def walk_scores(
     Returns scores [B, K+1, h, w], background first.
     """
     tokens = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
-    return afa_ext.propagate_cams(
-        tokens,
-        affinity,
-        classes.valid,
-        radius=config.walk_radius,
-        background=background,
-        power=config.walk_power,
-        steps=config.walk_steps,
-        eps=config.walk_eps,
-    )
+
+    def walk(steps: int) -> Tensor:
+        return afa_ext.propagate_cams(
+            tokens,
+            affinity,
+            classes.valid,
+            radius=config.walk_radius,
+            background=background,
+            power=config.walk_power,
+            steps=steps,
+            eps=config.walk_eps,
+        )
+
+    walked = walk(config.walk_steps)
+    return walked if config.walk_weight == 1 else torch.lerp(walk(0), walked, config.walk_weight)
 
 
 @torch.no_grad()

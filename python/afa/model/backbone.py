@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import timm.models
@@ -94,6 +94,7 @@ class Backbone(nn.Module):
                 f"model.backbone: timm's {name} can't return its feature maps (it has no forward_intermediates); "
                 f"choose a Transformer such as {WORKING}"
             )
+        self._blocks = [path.rpartition(".")[0] + "." for path in attentions]
         self.pyramid = len({level["reduction"] for level in info}) > 1
         self._least_side = info[-1]["reduction"] if self.pyramid else 1
         self.prefix_tokens = int(getattr(self.net, "num_prefix_tokens", 0))
@@ -107,6 +108,7 @@ class Backbone(nn.Module):
                     f"such as {WORKING}"
                 )
         self.attention_paths = self._choose(list(attentions), attention_blocks)
+        self._frozen: list[nn.Module] = []
         self._probe(output_stride)
 
     def _choose(self, paths: list[str], count: int | None) -> list[str]:
@@ -119,6 +121,37 @@ class Backbone(nn.Module):
                 f"got {count}"
             )
         return paths[-count:]
+
+    def freeze(self, blocks: int | Literal["all"]) -> None:
+        """Freeze the first Transformer blocks and everything before them, or the whole backbone.
+
+        Frozen parameters don't require gradients, so no graph is recorded up to the first trainable block, and frozen
+        modules stay in evaluation mode (no drop path). UserError if there are fewer blocks.
+        """
+        if blocks != "all" and blocks > len(self._blocks):
+            raise UserError(
+                f"model.freeze must be 0 to {len(self._blocks)}, the number of blocks of {self.name}, or all; "
+                f"got {blocks}"
+            )
+        # Parameters are registered in the order of execution.
+        named = list(self.net.named_parameters())
+        until = len(named) if blocks == "all" else 0
+        if blocks != "all" and blocks:
+            until = 1 + max(i for i, (name, _) in enumerate(named) if name.startswith(self._blocks[blocks - 1]))
+        for _, parameter in named[:until]:
+            parameter.requires_grad_(False)
+        self._frozen = [
+            module
+            for module in self.net.modules()
+            if (own := list(module.parameters())) and not any(parameter.requires_grad for parameter in own)
+        ]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def forward(self, images: Tensor, record: bool = False) -> Features:
         """Normalized images [B, 3, H, W] -> feature maps, and queries and keys if `record` is set.

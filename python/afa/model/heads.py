@@ -89,11 +89,16 @@ class AffinityHead(nn.Module):
 
     The initial weights give the mean over maps of the scaled attention logits, so that similar tokens start with a
     high affinity.
+
+    standardized: each map S_k + S_k^T is shifted and scaled to mean 0 and standard deviation 1 over the pairs of an
+    image before it is weighted. The head then doesn't depend on the size of the logits, which differs between
+    backbones, maps and image scales.
     """
 
-    def __init__(self, maps: int, head_dim: int) -> None:
+    def __init__(self, maps: int, head_dim: int, *, standardized: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((maps,), head_dim**-0.5 / (2 * maps)))
+        self.standardized = standardized
+        self.weight = nn.Parameter(torch.full((maps,), 2 / maps if standardized else head_dim**-0.5 / (2 * maps)))
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -103,12 +108,31 @@ class AffinityHead(nn.Module):
         maps of N x N are never stored.
         """
         batch, maps, tokens, dim = queries.shape
-        weighted = queries.float() * self.weight.view(-1, 1, 1)
-        left = weighted.transpose(1, 2).reshape(batch, tokens, maps * dim)
-        right = keys.float().permute(0, 1, 3, 2).reshape(batch, maps * dim, tokens)
+        queries, keys = queries.float(), keys.float()
         with torch.autocast(queries.device.type, enabled=False):
+            weight, bias = self.weight.expand(batch, -1), self.bias.expand(batch)
+            if self.standardized:
+                mean, deviation = _symmetric_moments(queries, keys)
+                weight = weight / deviation.clamp(min=1e-6)
+                bias = bias - (weight * mean).sum(1)
+            left = (queries * weight[:, :, None, None]).transpose(1, 2).reshape(batch, tokens, maps * dim)
+            right = keys.permute(0, 1, 3, 2).reshape(batch, maps * dim, tokens)
             mixed = left @ right
-        return torch.sigmoid(mixed + mixed.transpose(1, 2) + self.bias)
+            return torch.sigmoid(mixed + mixed.transpose(1, 2) + bias[:, None, None])
+
+
+def _symmetric_moments(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [B, K] over all pairs of S + S^T, where S = q k^T, from queries, keys [B, K, N, d].
+
+    They follow from d x d matrices of moments, so the N x N maps are not needed: the mean of S_ij^2 is
+    tr(E[q q^T] E[k k^T]), and that of S_ij S_ji is tr(E[q k^T] E[q k^T]).
+    """
+    tokens = queries.shape[2]
+    own = queries.transpose(2, 3) @ queries / tokens, keys.transpose(2, 3) @ keys / tokens
+    cross = queries.transpose(2, 3) @ keys / tokens
+    mean = 2 * (queries.mean(2) * keys.mean(2)).sum(2)
+    square = 2 * (own[0] * own[1]).sum((2, 3)) + 2 * (cross * cross.transpose(2, 3)).sum((2, 3))
+    return mean, (square - mean.square()).clamp(min=0).sqrt()
 
 
 DECODERS = {"mlp": MLPDecoder, "single": SingleDecoder}

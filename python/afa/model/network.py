@@ -75,7 +75,9 @@ class AFANet(nn.Module):
         # No bias: it would shift every pixel of a class's CAM equally.
         self.classifier = nn.Conv2d(backbone.channels[-1], num_classes, 1, bias=False)
         self.decoder = DECODERS[config.decoder](backbone.channels, num_classes + 1, config.decoder_width)
-        self.affinity_head = AffinityHead(backbone.maps, backbone.head_dim)
+        self.affinity_head = AffinityHead(
+            backbone.maps, backbone.head_dim, standardized=config.affinity_logits == "standardized"
+        )
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
 
     @property
@@ -135,6 +137,7 @@ def build_model(config: ModelConfig, num_classes: int, *, normalization: Normali
         attention_blocks=config.attention_blocks,
     )
     load_backbone_weights(backbone, config.weights, config.backbone_args)
+    backbone.freeze(config.freeze)
     # Convolutions and linear layers then share one memory layout, which saves about a quarter of a forward pass on the
     # CPU.
     return AFANet(backbone, num_classes, config, normalization).to(memory_format=torch.channels_last)

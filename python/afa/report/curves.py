@@ -8,12 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from afa.evaluation.diagnostics import Diagnosis
 from afa.report.tables import ROWS, View
 
 LOSSES = {
     "loss_cls": ("Classification", "tags of the whole image", "--cam"),
     "loss_seg": ("Segmentation", "pixels against pseudo labels", "--seg"),
     "loss_aff": ("Affinity", "pairs of tokens, same class or not", "--par"),
+    "loss_energy": ("Dense energy", "pairs of pixels that are near and of similar color", "--crf"),
+}
+AFFINITY = {
+    "affinity_object": ("one object", "--seg"),
+    "affinity_background": ("background", "--cam"),
+    "affinity_different": ("different", "--walk"),
+    "affinity_auc": ("AUC of objects", "--par"),
 }
 PHASES = {"classify": "tags", "par": "PAR labels", "walk": "walk labels"}
 
@@ -23,13 +31,23 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 20, 24
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> list[View]:
-    """One panel per loss, and one for the validation scores if there are several evaluations; empty without a log."""
+    """One panel per loss, one for the affinity, and one for the validation scores if there are several evaluations;
+    empty without a log."""
     if not log:
         return []
     panels = []
     for key, (name, text, color) in LOSSES.items():
+        if key == "loss_energy" and not any(key in row for row in log):  # only with train.energy_weight
+            continue
         points = [(int(row["iteration"]), float(row[key])) for row in log if _active(row, key)]
         panels.append(_panel(f"{name} loss", {color: points}, log, noisy=True, text=text))
+    means = {
+        color: [(int(row["iteration"]), float(row[key])) for row in log if _active(row, key)]
+        for key, (_, color) in AFFINITY.items()
+    }
+    if any(means.values()):
+        names = [{"key": color[2:], "name": name} for name, color in AFFINITY.values()]
+        panels.append(_panel("Affinity of token pairs", means, log, noisy=True, key=names))
     scores = {
         f"--{row}": [(int(line["iteration"]), float(line[f"val_{row}_miou"])) for line in log if _measured(line, row)]
         for row in ROWS
@@ -38,6 +56,16 @@ def curves(log: Sequence[Mapping[str, Any]]) -> list[View]:
         rows = [{"key": row, "name": ROWS[row][0]} for row in ROWS if scores[f"--{row}"]]
         panels.append(_panel("Validation mIoU", scores, log, noisy=False, key=rows))
     return panels
+
+
+def background_curves(diagnosis: Diagnosis) -> View:
+    """One panel: mIoU of CAM, walk and PAR by background score."""
+    percent = [round(100 * score) for score in diagnosis.scores]
+    series = {f"--{row}": list(zip(percent, miou, strict=True)) for row, miou in diagnosis.curves.items()}
+    axis = [{"iteration": value} for value in percent]
+    key = [{"key": row, "name": ROWS[row][0]} for row in diagnosis.curves]
+    title = "mIoU by background score (%)"
+    return _panel(title, series, axis, noisy=False, key=key, spoken=title)
 
 
 def _measured(line: Mapping[str, Any], row: str) -> bool:
@@ -80,22 +108,27 @@ def _panel(
     noisy: bool,
     text: str = "",
     key: Sequence[View] = (),
+    spoken: str | None = None,
 ) -> View:
     """One chart; `series` maps a CSS color variable to (iteration, value) points.
 
-    Noisy series are drawn both as logged and smoothed, others as logged with a dot at each value.
+    spoken: title for screen readers, by default the title "by iteration". Noisy series are drawn both as logged and
+    smoothed, others as logged with a dot at each value.
     """
     first, last = int(log[0]["iteration"]), int(log[-1]["iteration"])
     values = [value for points in series.values() for _, value in points]
-    top = float(np.quantile(values, 0.99)) * 1.08 if values else 1.0
-    x_ticks, y_ticks = nice_ticks(first, max(last, first + 1)), nice_ticks(0.0, top if top > 0 else 1.0)
-    top = max(top, y_ticks[-1])
+    # The dense energy is negative; 0 is always shown.
+    low, top = (1.08 * float(np.quantile(values, share)) for share in (0.01, 0.99)) if values else (0.0, 1.0)
+    low, top = min(low, 0.0), max(top, 0.0)
+    if low == top:
+        top = 1.0
+    x_ticks, y_ticks = nice_ticks(first, max(last, first + 1)), nice_ticks(low, top)
 
     def x(iteration: float) -> float:
         return _LEFT + (iteration - first) / max(last - first, 1) * (_WIDTH - _LEFT - _RIGHT)
 
     def y(value: float) -> float:
-        return _TOP + (1 - min(max(value / top, 0.0), 1.0)) * (_HEIGHT - _TOP - _BOTTOM)
+        return _TOP + (1 - min(max((value - low) / (top - low), 0.0), 1.0)) * (_HEIGHT - _TOP - _BOTTOM)
 
     def path(points: Points) -> str:
         return "M" + "L".join(f"{x(i):.1f} {y(value):.1f}" for i, value in _thin(points))
@@ -137,6 +170,7 @@ def _panel(
         )
     return {
         "title": title,
+        "label": spoken or f"{title} by iteration",
         "text": text,
         "key": key,
         "width": _WIDTH,

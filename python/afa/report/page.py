@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from afa.evaluation.result import EvalResult
 from afa.files import write_text
 from afa.report import pictures, tables
-from afa.report.curves import curves
+from afa.report.curves import background_curves, curves
 from afa.run import LOG, REPORT
 from afa.training.snapshots import load_snapshots
 
@@ -48,6 +48,7 @@ def write_report(
         tiles=tables.tiles(result.rows, result.f1, result.images, result.has_masks),
         score_rows=tables.scores(result.rows),
         panels=curves(read_log(run / LOG)),
+        diagnosis=_diagnosis(result),
         class_bars=tables.class_bars(result.rows, names),
         confusion=_confusion(result, names),
         evolution=pictures.evolution(load_snapshots(run), names),
@@ -58,6 +59,18 @@ def write_report(
     # The templates' line breaks and indentation only make them easier to read.
     write_text(path, re.sub(r">\s*\n\s*<", "><", page.strip()) + "\n")
     return path
+
+
+def _diagnosis(result: EvalResult) -> dict[str, Any] | None:
+    found = result.diagnosis
+    if found is None:
+        return None
+    return {
+        "images": f"{found.images:,}",
+        "rows": tables.checks(found),
+        "tiles": tables.affinity_tiles(found),
+        "panel": background_curves(found),
+    }
 
 
 def _confusion(result: EvalResult, names: Sequence[str]) -> dict[str, Any] | None:

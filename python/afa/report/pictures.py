@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from afa.data.classes import IGNORE
 from afa.data.visualize import Picture, class_color, heat, overlay
@@ -37,13 +38,18 @@ def class_key(samples: Sequence[Mapping[str, Any]], keys: Sequence[str], names: 
 def examples(samples: Sequence[Example], names: Sequence[str]) -> View:
     """A table of pictures, one row per image; truth and scores only where there are masks."""
     with_truth = any((np.asarray(sample["truth"]) != IGNORE).any() for sample in samples)
-    heads = ["Image", "Tags", "CAM", "Walk", "PAR label", "Prediction", *(["Truth"] if with_truth else [])]
-    return {"heads": heads, "rows": [_example(sample, names, with_truth) for sample in samples]}
+    with_affinity = all("affinity" in sample for sample in samples)
+    heads = ["Image", "Tags", "CAM", *(["Affinity"] if with_affinity else []), *_NAMES.values()]
+    heads = [head[0].upper() + head[1:] for head in heads if head != "truth" or with_truth]
+    return {"heads": heads, "rows": [_example(sample, names, with_truth, with_affinity) for sample in samples]}
 
 
-def _example(sample: Example, names: Sequence[str], with_truth: bool) -> View:
+def _example(sample: Example, names: Sequence[str], with_truth: bool, with_affinity: bool) -> View:
     image, name, iou = sample["image"], sample["name"], sample["iou"]
     cells = [{"picture": _picture(heat(image, sample["cam"]), f"CAM of {name}"), "caption": ""}]
+    if with_affinity:
+        drawn = affinity_map(image, sample["affinity"], sample["token"])
+        cells.append({"picture": _picture(drawn, f"affinity to one token of {name}"), "caption": ""})
     for key, text in _NAMES.items():
         if key == "truth" and not with_truth:
             continue
@@ -56,6 +62,18 @@ def _example(sample: Example, names: Sequence[str], with_truth: bool) -> View:
         "tags": _tags(sample["tags"], names),
         "cells": cells,
     }
+
+
+def affinity_map(image: Picture, affinity: NDArray[np.floating], token: tuple[float, float]) -> Picture:
+    """The affinity [h, w] to a token as a heat map over the image, with a ring around the token."""
+    height, width = image.shape[:2]
+    grid = Image.fromarray(np.asarray(affinity, np.float32))
+    drawn = Image.fromarray(heat(image, np.asarray(grid.resize((width, height), Image.Resampling.NEAREST))))
+    y, x = token[0] * height, token[1] * width
+    radius = max(2.0, 0.03 * max(height, width))
+    box = (x - radius, y - radius, x + radius, y + radius)
+    ImageDraw.Draw(drawn).ellipse(box, outline=(255, 255, 255), width=max(1, round(radius / 3)))
+    return np.asarray(drawn)
 
 
 def evolution(snapshots: Mapping[int, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> View | None:

@@ -8,6 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from afa.config import Config, to_dict
 from afa.errors import UserError
+from afa.evaluation.diagnostics import Diagnosis
 from afa.evaluation.result import ROWS, EvalResult, Example
 from afa.files import atomic_path, write_json, write_text
 from afa.machine import processor_name
@@ -64,6 +66,7 @@ def save_result(
         "split": config.data.val_split,
         "has_masks": result.has_masks,
         "notes": result.notes,
+        "diagnosis": None if result.diagnosis is None else asdict(result.diagnosis),
         "per_class": {row: dict(zip(names, scores[row]["iou"], strict=True)) for row in scores},
         "pixel_acc": {row: scores[row]["pixel_acc"] for row in scores},
         "mean_acc": {row: scores[row]["mean_acc"] for row in scores},
@@ -124,6 +127,7 @@ def load_result(run: str | Path) -> tuple[EvalResult, list[str], dict[str, Any]]
             best=groups["best"],
             worst=groups["worst"],
             notes=metrics.get("notes", []),
+            diagnosis=_diagnosis(metrics.get("diagnosis")),
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
@@ -131,6 +135,19 @@ def load_result(run: str | Path) -> tuple[EvalResult, list[str], dict[str, Any]]
             f"`afa evaluate {run}` again"
         ) from error
     return result, names[1:], metrics
+
+
+def _diagnosis(saved: dict[str, Any] | None) -> Diagnosis | None:
+    """The diagnosis in metrics.json; None if there was none or an earlier version evaluated the run."""
+    if saved is None:
+        return None
+    return Diagnosis(
+        saved["images"],
+        {row: _number(value) for row, value in saved["miou"].items()},
+        {row: [_number(value) for value in values] for row, values in saved["curves"].items()},
+        {name: _number(value) for name, value in saved["affinity"].items()},
+        tuple(saved["scores"]),
+    )
 
 
 def make_report(run: str | Path) -> Path:
@@ -182,7 +199,13 @@ _GROUPS = ("samples", "best", "worst")
 def _save_samples(path: Path, result: EvalResult) -> None:
     groups = [(group, sample) for group in _GROUPS for sample in getattr(result, group)]
     about = [
-        {"group": group, "name": sample["name"], "tags": sample["tags"], "iou": _json_number(sample["iou"])}
+        {
+            "group": group,
+            "name": sample["name"],
+            "tags": sample["tags"],
+            "iou": _json_number(sample["iou"]),
+            "token": sample.get("token"),
+        }
         for group, sample in groups
     ]
     arrays: dict[str, np.ndarray] = {"about": np.array(json.dumps(about))}
@@ -191,6 +214,8 @@ def _save_samples(path: Path, result: EvalResult) -> None:
             # Labels fit in a byte; a heat map is only displayed, so half precision is enough.
             kind = np.float16 if key == "cam" else np.uint8
             arrays[f"{index}_{key}"] = np.asarray(sample[key]).astype(kind)
+        if "affinity" in sample:
+            arrays[f"{index}_affinity"] = np.asarray(sample["affinity"]).astype(np.float16)
     with atomic_path(path) as temporary:
         np.savez_compressed(temporary, allow_pickle=False, **arrays)
 
@@ -204,6 +229,8 @@ def _load_samples(path: Path) -> dict[str, list[Example]]:
             maps = {key: arrays[f"{i}_{key}"] for key in _ARRAYS}
             # Runs evaluated by an earlier version have one group and no IoU per image.
             example: Any = {"name": row["name"], "tags": row["tags"], "iou": _number(row.get("iou")), **maps}
+            if row.get("token") is not None:
+                example |= {"token": tuple(row["token"]), "affinity": arrays[f"{i}_affinity"]}
             groups[row.get("group", _GROUPS[0])].append(example)
     return groups
 

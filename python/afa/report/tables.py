@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from afa.data.visualize import class_color
+from afa.evaluation.diagnostics import Diagnosis
 
 ROWS = {
     "cam": ("CAM", "class activation maps with a single threshold; uses the image-level tags"),
@@ -66,6 +67,41 @@ def scores(metrics: Metrics) -> list[View]:
         }
         for key, row in metrics.items()
     ]
+
+
+_CHECKS = (
+    ("cam", "CAM", "as in the table above"),
+    ("walk_identity", "Walk, identity", "the walk that stays at every token: only the resampling to tokens is left"),
+    ("walk", "Walk", "with the learned affinity"),
+    ("walk_oracle", "Walk, oracle", "with the affinity of the true masks: the ceiling of one walk on these CAMs"),
+    ("par", "PAR label", "the CAM refined by color"),
+    ("walk_par", "Walk + PAR", "the walked CAM refined by color, as in the last phase of training"),
+)
+_GROUPS = (
+    ("object", "mean affinity of tokens of one object class"),
+    ("background", "mean affinity of tokens of the background"),
+    ("different", "mean affinity of tokens of different classes"),
+    ("auc", "AUC: chance that a token's own class has the higher affinity"),
+)
+
+
+def checks(diagnosis: Diagnosis) -> list[View]:
+    """One entry per kind of label on the diagnosed images."""
+    colors = {"walk_identity": "walk", "walk_oracle": "walk", "walk_par": "par"}
+    found = []
+    for key, name, text in _CHECKS:
+        miou = diagnosis.miou[key]
+        entry = {"key": colors.get(key, key), "name": name, "text": text, "width": _percent(miou), "miou": number(miou)}
+        if key in diagnosis.curves:
+            score, best = diagnosis.best(key)
+            entry["best"] = f"{number(best)} at {score:.2f}"
+        found.append(entry)
+    return found
+
+
+def affinity_tiles(diagnosis: Diagnosis) -> list[View]:
+    """The affinity's means and its AUC."""
+    return [{"kind": "", "value": number(diagnosis.affinity[key]), "text": text} for key, text in _GROUPS]
 
 
 def class_bars(metrics: Metrics, names: Sequence[str]) -> View:

@@ -17,11 +17,18 @@ from afa import distributed
 from afa.config import Config
 from afa.data.classes import IGNORE
 from afa.errors import UserError
+from afa.evaluation.metrics import AffinityMetrics
 from afa.files import to_json, write_text, writing
 from afa.training.schedule import phase_of
 from afa.training.step import StepResult
 
-LOSSES = ("loss_cls", "loss_seg", "loss_aff")
+LOSSES = {
+    "loss_cls": "classification",
+    "loss_seg": "segmentation",
+    "loss_aff": "affinity",
+    "loss_energy": "dense energy",
+}
+"""Keys of the log and names. The last loss is logged only with train.energy_weight."""
 SKIPS = 30
 """Maximum number of consecutive skipped fp16 updates; by then the loss scale is nearly zero."""
 Record = dict[str, Any]
@@ -41,6 +48,7 @@ class RunLog:
         self.device = device
         self.on_record = list(on_record)
         self.rows: list[Tensor] = []
+        self.affinity: list[Tensor] = []
         self.first = 0
         self.last = 0
         self.result: StepResult | None = None
@@ -56,6 +64,8 @@ class RunLog:
             self.first = iteration
         assert result.grad_norm is not None
         self.rows.append(torch.cat([result.losses, result.grad_norm.view(1)]))
+        if result.affinity_sums is not None:
+            self.affinity.append(result.affinity_sums)
         self.last, self.result = iteration, result
         self.rate = rate
         self.waited += waited
@@ -72,10 +82,10 @@ class RunLog:
         skipped = self.skipped
         for offset, row in enumerate(rows):
             iteration = self.first + offset + 1
-            for name, value in zip(("classification", "segmentation", "affinity"), row[:3], strict=True):
+            for name, value in zip(LOSSES.values(), row[:-1], strict=False):
                 if not math.isfinite(value):
                     raise UserError(f"the {name} loss became {value} at iteration {iteration}; {self._advice()}")
-            norm = row[3]
+            norm = row[-1]
             skipped = 0 if math.isfinite(norm) else skipped + 1
             if self.config.train.precision != "fp16" and skipped:
                 raise UserError(
@@ -101,28 +111,30 @@ class RunLog:
         assert self.result is not None
         seconds = time.perf_counter() - self.since
         train = self.config.train
-        # The first phase has no segmentation and affinity losses; average these only over later iterations.
+        # The first phase has only the classification loss; average the others only over later iterations.
         both = rows[max(0, train.classify_until + 1 - self.first) :]
-        means = [_mean([row[i] for row in (rows if i == 0 else both)]) for i in range(3)]
-        norms = [row[3] for row in rows if math.isfinite(row[3])]
+        means = [_mean([row[i] for row in (rows if i == 0 else both)]) for i in range(len(rows[0]) - 1)]
+        norms = [row[-1] for row in rows if math.isfinite(row[-1])]
         record: Record = {
             "iteration": self.last + 1,
             "phase": phase_of(train, self.last),
-            **dict(zip(LOSSES, means, strict=True)),
+            **dict(zip(LOSSES, means, strict=False)),
             "lr": self.rate,
             "grad_norm": _mean(norms),
             "images_per_s": len(rows) * train.batch_size / seconds,
             "wait_share": round(min(1.0, self.waited / seconds), 4),
             **_label_statistics(self.result),
+            **_affinity_statistics(self.affinity, self.result),
         }
         if train.precision == "fp16":
             record["skipped"] = len(rows) - len(norms)
             for row in rows:
-                self.skipped = 0 if math.isfinite(row[3]) else self.skipped + 1
+                self.skipped = 0 if math.isfinite(row[-1]) else self.skipped + 1
         if self.device.type == "cuda":
             record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
         self.append(record)
         self.rows.clear()
+        self.affinity.clear()
         self.since, self.waited = time.perf_counter(), 0.0
         return record
 
@@ -147,7 +159,7 @@ class RunLog:
 
 def summary(record: Record) -> str:
     """Progress bar text for a record."""
-    parts = [" ".join(f"{name[5:]} {record[name]:.3f}" for name in LOSSES if record[name] is not None)]
+    parts = [" ".join(f"{name[5:]} {record[name]:.3f}" for name in LOSSES if record.get(name) is not None)]
     parts.append(f"{record['images_per_s']:.1f} img/s")
     parts.append(f"wait {record['wait_share']:.0%}")
     if "peak_memory_gib" in record:
@@ -181,7 +193,7 @@ def _label_statistics(result: StepResult) -> Record:
         [
             ignored.float().mean(),
             ((result.labels != 0) & ~ignored).float().mean(),
-            (result.pairs == 1).float().mean(),
+            ((result.pairs == 1) | (result.pairs == 2)).float().mean(),
             (result.pairs == 0).float().mean(),
         ]
     )
@@ -189,3 +201,21 @@ def _label_statistics(result: StepResult) -> Record:
     shares /= distributed.world_size()
     names = ("label_ignored", "label_foreground", "pairs_same", "pairs_different")
     return {name: round(value, 5) for name, value in zip(names, shares.tolist(), strict=True)}
+
+
+def _affinity_statistics(sums: list[Tensor], result: StepResult) -> Record:
+    """Mean affinity of three groups of pairs over all logged iterations, and the AUC of the last batch. Without values
+    that are not defined, such as the mean over objects in a batch without objects."""
+    if not sums or result.affinity is None or result.pairs is None:
+        return {}
+    total, pairs = distributed.all_reduce_sum_(torch.stack(sums).sum(0)).tolist()
+    metrics = AffinityMetrics()
+    metrics.update(result.affinity, result.pairs)
+    assert metrics.histograms is not None
+    metrics.histograms = distributed.all_reduce_sum_(metrics.histograms)
+    means = [value / count if count else math.nan for value, count in zip(total, pairs, strict=True)]
+    values = {
+        **dict(zip(("affinity_different", "affinity_background", "affinity_object"), means, strict=True)),
+        "affinity_auc": metrics.compute()["auc"],
+    }
+    return {name: round(value, 5) for name, value in values.items() if math.isfinite(value)}

@@ -191,7 +191,7 @@ def _evaluate(
     """Evaluate the model on the validation split for the log and, with train.keep_best, save it if it is the best."""
     settings = config.train
     keep = min(PICTURES, len(splits.val)) if settings.tensorboard is not False else 0
-    result = evaluate(step.eval_model, splits.val, config, progress=progress, keep=keep)
+    result = evaluate(step.eval_model, splits.val, config, progress=progress, keep=keep, diagnose=False)
     scores = {f"val_{row}_miou": getattr(result, row)["miou"] for row in ("cam", "walk", "par", "seg")}
     log.append({"iteration": done, **scores})
     if board is not None:

@@ -47,7 +47,8 @@ def step_seed(config: TrainConfig, iteration: int, part: int = 0) -> int:
 
 
 def parameter_groups(model: AFANet, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW groups: backbone, backbone norms (lr x norm_lr_factor, no weight decay), heads (lr x head_lr_factor).
+    """AdamW groups: backbone, backbone norms (lr x norm_lr_factor, no weight decay), heads (lr x head_lr_factor), each
+    without the parameters that model.freeze froze.
 
     A norm_lr_factor of 0 freezes the norms; their gradients are not computed.
     """
@@ -71,11 +72,11 @@ def parameter_groups(model: AFANet, config: TrainConfig) -> list[dict[str, Any]]
     return [
         {
             "name": name,
-            "params": parameters,
+            "params": [parameter for parameter in parameters if parameter.requires_grad],
             "base_lr": config.lr * factor,
             "lr": config.lr * factor,
             "weight_decay": 0.0 if name == "norms" else config.weight_decay,
         }
         for name, (parameters, factor) in groups.items()
-        if parameters
+        if any(parameter.requires_grad for parameter in parameters)
     ]

@@ -19,7 +19,14 @@ from afa.model.network import AFANet
 from afa.model.precision import precision, tf32
 from afa.training.compiling import compile_network
 from afa.training.dropout import place_shared_dropout, share_dropout
-from afa.training.losses import affinity_loss, classification_loss, segmentation_loss, target_counts
+from afa.training.losses import (
+    affinity_loss,
+    classification_loss,
+    energy_loss,
+    segmentation_loss,
+    target_counts,
+    upsampled,
+)
 from afa.training.schedule import ema_decay, learning_rate_factor, parameter_groups, phase_of, step_seed
 
 
@@ -31,11 +38,17 @@ class StepResult:
     """
 
     losses: Tensor
-    """[3]: classification, segmentation, affinity; 0 for those not computed in this phase."""
+    """[3]: classification, segmentation, affinity; with train.energy_weight [4]: also the dense energy; 0 for those not
+    computed in this phase."""
     labels: Tensor | None = None
     """Segmentation target [B, S, S] of the last micro-batch."""
     pairs: Tensor | None = None
     """Affinity target [B, N, N] of the last micro-batch."""
+    affinity: Tensor | None = None
+    """Affinity [B, N, N] of the last micro-batch."""
+    affinity_sums: Tensor | None = None
+    """[2, 3], over this process's part of the batch: the sums of the affinity over pairs of different classes, of
+    background and of one foreground class, and the numbers of these pairs."""
     grad_norm: Tensor | None = None
     """2-norm of all gradients before clipping; equal in all processes."""
 
@@ -47,7 +60,7 @@ class Targets:
     labels: Tensor
     """int64 [B, S, S]: 0 background, class index + 1, 255 ignored."""
     pairs: Tensor
-    """[B, N, N]: 1 same class, 0 different, 255 ignored."""
+    """[B, N, N]: 0 different classes, 1 background, 2 the same foreground class, 255 ignored."""
     counts: Tensor | None = None
     """`target_counts` over the whole batch, if this is a part of it."""
 
@@ -139,8 +152,8 @@ class TrainStep:
             with precision(self.device, train.precision):
                 out = self.model(inputs, want=("class",))
             loss = classification_loss(out.class_logits, tags) / train.accumulate
-            zero = loss.detach().new_zeros(())
-            return StepResult(torch.stack([loss.detach(), zero, zero])), loss
+            zeros = [loss.detach().new_zeros(())] * (3 if train.energy_weight else 2)
+            return StepResult(torch.stack([loss.detach(), *zeros])), loss
 
         with precision(self.device, train.precision):
             out = self.model(inputs, want=("class", "cam", "seg", "affinity"))
@@ -149,13 +162,22 @@ class TrainStep:
             if self._divided:
                 targets.counts = distributed.all_reduce_sum_(target_counts(targets.labels, targets.pairs))
         loss_cls = classification_loss(out.class_logits, tags) / train.accumulate
-        loss_seg = segmentation_loss(out.seg_logits, targets.labels, targets.counts)
-        loss_aff = affinity_loss(out.affinity, targets.pairs, targets.counts)
+        # Both losses of the segmentation need its logits in the size of the labels.
+        logits = upsampled(out.seg_logits, targets.labels) if train.energy_weight else out.seg_logits
+        loss_seg = segmentation_loss(logits, targets.labels, targets.counts)
+        loss_aff, sums = affinity_loss(out.affinity, targets.pairs, targets.counts, train.affinity_object_share)
         if self._divided:
             # These partial losses must be summed over processes; undo the later averaging.
             loss_seg, loss_aff = loss_seg * distributed.world_size(), loss_aff * distributed.world_size()
         total = loss_cls + train.weight_seg * loss_seg + train.weight_affinity * loss_aff
-        return StepResult(torch.stack([loss_cls, loss_seg, loss_aff]).detach(), targets.labels, targets.pairs), total
+        losses = [loss_cls, loss_seg, loss_aff]
+        if train.energy_weight:
+            box = batch["box"].to(self.device, non_blocking=True)
+            loss_energy = energy_loss(images, logits, targets.labels, box, train) / train.accumulate
+            total = total + train.energy_weight * loss_energy
+            losses.append(loss_energy)
+        affinity = out.affinity.detach()
+        return StepResult(torch.stack(losses).detach(), targets.labels, targets.pairs, affinity, sums), total
 
     @torch.no_grad()
     def targets(self, batch: dict[str, Any], images: Tensor, inputs: Tensor, cam: Tensor, phase: str) -> Targets:
@@ -181,7 +203,14 @@ class TrainStep:
         classes = pack_host_tags(batch["tags"], self.device)
         maps, _ = self.label_maker.from_outputs(images, outputs, classes, sources, box=box)
         source = maps["par" if "par" in sources else "walk"]
-        pairs = afa_ext.affinity_labels(source, stride=self.model.stride, radius=self.config.labels.walk_radius)
+        stride = self.model.stride
+        pairs = afa_ext.affinity_labels(
+            source,
+            stride=stride,
+            offset=stride // 2 if self.config.labels.affinity_sampling == "center" else 0,
+            radius=self.config.labels.walk_radius,
+            background=0,
+        )
         return Targets(maps["walk" if walk else "par"], pairs)
 
     def _accumulate(self, micro_batches: list[dict[str, Any]], phase: str, iteration: int) -> StepResult:
@@ -196,6 +225,8 @@ class TrainStep:
             self.scaler.scale(total).backward()
             if result is not None:
                 part.losses += result.losses
+                if part.affinity_sums is not None and result.affinity_sums is not None:
+                    part.affinity_sums += result.affinity_sums
             result = part
         assert result is not None
         return result

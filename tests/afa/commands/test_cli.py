@@ -110,7 +110,7 @@ def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pyte
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert page.partition("<h2>Examples")[2].count("<img") == 6
+    assert page.partition("<h2>Examples")[2].count("<img") == 7
     grown = page.partition("<h2>How the labels develop")[2].partition("<h2>")[0]
     assert grown.count("<img") == 4 * (1 + 3 * 4 - 2), (
         "four images at the ends of three phases; two pictures come later"

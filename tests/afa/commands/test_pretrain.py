@@ -6,6 +6,7 @@ from importlib import resources
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from afa.commands import pretrain
 from afa.config import load_config
@@ -40,12 +41,26 @@ def test_writes_weights_and_card_and_nothing_else(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["images"] == 40
     card = (tmp_path / "mini.md").read_text()
-    assert "40 images of 32 × 32" in card and "image-level tags only" in card
+    assert "| 40 | 32 × 32 | 16 | 8 |" in card and "image-level tags only" in card
     with safe_open(tmp_path / "mini.safetensors", "pt") as file:
         assert file.metadata()["backbone"] == pretrain.BACKBONE
         assert all(file.get_tensor(key).dtype == torch.float16 for key in file.keys())  # noqa: SIM118
     backbone = Backbone(pretrain.BACKBONE, pretrain.BACKBONE_ARGS)
     load_backbone_weights(backbone, str(tmp_path / "mini.safetensors"))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_a_second_stage_starts_from_the_first(tmp_path, capsys):
+    run(tmp_path / "first.safetensors", 8)
+    second = tmp_path / "second.safetensors"
+    options = ["--init", str(tmp_path / "first.safetensors"), "--output-stride", "8", "--lr", "1e-9", *SMALL]
+    pretrain.main(["--out", str(second), "--images", "8", *options])
+    card = second.with_suffix(".md").read_text()
+    assert "| 8 | 32 × 32 | 16 | 8 | 0.0008 |" in card and "| 8 | 32 × 32 | 8 | 8 | 1e-09 |" in card
+    first, after = (load_file(tmp_path / name) for name in ("first.safetensors", "second.safetensors"))
+    for key, value in first.items():
+        assert torch.equal(after[key], value), "this learning rate vanishes in half precision"
 
 
 @pytest.mark.usefixtures("one_thread")

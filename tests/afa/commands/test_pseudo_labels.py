@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import afa_ext
 from afa.commands.cli import main
 from afa.config import Config, to_yaml
 from afa.data import TaggedDataset
@@ -117,14 +118,30 @@ def test_seg_is_the_best_of_the_tagged(run: Path) -> None:
 
 
 def test_crf_of_the_tagged_classes(run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pydensecrf")
-    _, _, dataset = _loaded(run)
+    model, config, dataset = _loaded(run)
     plain = _export(run, tmp_path / "plain")
-    smooth = _export(run, tmp_path / "smooth", "eval.crf=true", "eval.crf_workers=0", "eval.crf_iterations=3")
+    # Images with one and with two tags in one batch.
+    smooth = _export(run, tmp_path / "smooth", "eval.crf=true", "eval.crf_iterations=3", "eval.batch_size=6")
     assert smooth.keys() == plain.keys()
     for number, name in enumerate(dataset.names):
-        assert set(np.unique(smooth[name])) <= {0, *(1 + np.flatnonzero(dataset.tags[number]))}
+        own = np.array([0, *(1 + np.flatnonzero(dataset.tags[number]))])
+        image = dataset[number]["image"][None]
+        probabilities = _logits(model, image, config)[:, own].softmax(1)
+        refined = afa_ext.dense_crf(image, probabilities, num_iter=3, gaussian=(3, 3), bilateral=(64, 5, 4))
+        assert (smooth[name] != own[refined[0].argmax(0).numpy()]).sum() <= 1
     assert any((smooth[name] != plain[name]).any() for name in plain)
+
+
+def test_crf_settings_of_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels of other CRF settings are refused; the same settings can be given as a preset or one by one."""
+    out = tmp_path / "out"
+    preset = ("eval.crf=true", "eval.crf_preset=psa")
+    _export(run, out, "--shard=1/3", *preset)
+    same = ("eval.crf=true", "eval.crf_preset=irn", "eval.crf_bilateral=80,13,10")
+    assert len(_export(run, out, "--shard=2/3", *same)) == 4
+    for other in (preset[:1], (*preset, "eval.crf_iterations=2"), ()):
+        assert main(["pseudo-labels", str(run), "--out", str(out), "--device=cpu", "--quiet", *other]) == 2
+        assert "different eval" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -267,8 +284,10 @@ def test_predict_upright_at_several_scales(run: Path, tmp_path: Path, monkeypatc
     pixels = torch.from_numpy(np.array(upright).transpose(2, 0, 1).copy())[None]
     expected = _logits(model, pixels, config)
     assert np.array_equal(several, expected[0].argmax(0))
-    pytest.importorskip("pydensecrf")
-    assert (mask("--crf") != plain).any()
+    config.eval.scales, config.eval.flip = (1.0,), False
+    refined = afa_ext.dense_crf(pixels, _logits(model, pixels, config).softmax(1), **afa_ext.CRF_PRESETS["afa"])
+    smooth = mask("--crf")
+    assert np.array_equal(smooth, refined[0].argmax(0)) and (smooth != plain).any()
 
 
 def test_predict_reports_invalid_scales(run: Path, voc_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,7 @@ def test_overrides_take_the_type_of_the_field(override: str, section: str, name:
         ("data.flip=2", ["data.flip", "true or false", "2"]),
         ("data.scale_range=1,2,3", ["data.scale_range", "a list of 2 numbers"]),
         ("labels.par_dilations=1,x", ["labels.par_dilations", "a list of whole numbers"]),
+        ("model.freeze=some", ["model.freeze", "a whole number of 0 or more or 'all'"]),
         ("model.attention_blocks=few", ["model.attention_blocks", "a whole number of at least 1 or null"]),
         ("model.backbone_args=3", ["model.backbone_args", "mapping"]),
         ("data.crop_size=100", ["data.crop_size", "multiple of model.output_stride (16)", "96", "got 100"]),
@@ -200,6 +201,14 @@ def test_settings_that_do_not_fit_each_other_are_reported_at_once() -> None:
         load_config("voc", ["data.crop_size=100", "train.par_until=5", "eval.crf_gaussian=0,1"])
     text = str(caught.value)
     assert "data.crop_size" in text and "train.par_until" in text and "eval.crf_gaussian" in text
+
+
+def test_files_of_older_versions_load(tmp_path: Path) -> None:
+    written = tmp_path / "old.yaml"
+    written.write_text("eval: {crf: true, crf_workers: 4, crf_iterations: 5}\n")
+    assert load_config(written) == with_overrides(Config(), ["eval.crf=true", "eval.crf_iterations=5"])
+    with pytest.raises(UserError, match=r"unknown configuration key 'eval.crf_workers' on the command line"):
+        load_config(written, ["eval.crf_workers=4"])
 
 
 def test_a_changed_config_is_checked() -> None:

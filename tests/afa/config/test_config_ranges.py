@@ -45,6 +45,10 @@ def test_largest_seed() -> None:
         (["train.batch_size=65537"], ["to 65536", "got 65537"]),
         (["model.decoder_width=8193"], ["from 1 to 8192", "got 8193"]),
         (["model.decoder_width=0"], ["from 1 to 8192", "got 0"]),
+        (["eval.crf_preset=tocco"], ["afa, toco, dupl", "did you mean 'toco'"]),
+        (["eval.crf_gaussian=0.4,3"], ["deviations of at least 0.5", "got [0.4, 3.0]"]),
+        (["eval.crf_bilateral=80,13,-1"], ["a weight of 0 or more", "got [80.0, 13.0, -1.0]"]),
+        (["eval.crf_bilateral=80,13"], ["a list of 3 numbers or null", "got '80,13'"]),
     ],
 )
 def test_out_of_range(overrides: list[str], words: list[str]) -> None:
@@ -72,6 +76,8 @@ def test_out_of_range(overrides: list[str], words: list[str]) -> None:
         "train.batch_size=65536",
         "model.decoder_width=8192",
         "train.par_until=20000",
+        "eval.crf_gaussian=0.5,0",
+        "eval.crf_bilateral=null",
     ],
 )
 def test_largest_and_smallest_values(override: str) -> None:

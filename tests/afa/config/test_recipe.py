@@ -53,9 +53,10 @@ VOC = {
     "train.ema": 0.0,
     "train.clip_grad": 0.0,
     "eval.fusion": "max",
-    "eval.crf_iterations": 10,
-    "eval.crf_gaussian": [3.0, 3.0],
-    "eval.crf_bilateral": [64.0, 5.0, 4.0],
+    "eval.crf_preset": "afa",
+    "eval.crf_iterations": None,
+    "eval.crf_gaussian": None,
+    "eval.crf_bilateral": None,
 }
 COCO = {
     **VOC,

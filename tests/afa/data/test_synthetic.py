@@ -43,6 +43,7 @@ def test_tags_are_the_final_masks_classes(dataset_root):
         assert 1 <= len(present) <= 3
 
 
+@pytest.mark.slow
 def test_same_arguments_give_the_same_files(dataset_root, tmp_path):
     make_dataset(tmp_path / "again", train=24, val=12, size=96, seed=5, progress=False)
     for file in sorted(p.relative_to(dataset_root) for p in dataset_root.rglob("*") if p.is_file()):

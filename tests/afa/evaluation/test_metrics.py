@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from afa.evaluation.metrics import SegmentationMetrics, classification_f1
+import afa_ext
+from afa.evaluation.metrics import AffinityMetrics, SegmentationMetrics, classification_f1
 
 
 def test_golden_scores(golden: Callable[[str], dict[str, Any]]) -> None:
@@ -74,3 +75,27 @@ def test_classification_f1() -> None:
     scores = torch.tensor([[2.0, -1.0, -1.0], [-1.0, -1.0, -1.0], [1.0, 1.0, -1.0]])
     # Images: precision 1 recall 1/2 -> 2/3; nothing to find and nothing found -> 1; precision 1/2 recall 1 -> 2/3.
     assert classification_f1(scores, tags) == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
+
+
+def test_affinity_metrics_by_hand() -> None:
+    """Tokens: background, background, object, object."""
+    pairs = afa_ext.affinity_labels(torch.tensor([[[0, 0, 1, 1]]]), stride=1, radius=3, background=0)
+    affinity = torch.tensor([[[1, 0.8, 0.5, 0.1], [0.8, 1, 0.2, 0.2], [0.5, 0.2, 1, 0.4], [0.1, 0.2, 0.4, 1]]])
+    metrics = AffinityMetrics()
+    for _ in range(2):
+        metrics.update(affinity, pairs)
+    found = metrics.compute()
+    assert found["background"] == pytest.approx(0.8)
+    assert found["object"] == pytest.approx(0.4)
+    assert found["different"] == pytest.approx((0.5 + 0.1 + 0.2 + 0.2) / 4)
+    # From the objects: 0.4 to the same object; 0.5, 0.2, 0.1 and 0.2 to the background.
+    assert found["auc"] == pytest.approx(3 / 4)
+
+
+def test_affinity_metrics_without_objects() -> None:
+    pairs = torch.ones(1, 4, 4, dtype=torch.uint8)
+    metrics = AffinityMetrics()
+    assert all(math.isnan(value) for value in metrics.compute().values())
+    metrics.update(torch.rand(1, 4, 4), pairs)
+    found = metrics.compute()
+    assert math.isnan(found["auc"]) and math.isnan(found["object"]) and 0 < found["background"] < 1

@@ -1,22 +1,18 @@
-"""Dense CRF: compared with mean-field inference by definition, and run in worker processes."""
+"""Dense CRF: compared with mean-field inference by definition; its settings."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-from typing import Any, cast
+from typing import get_args
 
 import numpy as np
-import pytest
+import torch
 
-from afa.config import EvalConfig
-from afa.errors import UserError
-from afa.labeling.crf import CrfPool, CrfSettings, dense_crf
-
-PUBLISHED = CrfSettings.of(EvalConfig())
+import afa_ext
+from afa.config import EvalConfig, load_config
+from afa.labeling.crf import crf_probabilities, crf_settings
 
 
-def _mean_field(image: np.ndarray, probabilities: np.ndarray, settings: CrfSettings) -> np.ndarray:
+def _mean_field(image: np.ndarray, probabilities: np.ndarray, config: EvalConfig) -> np.ndarray:
     """Every pair of pixels, as the paper's algorithm 1 has it, each kernel normalized on both sides by the square root
     of its row sums, as the authors' code does."""
     count, height, width = probabilities.shape
@@ -31,12 +27,13 @@ def _mean_field(image: np.ndarray, probabilities: np.ndarray, settings: CrfSetti
         root = np.sqrt(values.sum(1))
         return values / root[:, None] / root
 
-    deviation, weight = settings.gaussian
+    settings = crf_settings(config)
+    deviation, weight = settings["gaussian"]
     total = weight * kernel(near / deviation**2)
-    deviation, color, weight = settings.bilateral
+    deviation, color, weight = settings["bilateral"]
     total += weight * kernel(near / deviation**2 + like / color**2)
     q = np.exp(-unary)
-    for _ in range(settings.iterations):
+    for _ in range(settings["num_iter"]):
         q /= q.sum(0)
         q = np.exp(-unary + q @ total)
     return (q / q.sum(0)).reshape(count, height, width)
@@ -53,52 +50,36 @@ def _case(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return image, np.stack([1 - foreground, 0.7 * foreground, 0.3 * foreground]).astype(np.float32), truth
 
 
+def _crf(image: np.ndarray, probabilities: np.ndarray, config: EvalConfig) -> np.ndarray:
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
+    return crf_probabilities(pixels, torch.from_numpy(np.log(probabilities))[None], config)[0].numpy()
+
+
 def test_is_mean_field_inference() -> None:
-    pytest.importorskip("pydensecrf")
     image, probabilities, truth = _case()
-    for settings in (PUBLISHED, CrfSettings(3, (2.0, 1.0), (20.0, 10.0, 2.0))):
-        ours = dense_crf(image, probabilities, settings)
+    published = EvalConfig()
+    other = EvalConfig(crf_iterations=3, crf_gaussian=(2.0, 1.0), crf_bilateral=(20.0, 10.0, 2.0))
+    for config in (published, other):
+        ours = _crf(image, probabilities, config)
         np.testing.assert_allclose(ours.sum(0), 1, atol=1e-5)
-        expected = _mean_field(image, probabilities, settings)
-        # The library filters by a permutohedral lattice, which is the sum over all pairs only roughly.
+        expected = _mean_field(image, probabilities, config)
+        # The permutohedral lattice only approximates the sum over all pairs.
         assert (ours.argmax(0) != expected.argmax(0)).mean() < 0.01
         assert np.abs(ours - expected).mean() < 0.02
     assert (probabilities.argmax(0) != truth).mean() > 0.15
-    assert (dense_crf(image, probabilities, PUBLISHED).argmax(0) != truth).mean() < 0.01
-    assert np.array_equal(
-        dense_crf(image, probabilities, dataclasses.replace(PUBLISHED, iterations=0)).argmax(0), probabilities.argmax(0)
-    )
+    assert (_crf(image, probabilities, published).argmax(0) != truth).mean() < 0.01
+    unchanged = _crf(image, probabilities, EvalConfig(crf_iterations=0))
+    assert np.array_equal(unchanged.argmax(0), probabilities.argmax(0))
 
 
-def test_processes_give_the_result_of_one() -> None:
-    pytest.importorskip("pydensecrf")
-    cases = [_case(seed)[:2] for seed in range(5)]
-    expected = {i: dense_crf(*case, PUBLISHED).argmax(0) for i, case in enumerate(cases)}
-    for workers in (0, 1):
-        pool: CrfPool[int] = CrfPool(PUBLISHED, workers)
-        try:
-            found: dict[int, np.ndarray] = {}
-            for i, case in enumerate(cases):
-                pool.add(i, *case)
-                found |= dict(pool.take())
-                assert len(found) >= i + 1 - 2 * workers, "at most two per worker are in progress"
-            found |= dict(pool.take(everything=True))
-        finally:
-            pool.close()
-        assert found.keys() == expected.keys()
-        for i, labels in found.items():
-            assert labels.dtype == np.uint8 and np.array_equal(labels, expected[i])
+def test_settings_are_those_of_the_preset_unless_set() -> None:
+    assert crf_settings(load_config("voc").eval) == {"num_iter": 10, "gaussian": (3, 3), "bilateral": (64, 5, 4)}
+    changed = load_config("voc", ["eval.crf_preset=psa", "eval.crf_iterations=2", "eval.crf_gaussian=1,0"]).eval
+    assert crf_settings(changed) == {"num_iter": 2, "gaussian": (1, 0), "bilateral": (80, 13, 10)}
+    reset = load_config("voc", ["eval.crf_preset=irn", "eval.crf_bilateral=null"]).eval
+    assert crf_settings(reset) == dict(afa_ext.CRF_PRESETS["irn"])
 
 
-def test_wrong_sizes_are_reported() -> None:
-    image, probabilities, _ = _case()
-    with pytest.raises(ValueError, match=r"image must be uint8 \(30, 36, 3\).*got uint8 \(29, 36, 3\)"):
-        dense_crf(image[1:], probabilities, PUBLISHED)
-    with pytest.raises(ValueError, match="got float64"):
-        dense_crf(cast(Any, image / 255), probabilities, PUBLISHED)
-
-
-def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pydensecrf", None)
-    with pytest.raises(UserError, match=r"pip install pydensecrf2.*eval.crf=false"):
-        CrfPool(PUBLISHED, 1)
+def test_every_preset_is_a_choice() -> None:
+    choices = get_args(EvalConfig.model_fields["crf_preset"].annotation)
+    assert set(choices) == set(afa_ext.CRF_PRESETS), "stated twice, as the configuration is read without torch"

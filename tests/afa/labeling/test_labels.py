@@ -170,3 +170,17 @@ def test_two_thresholds_ignore_scores_between_them() -> None:
     ):
         assert 255 in both
         assert torch.equal(both, torch.where((low > 0) & (high == 0), 255, high))
+
+
+def test_lazy_walk_is_between_the_cam_and_the_walk() -> None:
+    _, tags, cams, _, affinity = ragged()
+    classes = pack_classes(tags)
+    packed = classes.gather(cams)
+
+    def scores(**settings: float) -> Tensor:
+        config = CONFIG.model_copy(update=settings)
+        return walk_scores(packed, affinity, (6, 8), classes, config, 0.4)
+
+    walked, still, lazy = scores(), scores(walk_steps=0), scores(walk_weight=0.25)
+    assert not torch.allclose(walked, still)
+    torch.testing.assert_close(lazy, 0.25 * walked + 0.75 * still)

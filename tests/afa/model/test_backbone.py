@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,33 @@ def test_plain_vit() -> None:
     assert features.maps[0].shape == (2, 48, 4, 6)
     assert backbone.maps == 6, "3 heads of the last 2 blocks"
     assert Backbone("vit_tiny_patch16_224", VIT, attention_blocks=3).maps == 9
+
+
+@pytest.mark.parametrize(
+    ("blocks", "first"), [(0, "patch_embed"), (3, "stages.2.norm"), (5, "stages.3.norm"), ("all", None)]
+)
+def test_frozen_blocks_record_no_graph(blocks: Any, first: str | None) -> None:
+    backbone = Backbone("pvt_v2_b0", {**PVT, "drop_path_rate": 0.5}).train()
+    backbone.freeze(blocks)
+    trainable = [name for name, parameter in backbone.net.named_parameters() if parameter.requires_grad]
+    assert trainable[0].startswith(first) if first else not trainable
+    recorded = []
+    for block in (m for name, m in backbone.named_modules() if re.fullmatch(r"net\.stages\.\d\.blocks\.\d", name)):
+        block.register_forward_hook(lambda module, _, out: recorded.append((out.requires_grad, module.training)))
+    backbone.eval().train()  # train() must not undo the freezing
+    maps = backbone(torch.randn(2, 3, 64, 64)).maps
+    frozen = 5 if blocks == "all" else blocks
+    assert recorded == [(False, False)] * frozen + [(True, True)] * (5 - frozen)
+    assert maps[-1].requires_grad == (blocks != "all")
+
+
+def test_freezing_a_plain_vit_includes_the_embeddings() -> None:
+    backbone = vit()
+    backbone.freeze(2)
+    trainable = {name for name, parameter in backbone.net.named_parameters() if parameter.requires_grad}
+    assert trainable and all(name.startswith(("blocks.2.", "norm.")) for name in trainable)
+    with pytest.raises(UserError, match=r"model\.freeze must be 0 to 3"):
+        backbone.freeze(4)
 
 
 @pytest.mark.parametrize(

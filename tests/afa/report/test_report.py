@@ -17,9 +17,11 @@ from PIL import Image
 from afa.config import Config
 from afa.data.visualize import PALETTE, class_color, heat, overlay, save_mask
 from afa.errors import UserError
+from afa.evaluation.diagnostics import Diagnosis
 from afa.evaluation.result import EvalResult, Example, Scores
 from afa.report.curves import nice_ticks
 from afa.report.page import read_log, write_report
+from afa.report.pictures import affinity_map
 from afa.report.results import duration, load_result, make_report, save_result
 from afa.report.tables import confusion
 
@@ -152,6 +154,68 @@ def test_curves(tmp_path: Path, result: EvalResult) -> None:
     first = [float(re.search(r'class="raw"[^>]* d="M([\d.]+)', chart)[1]) for chart in charts[:3]]  # type: ignore[index]
     assert first[0] < first[1] == first[2]  # the other two losses start with their phase
     assert charts[3].count("<circle") == 8
+
+
+def _diagnosed(result: EvalResult) -> EvalResult:
+    miou = {"cam": 0.4, "walk": 0.45, "par": 0.5, "walk_identity": 0.391, "walk_oracle": 0.631, "walk_par": 0.52}
+    curves = {
+        row: [0.2 + 0.01 * i for i in range(11)] + [value] for row, value in zip(miou, (0.41, 0.46, 0.51), strict=False)
+    }
+    affinity = {"different": 0.211, "background": 0.911, "object": 0.811, "auc": 0.877}
+    result.diagnosis = Diagnosis(38, miou, curves, affinity)
+    for sample in result.samples:
+        sample["token"], sample["affinity"] = (0.25, 0.75), np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
+    return result
+
+
+def test_diagnosis_is_saved_and_shown(tmp_path: Path, result: EvalResult) -> None:
+    before = _diagnosed(result)
+    save_result(tmp_path, before, CLASSES, Config(), {})
+    after = load_result(tmp_path)[0]
+    assert after.diagnosis == before.diagnosis
+    assert after.samples[0]["token"] == (0.25, 0.75)
+    np.testing.assert_allclose(after.samples[0]["affinity"], before.samples[0]["affinity"], atol=1e-3)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == []
+    for words in ("38 images", "0.391", "0.631", "0.520", "0.410 at 0.65", "0.211", "0.911", "0.811", "0.877"):
+        assert words in page.text, words
+    assert 'aria-label="mIoU by background score (%)"' in text
+    assert "Affinity" in page.text
+    assert len(page.addresses) == 3 * 7
+    samples = after.samples
+    del samples[0]["token"], samples[0]["affinity"]  # like a run evaluated by an earlier version
+    assert len(_Page(write_report(tmp_path, after, CLASSES).read_text(encoding="utf-8")).addresses) == 3 * 6
+
+
+def test_affinity_map_marks_the_token() -> None:
+    image = np.zeros((40, 60, 3), np.uint8)
+    affinity = np.zeros((4, 6), np.float32)
+    affinity[3, 5] = 1
+    drawn = affinity_map(image, affinity, (0.375, 0.25))
+    assert drawn.shape == image.shape
+    bright = drawn.sum(-1)
+    assert (bright[30:, 50:] > 400).all(), "the affine token"
+    assert (bright[10:20, 10:20] == 765).any(), "the ring"
+    assert (bright[20:30] < 200).all()
+
+
+def test_curve_of_the_dense_energy(tmp_path: Path, result: EvalResult) -> None:
+    """It is negative: the chart ends at 0 and has room for all values."""
+    _log(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[:-1]]
+    for row in rows:
+        if "phase" in row:
+            row["loss_energy"] = None if row["phase"] == "classify" else -row["iteration"] / 100
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report(tmp_path, result, CLASSES).read_text(encoding="utf-8")
+    chart = next(chart for chart in re.findall(r"<svg.*?</svg>", text) if 'aria-label="Dense energy loss by' in chart)
+    labels = [float(label) for label in re.findall(r'text-anchor="end">(-?[\d.]+)</text>', chart)]
+    assert labels[:-1] == [-10, -5, 0] and labels[-1] > -10
+    line = re.search(r'class="raw"[^>]* d="M([^"]*)"', chart)
+    assert line is not None
+    heights = [float(point.split()[1]) for point in line[1].split("L")]
+    assert heights == sorted(heights) and len(set(heights)) == len(heights)
 
 
 def test_page_without_log_and_samples(tmp_path: Path, result: EvalResult) -> None:

@@ -50,6 +50,24 @@ def test_affinity_head_is_the_definition_without_the_maps() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_standardized_affinity_head_is_its_definition() -> None:
+    """And doesn't depend on the size of the logits of a map."""
+    torch.manual_seed(0)
+    head = AffinityHead(3, 8, standardized=True)
+    head.weight.data.normal_()
+    head.bias.data.normal_()
+    queries, keys = torch.randn(2, 3, 12, 8) + 1, torch.randn(2, 3, 12, 8)
+    maps = queries @ keys.transpose(-2, -1)
+    maps = maps + maps.transpose(-2, -1)
+    maps = (maps - maps.mean((2, 3), keepdim=True)) / maps.std((2, 3), correction=0, keepdim=True)
+    expected = torch.sigmoid((maps * head.weight.view(-1, 1, 1)).sum(1) + head.bias)
+    torch.testing.assert_close(head(queries, keys), expected, rtol=1e-4, atol=1e-5)
+    scale = torch.tensor([0.5, 7.0, 30.0]).view(-1, 1, 1)
+    torch.testing.assert_close(head(queries * scale, keys), head(queries, keys), rtol=1e-4, atol=1e-5)
+    constant = torch.ones(1, 3, 12, 8)
+    assert head(constant, constant).isfinite().all()
+
+
 def test_affinity_head_starts_as_token_similarity() -> None:
     queries = torch.randn(1, 4, 5, 16)
     affinity = AffinityHead(4, 16)(queries, queries)

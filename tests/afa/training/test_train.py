@@ -14,6 +14,7 @@ from torch import Tensor
 
 import afa.labeling.label_maker as maker_module
 import afa.training.loop
+import afa_ext
 from afa.config import Config, TrainConfig, load_config
 from afa.errors import UserError
 from afa.model import build_model, load_model
@@ -92,6 +93,22 @@ def test_parameter_groups(tiny_config: Any, factor: float) -> None:
     assert any(p is model.get_parameter("decoder.norm.weight") for p in groups["heads"]["params"])
     grouped = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("freeze", [2, "all"])
+def test_frozen_blocks_are_not_trained(tiny_config: Any, freeze: Any) -> None:
+    config = tiny_config()
+    config.model.freeze = freeze
+    train_step = TrainStep(build_model(config.model, 3), config)
+    before = copy.deepcopy(train_step.model.state_dict())
+    for iteration in (2, 4, 7):
+        train_step.update(batch_of(), iteration)
+    trained = {name for name, value in train_step.model.state_dict().items() if not torch.equal(value, before[name])}
+    frozen = {name for name, parameter in train_step.model.named_parameters() if not parameter.requires_grad}
+    assert frozen
+    assert not trained & frozen
+    assert {"classifier.weight", "decoder.predict.weight", "affinity_head.weight"} <= trained
+    assert any(name.startswith("backbone.") for name in trained) == (freeze != "all")
 
 
 def test_frozen_norms_stay(tiny_config: Any) -> None:
@@ -419,3 +436,21 @@ class TestRun:
 
 def _full(*_: Any) -> None:
     raise RuntimeError("disk full")
+
+
+def test_affinity_labels_follow_their_settings(tiny_config: Any) -> None:
+    """Tokens take the label of their corner or of their center."""
+    config = tiny_config()
+    torch.manual_seed(0)
+    train_step = TrainStep(build_model(config.model, 3), config)
+    train_step.model.classifier.weight.data.normal_()
+    stride = train_step.model.stride
+    for sampling, offset in (("corner", 0), ("center", stride // 2)):
+        config.labels.affinity_sampling = sampling
+        result = train_step.losses(batch_of(), "par")[0]
+        assert result.labels is not None and result.pairs is not None and result.affinity_sums is not None
+        expected = afa_ext.affinity_labels(
+            result.labels, stride=stride, offset=offset, radius=config.labels.walk_radius, background=0
+        )
+        assert torch.equal(result.pairs, expected)
+        assert result.affinity_sums[1].tolist() == [int((expected == group).sum()) for group in range(3)]

@@ -72,14 +72,21 @@ def test_losses_of_parts_add_up() -> None:
     labels[:, :2] = 255
     labels[2:][labels[2:] == 0] = 255  # the second half has no background
     affinity = torch.rand(4, 9, 9, generator=generator, dtype=torch.float64)
-    pairs = torch.tensor([0, 1, 255], dtype=torch.uint8)[torch.randint(0, 3, (4, 9, 9), generator=generator)]
+    pairs = torch.tensor([0, 1, 2, 255], dtype=torch.uint8)[torch.randint(0, 4, (4, 9, 9), generator=generator)]
     counts = target_counts(labels, pairs)
     assert counts.tolist() == [int((labels == 0).sum()), int(((labels == 1) | (labels == 2)).sum())] + [
-        int((pairs == kind).sum()) for kind in (1, 0)
+        int((pairs == kind).sum()) for kind in (0, 1, 2)
     ]
     for whole, parts in (
         (segmentation_loss(logits, labels), [segmentation_loss(logits[i], labels[i], counts) for i in HALVES]),
-        (afa_ext.affinity_loss(affinity, pairs), [affinity_loss(affinity[i], pairs[i], counts) for i in HALVES]),
+        (
+            afa_ext.affinity_loss(affinity, pairs.masked_fill(pairs == 2, 1)),
+            [affinity_loss(affinity[i], pairs[i], counts)[0] for i in HALVES],
+        ),
+        (
+            afa_ext.affinity_loss(affinity, pairs, weights=(0.5, 0.1, 0.4)),
+            [affinity_loss(affinity[i], pairs[i], counts, object_share=0.8)[0] for i in HALVES],
+        ),
     ):
         torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=0)
     # Treating each half as a separate batch, as published, would give a different loss.
@@ -162,7 +169,15 @@ def test_two_processes_give_the_result_of_one(config: Config, tmp_path: Path) ->
     )
     assert [record["iteration"] for record in one] == [record["iteration"] for record in two]
     for ours, theirs in zip(one, two, strict=True):
-        for key in ("loss_cls", "loss_seg", "loss_aff", "grad_norm", "label_ignored", "label_foreground"):
+        for key in (
+            "loss_cls",
+            "loss_seg",
+            "loss_aff",
+            "grad_norm",
+            "label_ignored",
+            "label_foreground",
+            "affinity_background",
+        ):
             if ours.get(key) is not None:
                 # The first steps are equal; then a pixel at a tie may fall to the other side.
                 assert theirs[key] == pytest.approx(ours[key], rel=2e-3, abs=2e-3), (ours, theirs)
