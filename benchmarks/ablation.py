@@ -1,11 +1,13 @@
 """A small version of the paper's ablation: the effect of each part of AFA on the segmentation of the embedded data set.
 
-    python benchmarks/ablation.py                    # five rows, three seeds
+    python benchmarks/ablation.py                    # eight rows, three seeds
     python benchmarks/ablation.py --seeds 0 --quick  # seconds: only a test that it runs, the results are meaningless
 
 All rows of a seed share the classification phase, its weights and the order of the crops. They differ in the labels
 and losses of the later phases. The network ends with its decoder, as published, so only the labels of a row refine its
-edges. The score of each finished run is saved in --runs, and a restart resumes from these.
+edges. Two rows are no part of the method: the affinity as published, and a network that learns from the true masks of
+the training images, without random scaling of the crops. Every evaluation also walks with the identity and with the
+affinity of the true masks. The score of each finished run is saved in --runs, and a restart resumes from these.
 
 The data is synthetic and the backbone has three million parameters: the results need not hold for VOC.
 """
@@ -14,40 +16,81 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timing import RESULTS, print_table, write_results
+from torch import Tensor
 from tqdm import trange
 
+import afa_ext
 from afa.config import Config, load_config
 from afa.data import TaggedDataset, open_dataset, train_loader
 from afa.data.synthetic import make_dataset
 from afa.evaluation.evaluate import evaluate
 from afa.files import write_text
 from afa.model import build_model
-from afa.training.step import TrainStep
+from afa.training.step import Targets, TrainStep
 
-SETTINGS = ["model.refine_iterations=0", "train.iterations=450", "train.classify_until=260", "train.par_until=370"]
+SETTINGS = ["model.refine_iterations=0"]
 QUICK = [
     "model.refine_iterations=0",
     *("train.iterations=6", "train.classify_until=2", "train.par_until=4", "train.warmup=1"),
 ]
 
+METHOD = "+ walk and PAR"
+"""The row of the whole method. Later rows change or replace one of its parts and are compared with it."""
 NO_WALK = "train.par_until=1000000"  # later than the end of any run
+PUBLISHED = ["model.affinity_logits=raw", "labels.affinity_sampling=corner", "train.affinity_object_share=null"]
+SUPERVISED = "true masks"
 ROWS = {
     "CAM labels": ["labels.par_iterations=0", "train.weight_affinity=0", NO_WALK],
     "+ PAR": ["train.weight_affinity=0", NO_WALK],
     "+ affinity, no walk": [NO_WALK],
     "+ walk": ["labels.walk_par_iterations=0"],
-    "+ walk and PAR": [],
+    METHOD: [],
+    "+ walk and PAR, dense energy loss": ["train.energy_weight=0.01"],
+    "+ walk and PAR, affinity as published": [*PUBLISHED, "train.weight_affinity=0.2"],
+    SUPERVISED: ["train.weight_affinity=0", NO_WALK],
 }
 """Name of a row -> overrides of the full method's configuration."""
+SCORES = ("cam", "walk", "walk_identity", "walk_oracle", "par", "walk_par", "f1")
+"""Scores of every run besides that of the segmentation."""
+
+
+class Supervised(TrainStep):
+    """A step that learns from the masks in the batch, [B, S, S], instead of from labels that it makes."""
+
+    @torch.no_grad()
+    def targets(self, batch: dict[str, Any], images: Tensor, inputs: Tensor, cam: Tensor, phase: str) -> Targets:
+        masks = batch["mask"].to(self.device)
+        radius = self.config.labels.walk_radius
+        return Targets(masks, afa_ext.affinity_labels(masks, stride=self.model.stride, radius=radius, background=0))
+
+
+def masked_batches(config: Config, begin: int) -> Iterator[dict[str, Any]]:
+    """Batches of images and masks: crops at scale 1 and flips, the same for an image and its mask."""
+    data = config.data
+    items = open_dataset(data, data.train_split, train=False, with_mask=True)
+    for iteration in itertools.count(begin):
+        random = np.random.default_rng([config.train.seed, iteration])
+        batch = []
+        for number in random.choice(len(items), config.train.batch_size, replace=False):
+            item = items[int(number)]
+            top, left = (int(random.integers(side - data.crop_size + 1)) for side in item["mask"].shape)
+            window = (..., slice(top, top + data.crop_size), slice(left, left + data.crop_size))
+            flip = (lambda x: x.flip(-1)) if random.random() < 0.5 else (lambda x: x)
+            batch.append((flip(item["image"][window]), flip(item["mask"][window]), item["tags"]))
+        image, mask, tags = (torch.stack(part) for part in zip(*batch, strict=True))
+        box = torch.tensor([0, data.crop_size] * 2).expand(len(image), 4)
+        yield {"image": image, "mask": mask, "tags": tags, "box": box}
 
 
 def configuration(base: Sequence[str], changes: Sequence[str], seed: int) -> Config:
@@ -68,13 +111,14 @@ def run_seed(seed: int, base: Sequence[str], runs: Path, device: torch.device) -
         shared = _classified(configuration(base, [], seed), device)
         for row, config in due.items():
             begin = time.perf_counter()
-            train_step = _train_step(config, device)
+            train_step = _train_step(config, device, Supervised if row == SUPERVISED else TrainStep)
             train_step.model.load_state_dict(shared["model"])
             train_step.optimizer.load_state_dict(copy.deepcopy(shared["optimizer"]))
             _steps(train_step, config.train.classify_until + 1, config.train.iterations, f"seed {seed}, {row}")
             result = evaluate(train_step.model, _split(config, train=False), config)
-            scores = {name: getattr(result, name)["miou"] for name in ("seg", "cam", "walk", "par")}
-            content = {"row": row, "settings": [*base, *ROWS[row]], "f1": result.f1, **scores}
+            assert result.diagnosis is not None
+            scores = {"seg": result.seg["miou"], **result.diagnosis.miou, "f1": result.f1}
+            content = {"row": row, "settings": [*base, *ROWS[row]], "affinity": result.diagnosis.affinity, **scores}
             content["seconds"] = time.perf_counter() - begin
             write_text(files[row], json.dumps(content))
     return {row: json.loads(file.read_text(encoding="utf-8")) for row, file in files.items()}
@@ -87,9 +131,9 @@ def _classified(config: Config, device: torch.device) -> dict[str, Any]:
     return {"model": train_step.model.state_dict(), "optimizer": train_step.optimizer.state_dict()}
 
 
-def _train_step(config: Config, device: torch.device) -> TrainStep:
+def _train_step(config: Config, device: torch.device, kind: type[TrainStep] = TrainStep) -> TrainStep:
     torch.manual_seed(config.train.seed)
-    return TrainStep(build_model(config.model, len(_split(config, train=True).classes)), config, device)
+    return kind(build_model(config.model, len(_split(config, train=True).classes)), config, device)
 
 
 def _split(config: Config, *, train: bool) -> TaggedDataset:
@@ -100,33 +144,43 @@ def _split(config: Config, *, train: bool) -> TaggedDataset:
 
 def _steps(train_step: TrainStep, begin: int, end: int, title: str) -> None:
     config = train_step.config
-    batches = train_loader(
-        _split(config, train=True),
-        config.train.batch_size,
-        seed=config.train.seed,
-        start_iteration=begin,
-        workers=config.data.workers,
-    )
+    batches: Iterator[dict[str, Any]] = masked_batches(config, begin)
+    if not isinstance(train_step, Supervised):
+        batches = train_loader(
+            _split(config, train=True),
+            config.train.batch_size,
+            seed=config.train.seed,
+            start_iteration=begin,
+            workers=config.data.workers,
+        )
     for iteration in trange(begin, end, desc=title, unit="it", dynamic_ncols=True):
         train_step.update(next(batches), iteration)
 
 
 def summarize(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One entry per row: the seeds' segmentation scores, their mean and standard deviation."""
-    rows = []
+    """One entry per row: the seeds' segmentation scores, and their mean and standard deviation; the same of the
+    differences, with the same seed, from the row before, or from `METHOD` for rows after it; means of the other
+    scores."""
+    rows: list[dict[str, Any]] = []
+    before: list[float] | None = None
     for row in ROWS:
         runs = [scores[row] for scores in seeds]
         values = [run["seg"] for run in runs]
+        gains = [] if before is None else [value - other for value, other in zip(values, before, strict=True)]
         rows.append(
             {
                 "row": row,
                 "seg_miou": values,
                 "mean": statistics.mean(values),
                 "std": statistics.stdev(values) if len(values) > 1 else None,
-                **{f"{name}_mean": statistics.mean(run[name] for run in runs) for name in ("cam", "walk", "par", "f1")},
+                "gain": statistics.mean(gains) if gains else None,
+                "gain_std": statistics.stdev(gains) if len(gains) > 1 else None,
+                **{f"{name}_mean": statistics.mean(run[name] for run in runs) for name in SCORES},
                 "settings": runs[0]["settings"],
             }
         )
+        if not any(row["row"] == METHOD for row in rows[:-1]):
+            before = values
     return rows
 
 
@@ -151,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "labels and losses": row["row"],
             "seg mIoU": f"{row['mean']:.3f}",
             "std": "–" if row["std"] is None else f"{row['std']:.3f}",
+            "gain": "–" if row["gain"] is None else f"{row['gain']:+.3f}",
+            **{name: f"{row[f'{name}_mean']:.3f}" for name in SCORES},
             "seeds": " ".join(f"{value:.3f}" for value in row["seg_miou"]),
         }
         for row in rows

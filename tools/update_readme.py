@@ -78,53 +78,76 @@ OPERATIONS = {
     "random_walk": "{row} walk",
     "affinity": "affinity from attention and its loss, forward and backward",
     "pseudo_labels": "PAR pseudo labels, {present} classes per image",
+    "dense_crf": "{operator}",
     "train_step": "full training step of `{config}`, {phase} phase",
 }
 """Benchmark name -> format string that describes a row from its entries."""
 
 
 def benchmark_table() -> str:
-    """One line per baseline in every file of benchmarks/results."""
-    lines = [
-        "| | size | afa_ext | baseline | baseline time | speedup | memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    machines = []
+    """One table per machine in benchmarks/results, CPUs first; one line per baseline."""
+    tables: dict[str, list[str]] = {}
+    gpus = set()
     for name, operation in OPERATIONS.items():
         for file in sorted(RESULTS.glob(f"{name}-*.json")):
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            machines.append(content["machine"])
+            where = _machine(content["machine"])
+            if content["machine"]["cuda"]:
+                gpus.add(where)
+            lines = tables.setdefault(where, [])
             ours: dict[str, Any] = {}
             for row in content["rows"]:
-                if row["times_ours"] == 1:
+                if row["times_ours"] == 1 or row["candidate"] in ("afa_ext.dense_crf", "afa_ext.bilateral_filter"):
                     ours = row
                 elif row["times_ours"] is not None:
                     memory = f"{row['peak_bytes'] / max(1, ours['peak_bytes']):.1f}×" if row.get("peak_bytes") else "–"
-                    lines.append(
-                        f"| {operation.format(**row)} | {row['size'].replace('x', '×')} {row['dtype']} "
-                        f"| {_milliseconds(ours)} | {row['candidate']} | {_milliseconds(row)} "
-                        f"| **{row['times_ours']:.{0 if row['times_ours'] >= 10 else 1}f}×** | {memory} |"
-                    )
-    about = sorted({_machine(machine) for machine in machines})
-    if not any(machine["cuda"] for machine in machines):
-        about.append("GPU: not measured")
-    return "\n".join(lines) + "\n\n" + "; ".join(about) + "."
+                    what = operation.format(**{**row, "operator": ours["candidate"].removeprefix("afa_ext.")})
+                    baseline = f"{row['candidate']} | {_milliseconds(row)} | **{_times(row['times_ours'])}**"
+                    if row["candidate"].startswith("afa_ext"):  # this package on another device
+                        baseline = "– | – | –"
+                    size = f"{row['size'].replace('x', '×')} {row['dtype']}"
+                    lines.append(f"| {what} | {size} | {_milliseconds(ours)} | {baseline} | {memory} |")
+    head = "| | size | afa_ext | baseline | baseline time | speedup | memory |\n|---|---|---|---|---|---|---|\n"
+    parts = [
+        f"On {where}:\n\n{head}" + "\n".join(tables[where])
+        for where in sorted(tables, key=lambda where: (where in gpus, where))
+    ]
+    return "\n\n".join(parts if gpus else [*parts, "GPU: not measured."])
 
 
 def ablation_table() -> str:
     """One line per row of the ablation in every file of benchmarks/results."""
-    lines = ["| labels and losses | segmentation mIoU | spread | seeds |", "|---|---|---|---|"]
+    heads = (
+        "segmentation",
+        "spread",
+        "gain",
+        "CAM",
+        "walk",
+        "identity",
+        "oracle",
+        "PAR",
+        "walk + PAR",
+    )
+    names = ("cam", "walk", "walk_identity", "walk_oracle", "par", "walk_par")
+    lines = ["| ".join(["", "labels and losses ", *(f"{head} " for head in heads), ""]).strip(), "|---" * 10 + "|"]
     machines = set()
     for file in sorted(RESULTS.glob("ablation-*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         machines.add(_machine(content["machine"]))
         for row in content["rows"]:
             spread = "–" if row["std"] is None else f"± {row['std']:.3f}"
-            seeds = ", ".join(f"{value:.3f}" for value in row["seg_miou"])
-            lines.append(f"| {row['row']} | {row['mean']:.3f} | {spread} | {seeds} |")
+            gain = "–" if row.get("gain") is None else f"{row['gain']:+.3f}"
+            if row.get("gain_std") is not None:
+                gain += f" ± {row['gain_std']:.3f}"
+            others = " | ".join(f"{row[f'{name}_mean']:.3f}" if f"{name}_mean" in row else "–" for name in names)
+            lines.append(f"| {row['row']} | {row['mean']:.3f} | {spread} | {gain} | {others} |")
     if not machines:
-        lines.append("| not measured | – | – | – |")
+        lines.append("| not measured " + "| – " * 9 + "|")
     return "\n".join([*lines, "", "; ".join(sorted(machines)) + "."] if machines else lines)
+
+
+def _times(value: float) -> str:
+    return f"{value:.{0 if value >= 10 else 1}f}×"
 
 
 def _milliseconds(row: dict[str, Any]) -> str:

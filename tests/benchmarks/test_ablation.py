@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def settings(root: Path) -> list[str]:
     return [
         f"data.root={root}",
         "data.embedded=false",
-        "data.crop_size=64",
+        "data.crop_size=32",
         "data.workers=0",
         "model.weights=null",
         "model.backbone_args.embed_dims=[8, 16, 24, 32]",
@@ -27,12 +28,13 @@ def settings(root: Path) -> list[str]:
         "train.iterations=5",
         "train.classify_until=1",
         "train.par_until=3",
+        "eval.diagnostic_images=3",
         "train.warmup=0",
     ]
 
 
 @pytest.mark.slow
-def test_five_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[int, int]] = []
     trained: dict[str, dict[str, torch.Tensor]] = {}
     run = ablation._steps
@@ -46,15 +48,16 @@ def test_five_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pyte
     base = settings(voc_root)
     scores = ablation.run_seed(0, base, tmp_path / "runs", DEVICE)
     assert list(scores) == list(ablation.ROWS)
-    assert steps == [(0, 2)] + [(2, 5)] * 5, "the classification is shared"
+    assert steps == [(0, 2)] + [(2, 5)] * len(ablation.ROWS), "the classification is shared"
     decoders = [trained[f"seed 0, {row}"]["decoder.predict.weight"] for row in ablation.ROWS]
-    for first in range(5):
+    for first in range(len(ablation.ROWS)):
         for second in range(first):
             assert not torch.equal(decoders[first], decoders[second]), "two rows learned from the same labels"
-    # The affinity loss moves its head in all rows but the first two.
+    # The affinity loss moves its head in all rows but the first two and the last.
     heads = [trained[f"seed 0, {row}"]["affinity_head.weight"] for row in ablation.ROWS]
     assert torch.equal(heads[0], heads[1])
-    assert not any(torch.equal(heads[0], head) for head in heads[2:])
+    assert torch.equal(heads[0], heads[-1])
+    assert not any(torch.equal(heads[0], head) for head in heads[2:-1])
 
     steps.clear()
     assert ablation.run_seed(0, base, tmp_path / "runs", DEVICE) == scores and not steps
@@ -72,12 +75,35 @@ def test_settings_of_the_benchmark_are_valid(base: list[str]) -> None:
 
 def test_mean_and_spread() -> None:
     def seed(value: float) -> dict[str, dict[str, Any]]:
-        entry = {"seg": value, "cam": 0.1, "walk": 0.2, "par": 0.3, "f1": 0.9, "settings": ["a=1"]}
-        return {row: dict(entry) for row in ablation.ROWS}
+        entry = {"seg": value, "settings": ["a=1"], **dict.fromkeys(ablation.SCORES, 0.3)}
+        return {row: {**entry, "seg": value * (1 + number)} for number, row in enumerate(ablation.ROWS)}
 
     rows = ablation.summarize([seed(0.5), seed(0.6), seed(0.7)])
     assert [row["row"] for row in rows] == list(ablation.ROWS)
     assert rows[0]["mean"] == pytest.approx(0.6) and rows[0]["std"] == pytest.approx(0.1)
     assert rows[0]["seg_miou"] == [0.5, 0.6, 0.7]
     assert ablation.summarize([seed(0.5)])[0]["std"] is None
+    assert rows[0]["gain"] is None and rows[1]["gain"] == pytest.approx(0.6)
+    assert rows[1]["gain_std"] == pytest.approx(0.1)
+    whole = list(ablation.ROWS).index(ablation.METHOD)
+    assert rows[whole]["gain"] == pytest.approx(0.6)
+    # Rows after the whole method are compared with it, not with each other.
+    assert [row["gain"] for row in rows[whole + 1 :]] == pytest.approx([0.6, 1.2, 1.8])
     json.dumps(rows)
+
+
+def test_masks_are_cropped_and_flipped_with_their_images(voc_root: Path) -> None:
+    config = ablation.configuration(settings(voc_root), [], 0)
+    batch = next(ablation.masked_batches(config, 3))
+    assert batch["image"].shape == (3, 3, 32, 32) and batch["mask"].shape == (3, 32, 32)
+    whole = ablation.open_dataset(config.data, config.data.train_split, train=False, with_mask=True)
+    sources = [(item["image"], item["mask"]) for item in (whole[i] for i in range(len(whole)))]
+    for image, mask in zip(batch["image"], batch["mask"], strict=True):
+        found = False
+        for (picture, truth), flip in itertools.product(sources, (False, True)):
+            if flip:
+                picture, truth = picture.flip(-1), truth.flip(-1)
+            for y, x in itertools.product(range(picture.shape[1] - 31), range(picture.shape[2] - 31)):
+                if torch.equal(picture[:, y : y + 32, x : x + 32], image):
+                    found = torch.equal(truth[y : y + 32, x : x + 32], mask)
+        assert found

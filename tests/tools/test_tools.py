@@ -254,7 +254,9 @@ def test_gpu_check_lists_its_stages(capsys):
     listed = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == [s.name for s in gpu_check.STAGES if s.name not in ("build", "memcheck")]
     assert gpu_check.main(["--list", "--only", "tests"]) == 0
-    assert capsys.readouterr().out == "tests: at most 130 s\n"
+    assert capsys.readouterr().out == "tests: at most 150 s\n"
+    assert gpu_check.main(["--list", "--only", "par_kernel", "--compile"]) == 0
+    assert capsys.readouterr().out == "par_kernel: at most 400 s\n"
 
 
 def test_gpu_check_rejects_an_unknown_stage(capsys):
