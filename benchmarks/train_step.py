@@ -41,6 +41,7 @@ from afa.labeling.inference import ScaleOutputs, run_scales
 from afa.labeling.labels import Thresholds
 from afa.model import build_model, heads
 from afa.model.heads import AffinityHead
+from afa.training import losses as loss_module
 from afa.training import step as step_module
 from afa.training.step import StepResult, TrainStep
 from afa_ext import reference
@@ -182,12 +183,16 @@ def plain_walk_labels(
 def plain_affinity(head: AffinityHead, queries: Tensor, keys: Tensor) -> Tensor:
     with torch.autocast(queries.device.type, enabled=False):
         attention = queries.float() @ keys.float().mT
+        if head.standardized:
+            both = attention + attention.mT
+            deviation, mean = torch.std_mean(both, dim=(2, 3), correction=0, keepdim=True)
+            attention = (both - mean) / deviation / 2  # symmetric, so the operator doubles it
         return reference.affinity_from_attention(attention, head.weight, head.bias)
 
 
-def plain_affinity_loss(affinity: Tensor, pairs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    loss = reference.affinity_loss(affinity, torch.where(pairs == 2, 1, pairs))
-    return loss, affinity.new_zeros(2, 3)
+def plain_affinity_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
+    with patch.object(loss_module, "afa_ext", reference):
+        return loss_module.affinity_loss(*arguments)
 
 
 PLAIN_LABELS: dict[str, Callable[..., Any]] = {
