@@ -46,19 +46,21 @@ void simplices(const SimplexParams& p, int64_t begin, int64_t end, uint64_t* key
       sum += scaled;
     }
     elevated[0] = sum;
-    Floats rest[E], largest = {};
-    Ints cell[E], total = {};
+    Floats nearest[E], rest[E], largest = {};
     for (int i = 0; i < E; ++i) {
-      Floats v = rounded_product(inverse, elevated[i]);
+      const Floats v = rounded_product(inverse, elevated[i]);
       largest = upper(largest, upper(v, -v));
-      v = (v + kRound) - kRound;
-      rest[i] = elevated[i] - v * static_cast<float>(E);
-      cell[i] = __builtin_convertvector(v, Ints);
-      total += cell[i];
+      nearest[i] = (v + kRound) - kRound;
+      rest[i] = elevated[i] - nearest[i] * static_cast<float>(E);
     }
     const Ints good = (largest < limit) & (sum - sum == 0);  // the second: no feature is NaN or infinite
     for (int i = 0; i < kChunk; ++i) *valid = *valid && good[i] != 0;
     if (!*valid) return;
+    Ints cell[E], total = {};
+    for (int i = 0; i < E; ++i) {
+      cell[i] = __builtin_convertvector(nearest[i], Ints);
+      total += cell[i];
+    }
     Ints rank[E] = {};
     for (int i = 0; i < D; ++i) {
       for (int j = i + 1; j < E; ++j) {
