@@ -151,13 +151,20 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
         print("  " + "  ".join(cells).rstrip())
 
 
-def write_results(benchmark: str, device: torch.device, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """Writes <folder>/<benchmark>-<device>.json atomically."""
-    about = machine(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+def write_results(
+    benchmark: str,
+    device: torch.device,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes <folder>/<benchmark>-<device>.json atomically: the machine, what else is in `about`, and the rows."""
+    where = machine(device)
+    slug = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}-{slug}.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"benchmark": benchmark, "machine": about, "rows": list(rows)}, indent=1) + "\n")
+    content = {"benchmark": benchmark, "machine": where, **(about or {}), "rows": list(rows)}
+    partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
     return path

@@ -1,0 +1,171 @@
+"""Compares refinements of class activation maps (CAMs) on real photographs with masks.
+
+    python benchmarks/real_photos.py refine --data DIR               # all images of the split val, about half an hour
+    python benchmarks/real_photos.py refine --data DIR --images 40   # some minutes
+
+DIR has PASCAL VOC's layout (docs/own_data.md). The CAMs are simulated from the true masks, so that their quality is
+known: averaged over the tokens of a grid, eroded, blurred, with false peaks. Every refinement has its own background
+score, chosen on images of the training split. Reported are the mean IoU, the F-score of the boundaries, and images per
+second, on the images of the validation split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from refinements import CAM_KINDS, PAR_VARIANTS, REFINEMENTS, CamKind, Photo, Refinement, boundary_f
+from timing import RESULTS, print_table, write_results
+from torch import Tensor
+from tqdm import tqdm
+
+from afa.config import load_config
+from afa.data import TaggedDataset
+from afa.evaluation.diagnostics import spread
+from afa.evaluation.metrics import SegmentationMetrics
+from afa.model import build_model
+
+BACKGROUND_SCORES = (0.15, 0.25, 0.35, 0.45, 0.55)
+
+
+@cache
+def bundled_backbone() -> Callable[[Tensor], Tensor]:
+    """uint8 [1, 3, H, W] -> last feature map of the small backbone in the package, pretrained on generated images."""
+    model = build_model(load_config("demo").model, 1).eval()
+
+    @torch.inference_mode()
+    def features(image: Tensor) -> Tensor:
+        return model.backbone(model.normalize(image)).maps[-1]
+
+    return features
+
+
+class Photos:
+    """Evenly spaced images of a split, without repeated decoding."""
+
+    def __init__(self, root: Path, split: str, limit: int | None) -> None:
+        self.dataset = TaggedDataset(root, split, train=False, with_mask=True)
+        if not self.dataset.has_masks:
+            raise SystemExit(f"the split {split} of {root} has no masks")
+        names = self.dataset.names
+        wanted = set(spread(names, limit or len(names)))
+        self.indices = [i for i, name in enumerate(names) if name in wanted and self.dataset.tags[i].any()]
+        self.num_classes = len(self.dataset.classes) + 1
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Any:
+        """(number of the image in the data set, `Photo`)."""
+        for index in self.indices:
+            item = self.dataset[index]
+            yield index, Photo(item["image"][None], item["mask"][None], item["tags"][None], bundled_backbone())
+
+
+class Score:
+    """Mean IoU, boundary F-score and time of one refinement."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.metrics = SegmentationMetrics(num_classes)
+        self.boundaries: list[float] = []
+        self.seconds = 0.0
+
+    def add(self, refinement: Refinement, photo: Photo, background: float, *, boundaries: bool) -> None:
+        begin = time.perf_counter()
+        label = refinement(photo, background)
+        self.seconds += time.perf_counter() - begin
+        self.metrics.update(label[None], photo.mask)
+        if boundaries:
+            for number in (photo.classes.index[0] + 1).tolist():
+                self.boundaries.append(boundary_f(label, photo.filled[0], number))
+
+    @property
+    def miou(self) -> float:
+        return float(self.metrics.compute()["miou"])
+
+
+def compare(
+    photos: Photos, calibration: Photos, kind: CamKind | None, refinements: Mapping[str, Refinement], title: str
+) -> list[dict[str, Any]]:
+    """One row per refinement of the CAMs of one kind."""
+    tried = {(name, b): Score(photos.num_classes) for name in refinements for b in BACKGROUND_SCORES}
+    for seed, photo in tqdm(calibration, desc=f"{title}: background scores", unit="img", leave=False):
+        photo.simulate(kind, seed)
+        for (name, background), score in tried.items():
+            score.add(refinements[name], photo, background, boundaries=False)
+    chosen = {name: max(BACKGROUND_SCORES, key=lambda b, name=name: tried[name, b].miou) for name in refinements}
+    scores = {name: Score(photos.num_classes) for name in refinements}
+    for seed, photo in tqdm(photos, desc=title, unit="img", leave=False):
+        photo.simulate(kind, seed)
+        for name, score in scores.items():
+            score.add(refinements[name], photo, chosen[name], boundaries=True)
+    return [
+        {
+            "cam": title,
+            "refinement": name,
+            "miou": score.miou,
+            "boundary_f": sum(score.boundaries) / len(score.boundaries),
+            "images_per_s": len(photos) / score.seconds,
+            "background": chosen[name],
+            "calibration": [tried[name, b].miou for b in BACKGROUND_SCORES],
+        }
+        for name, score in scores.items()
+    ]
+
+
+def refine(options: argparse.Namespace) -> None:
+    photos = Photos(options.data, options.split, options.images)
+    calibration = Photos(options.data, options.calibration_split, options.calibration_images)
+    rows = []
+    for study, refinements in (("refinements", REFINEMENTS), ("variants of PAR", PAR_VARIANTS)):
+        for title, kind in CAM_KINDS.items():
+            found = compare(photos, calibration, kind, refinements, title)
+            rows += [{"study": study, **row} for row in found]
+            print_rows(f"{study}, {title}, {len(photos)} images", found)
+    about = {
+        "data": options.data.name,
+        "classes": photos.dataset.classes,
+        "images": len(photos),
+        "calibration_images": len(calibration),
+        "background_scores": BACKGROUND_SCORES,
+    }
+    print(f"\nwritten to {write_results('real_photos', torch.device('cpu'), rows, options.out, about)}")
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [
+        {
+            "": row["refinement"],
+            "mIoU": f"{row['miou']:.3f}",
+            "gain": f"{row['miou'] - rows[0]['miou']:+.3f}",
+            "boundary F": f"{row['boundary_f']:.3f}",
+            "background": f"{row['background']:.2f}",
+            "images/s": f"{row['images_per_s']:.0f}",
+        }
+        for row in rows
+    ]
+    print_table(title, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = commands.add_parser("refine", help="refine simulated CAMs")
+    one.add_argument("--data", type=Path, required=True, help="folder in VOC layout, with masks")
+    one.add_argument("--split", default="val", help="images to report on")
+    one.add_argument("--images", type=int, help="number of images, evenly spaced; default: all")
+    one.add_argument("--calibration-split", default="train", help="images to choose background scores on")
+    one.add_argument("--calibration-images", type=int, default=60, help="number of these images")
+    one.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    one.set_defaults(run=refine)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
