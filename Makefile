@@ -53,7 +53,7 @@ pretrain: install ## retrain the small backbone that ships in the package (about
 
 bench: install ## time the operators and a full training step against PyTorch on this machine
 	for name in par_kernel random_walk affinity pseudo_labels train_step; do $(BIN)/python benchmarks/$$name.py || exit 1; done
-	$(BIN)/python -m tools.update_readme
+	$(BIN)/python -m tools.update_tables
 
 kernels: install ## compile the CUDA kernels and write the tables of docs/kernels.md: registers, occupancy, limits
 	$(BIN)/python -m tools.kernel_report

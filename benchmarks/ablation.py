@@ -16,28 +16,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from supervised import Supervised, run_steps
 from timing import RESULTS, print_table, write_results
-from torch import Tensor
-from tqdm import trange
 
-import afa_ext
 from afa.config import Config, load_config
-from afa.data import TaggedDataset, open_dataset, train_loader
+from afa.data import TaggedDataset, open_dataset
 from afa.data.synthetic import make_dataset
 from afa.evaluation.evaluate import evaluate
 from afa.files import write_text
 from afa.model import build_model
-from afa.training.step import Targets, TrainStep
+from afa.training.step import TrainStep
 
 SETTINGS = ["model.refine_iterations=0"]
 QUICK = [
@@ -65,34 +61,6 @@ SCORES = ("cam", "walk", "walk_identity", "walk_oracle", "par", "walk_par", "f1"
 """Scores of every run besides that of the segmentation."""
 
 
-class Supervised(TrainStep):
-    """A step that learns from the masks in the batch, [B, S, S], instead of from labels that it makes."""
-
-    @torch.no_grad()
-    def targets(self, batch: dict[str, Any], images: Tensor, inputs: Tensor, cam: Tensor, phase: str) -> Targets:
-        masks = batch["mask"].to(self.device)
-        radius = self.config.labels.walk_radius
-        return Targets(masks, afa_ext.affinity_labels(masks, stride=self.model.stride, radius=radius, background=0))
-
-
-def masked_batches(config: Config, begin: int) -> Iterator[dict[str, Any]]:
-    """Batches of images and masks: crops at scale 1 and flips, the same for an image and its mask."""
-    data = config.data
-    items = open_dataset(data, data.train_split, train=False, with_mask=True)
-    for iteration in itertools.count(begin):
-        random = np.random.default_rng([config.train.seed, iteration])
-        batch = []
-        for number in random.choice(len(items), config.train.batch_size, replace=False):
-            item = items[int(number)]
-            top, left = (int(random.integers(side - data.crop_size + 1)) for side in item["mask"].shape)
-            window = (..., slice(top, top + data.crop_size), slice(left, left + data.crop_size))
-            flip = (lambda x: x.flip(-1)) if random.random() < 0.5 else (lambda x: x)
-            batch.append((flip(item["image"][window]), flip(item["mask"][window]), item["tags"]))
-        image, mask, tags = (torch.stack(part) for part in zip(*batch, strict=True))
-        box = torch.tensor([0, data.crop_size] * 2).expand(len(image), 4)
-        yield {"image": image, "mask": mask, "tags": tags, "box": box}
-
-
 def configuration(base: Sequence[str], changes: Sequence[str], seed: int) -> Config:
     return load_config("demo", [*base, f"train.seed={seed}", *changes])
 
@@ -114,7 +82,7 @@ def run_seed(seed: int, base: Sequence[str], runs: Path, device: torch.device) -
             train_step = _train_step(config, device, Supervised if row == SUPERVISED else TrainStep)
             train_step.model.load_state_dict(shared["model"])
             train_step.optimizer.load_state_dict(copy.deepcopy(shared["optimizer"]))
-            _steps(train_step, config.train.classify_until + 1, config.train.iterations, f"seed {seed}, {row}")
+            run_steps(train_step, config.train.classify_until + 1, config.train.iterations, f"seed {seed}, {row}")
             result = evaluate(train_step.model, _split(config, train=False), config)
             assert result.diagnosis is not None
             scores = {"seg": result.seg["miou"], **result.diagnosis.miou, "f1": result.f1}
@@ -127,7 +95,7 @@ def run_seed(seed: int, base: Sequence[str], runs: Path, device: torch.device) -
 def _classified(config: Config, device: torch.device) -> dict[str, Any]:
     """Weights and optimizer state after the phase that all rows share."""
     train_step = _train_step(config, device)
-    _steps(train_step, 0, config.train.classify_until + 1, f"seed {config.train.seed}, classification")
+    run_steps(train_step, 0, config.train.classify_until + 1, f"seed {config.train.seed}, classification")
     return {"model": train_step.model.state_dict(), "optimizer": train_step.optimizer.state_dict()}
 
 
@@ -140,21 +108,6 @@ def _split(config: Config, *, train: bool) -> TaggedDataset:
     data = config.data
     split = data.train_split if train else data.val_split
     return open_dataset(data, split, train=train, with_mask=not train)
-
-
-def _steps(train_step: TrainStep, begin: int, end: int, title: str) -> None:
-    config = train_step.config
-    batches: Iterator[dict[str, Any]] = masked_batches(config, begin)
-    if not isinstance(train_step, Supervised):
-        batches = train_loader(
-            _split(config, train=True),
-            config.train.batch_size,
-            seed=config.train.seed,
-            start_iteration=begin,
-            workers=config.data.workers,
-        )
-    for iteration in trange(begin, end, desc=title, unit="it", dynamic_ncols=True):
-        train_step.update(next(batches), iteration)
 
 
 def summarize(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:

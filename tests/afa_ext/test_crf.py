@@ -215,6 +215,24 @@ def test_agrees_with_pydensecrf(preset, size, flat):
     assert float((out - expected).abs().max()) < 1e-3
 
 
+def test_pydensecrf_pads_pixels_to_a_multiple_of_four():
+    """It adds the vertices of up to three pixels with features of 0 to its lattice, so that dark pixels blur
+    differently. With these pixels, the reference agrees."""
+    generator = torch.Generator().manual_seed(5)
+    image = torch.randint(4, 14, (3, 31, 33), dtype=torch.uint8, generator=generator)
+    probabilities = torch.randn(4, 31 * 33, generator=generator).softmax(0)
+    settings: dict[str, Any] = {"num_iter": 1, "gaussian": (3, 0), "bilateral": (16, 5, 4)}
+    maps = probabilities.view(4, 31, 33)
+    expected = pydensecrf(image, maps, **settings).flatten(1)
+    own = reference.dense_crf(image[None], maps[None], **settings)[0].flatten(1)
+    lattice = reference.crf.Lattice(F.pad(image_features(image, 16, 5), (0, 1)))
+    norm = lattice.apply(F.pad(torch.ones(1, 31 * 33), (0, 1)))
+    filtered = lattice.apply(F.pad(probabilities, (0, 1)) * norm.rsqrt()) * norm.rsqrt()
+    padded = torch.softmax(probabilities.log() + 4 * filtered[:, :-1], dim=0)
+    assert float((padded - expected).abs().max()) < 2e-6
+    assert float((own - expected).abs().max()) > 2e-4
+
+
 # ---- the loss ----
 
 

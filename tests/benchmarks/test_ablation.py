@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,14 @@ def settings(root: Path) -> list[str]:
 def test_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[int, int]] = []
     trained: dict[str, dict[str, torch.Tensor]] = {}
-    run = ablation._steps
+    run = ablation.run_steps
 
     def watched(trainer: Any, begin: int, end: int, title: str) -> None:
         steps.append((begin, end))
         run(trainer, begin, end, title)
         trained[title] = {key: value.clone() for key, value in trainer.model.state_dict().items()}
 
-    monkeypatch.setattr(ablation, "_steps", watched)
+    monkeypatch.setattr(ablation, "run_steps", watched)
     base = settings(voc_root)
     scores = ablation.run_seed(0, base, tmp_path / "runs", DEVICE)
     assert list(scores) == list(ablation.ROWS)
@@ -90,20 +89,3 @@ def test_mean_and_spread() -> None:
     # Rows after the whole method are compared with it, not with each other.
     assert [row["gain"] for row in rows[whole + 1 :]] == pytest.approx([0.6, 1.2, 1.8])
     json.dumps(rows)
-
-
-def test_masks_are_cropped_and_flipped_with_their_images(voc_root: Path) -> None:
-    config = ablation.configuration(settings(voc_root), [], 0)
-    batch = next(ablation.masked_batches(config, 3))
-    assert batch["image"].shape == (3, 3, 32, 32) and batch["mask"].shape == (3, 32, 32)
-    whole = ablation.open_dataset(config.data, config.data.train_split, train=False, with_mask=True)
-    sources = [(item["image"], item["mask"]) for item in (whole[i] for i in range(len(whole)))]
-    for image, mask in zip(batch["image"], batch["mask"], strict=True):
-        found = False
-        for (picture, truth), flip in itertools.product(sources, (False, True)):
-            if flip:
-                picture, truth = picture.flip(-1), truth.flip(-1)
-            for y, x in itertools.product(range(picture.shape[1] - 31), range(picture.shape[2] - 31)):
-                if torch.equal(picture[:, y : y + 32, x : x + 32], image):
-                    found = torch.equal(truth[y : y + 32, x : x + 32], mask)
-        assert found

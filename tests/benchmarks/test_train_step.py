@@ -12,7 +12,7 @@ import torch
 import train_step
 
 from afa.labeling import label_maker
-from tools import update_readme
+from tools import update_tables
 
 SMALL = ["data.crop_size=64", "train.batch_size=2", "labels.par_iterations=1", "model.refine_iterations=1"]
 
@@ -34,8 +34,8 @@ def test_both_implementations_and_the_table(tmp_path: Path, monkeypatch: pytest.
         assert list(parts) == list(train_step.PARTS)
         assert all(parts[part] > 0 for part in train_step.PARTS if part != "other")
         assert parts["other"] < 0.5 * row["median_ms"]
-    monkeypatch.setattr(update_readme, "RESULTS", tmp_path)
-    (line,) = [line for line in update_readme.benchmark_table().splitlines() if "training step" in line]
+    monkeypatch.setattr(update_tables, "RESULTS", tmp_path)
+    (line,) = [line for line in update_tables.benchmark_table().splitlines() if "training step" in line]
     assert "walk phase" in line and "2×3×64×64 float32" in line and train_step.PLAIN in line and "2.5×" in line
 
 

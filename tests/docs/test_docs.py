@@ -43,7 +43,7 @@ def test_there_is_an_example_of_par_refine():
     assert any("par_refine" in example for example in EXAMPLES["README.md"])
 
 
-@pytest.mark.parametrize("tool", [["update_readme"], ["kernel_report", "--formulas"]], ids=lambda tool: tool[0])
+@pytest.mark.parametrize("tool", [["update_tables"], ["kernel_report", "--formulas"]], ids=lambda tool: tool[0])
 def test_tables_are_those_of_the_tools(tool):
     command = [sys.executable, "-m", f"tools.{tool[0]}", *tool[1:], "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

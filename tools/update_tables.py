@@ -1,24 +1,28 @@
-"""Generate the tables and the image in README.md from the results of runs and benchmarks.
+"""Generate the tables of README.md and docs/evidence.md, and the README's image, from the results of runs and
+benchmarks.
 
-python -m tools.update_readme --run runs/demo    # copy a demo run's results to docs/demo, then update the tables
-python -m tools.update_readme                    # update only the tables, from docs/demo and benchmarks/results
-python -m tools.update_readme --check            # exit 1 if the tables are out of date
+python -m tools.update_tables --run runs/demo    # copy a demo run's results to docs/demo, then update the tables
+python -m tools.update_tables                    # update only the tables, from docs/demo and benchmarks/results
+python -m tools.update_tables --check            # exit 1 if the tables are out of date
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tools.blocks import stale_blocks, write_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOL = "update_readme.py"
-README, DEMO, RESULTS = ROOT / "README.md", ROOT / "docs" / "demo", ROOT / "benchmarks" / "results"
+TOOL = "update_tables.py"
+README, EVIDENCE = ROOT / "README.md", ROOT / "docs" / "evidence.md"
+DEMO, RESULTS = ROOT / "docs" / "demo", ROOT / "benchmarks" / "results"
 SHOWN = 4
 """Number of example images in the README, evenly spaced over those of the report."""
 
@@ -97,11 +101,11 @@ def benchmark_table() -> str:
             lines = tables.setdefault(where, [])
             ours: dict[str, Any] = {}
             for row in content["rows"]:
-                if row["times_ours"] == 1 or row["candidate"] in ("afa_ext.dense_crf", "afa_ext.bilateral_filter"):
+                if row["times_ours"] == 1:
                     ours = row
                 elif row["times_ours"] is not None:
                     memory = f"{row['peak_bytes'] / max(1, ours['peak_bytes']):.1f}×" if row.get("peak_bytes") else "–"
-                    what = operation.format(**{**row, "operator": ours["candidate"].removeprefix("afa_ext.")})
+                    what = operation.format(**{"operator": ours["candidate"].removeprefix("afa_ext."), **row})
                     baseline = f"{row['candidate']} | {_milliseconds(row)} | **{_times(row['times_ours'])}**"
                     if row["candidate"].startswith("afa_ext"):  # this package on another device
                         baseline = "– | – | –"
@@ -146,6 +150,32 @@ def ablation_table() -> str:
     return "\n".join([*lines, "", "; ".join(sorted(machines)) + "."] if machines else lines)
 
 
+def refinement_table(study: str) -> str:
+    """Refinements of simulated CAMs: one line per refinement, mean IoU and boundary F-score for each kind of CAM."""
+    tables = []
+    for file in sorted(RESULTS.glob("real_photos-*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = [row for row in content["rows"] if row["study"] == study]
+        kinds = list(dict.fromkeys(row["cam"] for row in rows))
+        names = list(dict.fromkeys(row["refinement"] for row in rows))
+        cells = {(row["refinement"], row["cam"]): row for row in rows}
+        best = {kind: max(cells[name, kind]["miou"] for name in names) for kind in kinds}
+        lines = [f"| refinement | {' | '.join(kinds)} | images/s |", "|---" * (len(kinds) + 2) + "|"]
+        for name in names:
+            scores = []
+            for kind in kinds:
+                row = cells[name, kind]
+                miou = f"{row['miou']:.3f}"
+                scores.append(f"{f'**{miou}**' if row['miou'] == best[kind] else miou} / {row['boundary_f']:.3f}")
+            speed = statistics.median(cells[name, kind]["images_per_s"] for kind in kinds)
+            lines.append(f"| {name} | {' | '.join(scores)} | {speed:.0f} |")
+        tables.append(
+            "\n".join(lines) + f"\n\nmIoU / boundary F-score; {content['images']} images of {content['data']}, "
+            f"{len(content['classes'])} classes and background; {_machine(content['machine'])}."
+        )
+    return "\n\n".join(tables) if tables else "Not measured."
+
+
 def _times(value: float) -> str:
     return f"{value:.{0 if value >= 10 else 1}f}×"
 
@@ -161,7 +191,14 @@ def _machine(machine: dict[str, Any]) -> str:
     return f"{where}, torch {machine['torch']}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo_table, "benchmarks": benchmark_table, "ablation": ablation_table}
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"demo": demo_table, "benchmarks": benchmark_table, "ablation": ablation_table},
+    EVIDENCE: {
+        "refinements": partial(refinement_table, "refinements"),
+        "par": partial(refinement_table, "variants of PAR"),
+    },
+}
+"""Page -> its generated blocks, by name."""
 
 
 def main() -> None:
@@ -171,11 +208,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.run:
         copy_demo(options.run)
-    blocks = {name: table() for name, table in BLOCKS.items()}
-    if not options.check:
-        write_blocks(README, TOOL, blocks)
-    elif stale_blocks(README, TOOL, blocks):
-        sys.exit("the tables in README.md are out of date; run python -m tools.update_readme")
+    for page, tables in PAGES.items():
+        blocks = {name: table() for name, table in tables.items()}
+        if not options.check:
+            write_blocks(page, TOOL, blocks)
+        elif stale_blocks(page, TOOL, blocks):
+            sys.exit(f"the tables in {page.name} are out of date; run python -m tools.update_tables")
 
 
 if __name__ == "__main__":
