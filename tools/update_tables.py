@@ -77,6 +77,30 @@ def demo_table() -> str:
     )
 
 
+CHECKS = {
+    "cam": "CAM",
+    "walk_identity": "walk, identity",
+    "walk": "walk, learned affinity",
+    "walk_oracle": "walk, oracle",
+    "par": "CAM + PAR",
+    "walk_par": "walk + PAR",
+}
+
+
+def walk_table() -> str:
+    """The diagnostics of the demo."""
+    metrics = json.loads((DEMO / "metrics.json").read_text(encoding="utf-8"))
+    found = metrics["diagnosis"]
+    lines = ["| labels | mIoU |", "|---|---|"]
+    lines += [f"| {text} | {found['miou'][row]:.3f} |" for row, text in CHECKS.items()]
+    affinity = found["affinity"]
+    return "\n".join(lines) + (
+        f"\n\nMean affinity of two tokens of one object {affinity['object']:.2f}, of background "
+        f"{affinity['background']:.2f}, of different classes {affinity['different']:.2f}; AUC of objects "
+        f"{affinity['auc']:.2f}. {found['images']} images, one seed."
+    )
+
+
 OPERATIONS = {
     "par_kernel": "PAR, 10 iterations",
     "random_walk": "{row} walk",
@@ -194,6 +218,7 @@ def _machine(machine: dict[str, Any]) -> str:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"demo": demo_table, "benchmarks": benchmark_table, "ablation": ablation_table},
     EVIDENCE: {
+        "walk": walk_table,
         "refinements": partial(refinement_table, "refinements"),
         "par": partial(refinement_table, "variants of PAR"),
     },
