@@ -22,6 +22,8 @@ from refinements import (
     true_affinity,
 )
 
+from tests.benchmarks.test_ablation import settings
+
 
 def square(side: int = 96, number: int = 1) -> torch.Tensor:
     """A mask [1, side, side] with an object of one class in the middle."""
@@ -146,3 +148,24 @@ def test_writes_all_rows(voc_root: Path, tmp_path: Path) -> None:
     perfect = next(row for row in content["rows"] if row["cam"] == "true mask" and row["refinement"] == "none")
     assert perfect["miou"] == 1
     assert perfect["boundary_f"] == 1
+
+
+@pytest.mark.slow
+def test_trains_from_tags_and_from_masks(voc_root: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--data", str(voc_root), "--config", "demo", "--run", str(tmp_path / "run")]
+    arguments += ["--out", str(tmp_path / "out"), *settings(voc_root), "train.tensorboard=false"]
+    real_photos.main(arguments)
+    (file,) = (tmp_path / "out").glob("real_photos_train-demo-*.json")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    tags, masks = content["rows"]
+    assert content["images"] == 4
+    assert content["training_images"] == 6
+    assert content["config"]["train"]["iterations"] == 5
+    for name in ("cam", "walk", "par", "seg", "walk_identity", "walk_oracle", "walk_par"):
+        assert 0 <= tags[name] <= 1
+    assert tags["cam_best"]["miou"] >= tags["cam"] - 1e-9
+    assert masks["seg"] != tags["seg"]
+    file.unlink()
+    real_photos.main(arguments)  # the finished run is evaluated again, not trained again
+    (file,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(file.read_text(encoding="utf-8"))["rows"] == content["rows"]
