@@ -44,7 +44,7 @@ EVALUATED = ["1x21x375x500"]
 FILTER, QUICK_FILTER = "4x21x256x256", "2x21x64x64"
 LABELS, PROBABILITIES = 0.999, 1e-3
 SETTINGS = afa_ext.CRF_PRESETS["afa"]
-FILTER_SETTINGS = {"sigma_xy": 50.0, "sigma_rgb": 15.0}
+FILTER_SETTINGS: dict[str, Any] = {"sigma_xy": 50.0, "sigma_rgb": 15.0}
 EVALUATION = ["model.weights=null", "eval.longer_side=512", "eval.scales=1,0.5,0.75", "eval.flip=true"]
 
 

@@ -110,7 +110,8 @@ def compare(
         photo.simulate(kind, seed)
         for (name, background), score in tried.items():
             score.add(refinements[name], photo, background, boundaries=False)
-    chosen = {name: max(BACKGROUND_SCORES, key=lambda b, name=name: tried[name, b].miou) for name in refinements}
+    curves = {name: [tried[name, b].miou for b in BACKGROUND_SCORES] for name in refinements}
+    chosen = {name: BACKGROUND_SCORES[curve.index(max(curve))] for name, curve in curves.items()}
     scores = {name: Score(photos.num_classes) for name in refinements}
     for seed, photo in tqdm(photos, desc=title, unit="img", leave=False):
         photo.simulate(kind, seed)
@@ -124,7 +125,7 @@ def compare(
             "boundary_f": sum(score.boundaries) / len(score.boundaries),
             "images_per_s": len(photos) / score.seconds,
             "background": chosen[name],
-            "calibration": [tried[name, b].miou for b in BACKGROUND_SCORES],
+            "calibration": curves[name],
         }
         for name, score in scores.items()
     ]
@@ -173,10 +174,11 @@ def train(options: argparse.Namespace) -> None:
     run_steps(step, 0, config.train.iterations, "true masks")
     masks = evaluate(step.model, splits.val, config, diagnose=False)
     rows = [tags, {"labels": "true masks", "seg": masks.seg["miou"], "f1": masks.f1}]
-    print_table(
-        f"{len(splits.val)} images, mIoU",
-        [{"labels": str(row["labels"]), **{n: f"{row[n]:.3f}" if n in row else "" for n in (*ROWS, "f1")}} for row in rows],
-    )
+    lines = [
+        {"": str(row["labels"]), **{name: f"{row[name]:.3f}" if name in row else "–" for name in (*ROWS, "f1")}}
+        for row in rows
+    ]
+    print_table(f"mIoU on {len(splits.val)} images, by labels of the training", lines)
     print(f"  share of the segmentation from true masks: {tags['seg'] / rows[1]['seg']:.0%}")
     about = {
         "data": options.data.name,

@@ -16,6 +16,7 @@ from afa.commands.common import colored, first_alone, make_data, need_classes, n
 from afa.config import Config, load_config, with_absolute_paths
 from afa.data import TaggedDataset, check_dataset, open_dataset
 from afa.distributed import is_main
+from afa.evaluation.calibration import with_background_score
 from afa.evaluation.diagnostics import Diagnosis
 from afa.evaluation.evaluate import evaluate
 from afa.evaluation.result import EvalResult
@@ -45,6 +46,9 @@ def run(options: argparse.Namespace) -> None:
         with lock_run(options.run) if first else nullcontext():
             model, classes, _ = load_model(options.run / MODEL, device)
             need_classes(options.run, classes, config, val_set)
+            if config.labels.cam_threshold == "auto":
+                train_set = open_dataset(config.data, config.data.train_split, train=True, with_mask=False)
+                config = calibrated(config, model, train_set)
             store = EvalStore(options.run / EVALUATION, evaluation_key(options.run / MODEL, config))
             score_and_report(config, options.run, model, val_set, device, progress, kept, None, store)
 
@@ -55,6 +59,14 @@ def training_facts(run: Path) -> dict[str, Any]:
         return {}
     before = load_result(run)[2]
     return {key: before[key] for key in ("config", "seconds", "train_seconds") if key in before}
+
+
+def calibrated(config: Config, model: AFANet, train_set: TaggedDataset) -> Config:
+    """`with_background_score`, and a line of output if it chose a score."""
+    found = with_background_score(config, model, train_set)
+    if found is not config and is_main():
+        say("score", f"labels.cam_threshold: {found.labels.cam_threshold}, from the tags of training images")
+    return found
 
 
 def score_and_report(

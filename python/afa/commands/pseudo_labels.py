@@ -34,6 +34,7 @@ from afa.data.transforms import image_size, read_mask
 from afa.data.visualize import save_mask
 from afa.distributed import all_reduce_sum_, barrier, is_main, rank, world_size
 from afa.errors import UserError, did_you_mean
+from afa.evaluation.calibration import with_background_score
 from afa.evaluation.metrics import SegmentationMetrics
 from afa.evaluation.store import weights_id
 from afa.files import atomic_path, check_writable, mark_output, write_json
@@ -146,6 +147,8 @@ def export_labels(
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
     out = Path(out)
+    if not ignore:
+        config = with_background_score(config, model, dataset)
     maker = LabelMaker.for_training(config, ignore=ignore)
     if is_main():
         _claim(out, _description(maker, dataset, source, model_id))

@@ -12,7 +12,7 @@ import torch
 
 from afa import distributed
 from afa.commands.common import hush, make_data, needs_generated_data, processes, say, say_skipped
-from afa.commands.evaluate import no_masks, score_and_report, training_facts
+from afa.commands.evaluate import calibrated, no_masks, score_and_report, training_facts
 from afa.config import Config, load_config, resolve, with_absolute_paths
 from afa.data import check_dataset
 from afa.data.synthetic import CLASSES
@@ -92,6 +92,7 @@ def run(options: argparse.Namespace) -> None:
         else:
             facts, since = {"config": name, "train_seconds": time.perf_counter() - started}, started
         with lock_run(folder) if main else nullcontext():
+            config = calibrated(config, trained, splits.train)
             score_and_report(config, folder, trained, splits.val, device, progress, facts, since)
 
 

@@ -139,8 +139,9 @@ class LabelConfig(Section):
 
     cam_scales: Scales = (1.0, 0.5, 1.5)
     """Image scales over which CAMs are summed; each includes the horizontal flip."""
-    cam_threshold: Score = 0.45
-    """Background score for evaluating the CAM and the PAR label."""
+    cam_threshold: Annotated[Score | Literal["auto"], Field(union_mode="left_to_right")] = 0.45
+    """Background score for evaluating the CAM and the PAR label. 'auto': the score at which the two labels of training
+    images agree best, which needs no masks."""
     walk_threshold: Score = 0.35
     """Background score for evaluating the CAM after the walk."""
     low: Score = 0.35

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afa.config import Config
+from afa.config import Config, LabelConfig
 from afa.labeling.cam import ClassSet, pack_host_tags
 from afa.labeling.crf import crf_probabilities
 from afa.labeling.inference import ScaleOutputs, infer
@@ -60,7 +60,7 @@ class LabelMaker:
         both = (labels.low, labels.high)
         return cls(
             config,
-            thresholds=both if ignore else (labels.cam_threshold,) * 2,
+            thresholds=both if ignore else _single(labels),
             walk_thresholds=both if ignore else (labels.walk_threshold,) * 2,
             walk_scale=max(labels.cam_scales),
             refine_walk=True,
@@ -73,7 +73,7 @@ class LabelMaker:
         labels.walk_scale and no PAR."""
         return cls(
             config,
-            thresholds=(config.labels.cam_threshold,) * 2,
+            thresholds=_single(config.labels),
             walk_thresholds=(config.labels.walk_threshold,) * 2,
             walk_scale=config.labels.walk_scale,
             refine_walk=False,
@@ -142,6 +142,14 @@ class LabelMaker:
                 maps[source] = classes.labels(choice) if self.tagged_only else choice
         outputs = found.outputs
         return Labels(maps, cams, classes, outputs.class_logits, outputs.affinity, outputs.grid)
+
+
+def _single(labels: LabelConfig) -> Thresholds:
+    """The background score of evaluation, twice."""
+    score = labels.cam_threshold
+    if isinstance(score, str):
+        raise ValueError("labels.cam_threshold must be a number here; with_background_score replaces auto by one")
+    return score, score
 
 
 def _among_tagged(logits: Tensor, classes: ClassSet) -> Tensor:

@@ -24,6 +24,7 @@ from afa.config import Config, DataConfig, to_yaml, with_absolute_paths
 from afa.data import Batches, TaggedDataset, open_dataset, train_loader
 from afa.data.dataset import Sample
 from afa.errors import UserError
+from afa.evaluation.calibration import with_background_score
 from afa.evaluation.evaluate import evaluate
 from afa.files import check_space, write_text
 from afa.model.network import AFANet, build_model
@@ -191,6 +192,7 @@ def _evaluate(
     """Evaluate the model on the validation split for the log and, with train.keep_best, save it if it is the best."""
     settings = config.train
     keep = min(PICTURES, len(splits.val)) if settings.tensorboard is not False else 0
+    config = with_background_score(config, step.eval_model, splits.train)
     result = evaluate(step.eval_model, splits.val, config, progress=progress, keep=keep, diagnose=False)
     scores = {f"val_{row}_miou": getattr(result, row)["miou"] for row in ("cam", "walk", "par", "seg")}
     log.append({"iteration": done, **scores})

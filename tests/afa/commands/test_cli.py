@@ -73,6 +73,26 @@ def test_note_without_a_walk_phase(par_until: int, notes: int, small: Path, caps
         assert f"train.par_until ({par_until})" in line and "train.iterations (3)" in line
 
 
+def test_background_score_is_chosen_from_training_images(
+    small: Path, voc_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    auto = "labels.cam_threshold=auto"
+    assert main(["train", "small.yaml", auto, "--quiet", "--device", "cpu", "train.eval_every=2"]) == 0
+    run = tmp_path / "runs/small"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("score")]
+    scores = json.loads((run / "metrics.json").read_text())
+    assert "cam_threshold: auto" in (run / "config.yaml").read_text()
+    chosen = line.split(": ")[1].split(",")[0]
+    for setting in (auto, f"labels.cam_threshold={chosen}"):
+        assert main(["evaluate", str(run), setting, "--quiet", "--device", "cpu"]) == 0
+        again = json.loads((run / "metrics.json").read_text())
+        assert [again[f"{row}_miou"] for row in ("cam", "par")] == [scores[f"{row}_miou"] for row in ("cam", "par")]
+    assert main(["pseudo-labels", str(run), "--source", "par", "--no-ignore", "--out", "labels", "--device=cpu"]) == 0
+    thresholds = json.loads((tmp_path / "labels/labels.json").read_text())["thresholds"][0]
+    assert thresholds[0] == thresholds[1] == float(chosen)
+    assert "afa: error" not in capsys.readouterr().err
+
+
 def test_train_evaluate_report_predict(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Options may stand between the overrides.
     assert main(["train", "small.yaml", "train.lr=1e-4", "--quiet", "train.seed=3", "--device", "cpu"]) == 0

@@ -122,7 +122,9 @@ def test_cam_row_is_the_multi_scale_cam(setting: tuple[AFANet, TaggedDataset, Co
     classes = pack_classes(item["tags"][None], 3)
     cams = classes.scatter(outputs.class_activation_maps(classes), 3)[0]
     np.testing.assert_allclose(sample["cam"], cams.amax(0).numpy(), rtol=1e-3, atol=1e-4)
-    label = torch.cat([torch.full((1, 48, 64), config.labels.cam_threshold), cams]).argmax(0)
+    score = config.labels.cam_threshold
+    assert score != "auto"
+    label = torch.cat([torch.full((1, 48, 64), score), cams]).argmax(0)
     assert (label.numpy() != sample["cam_label"]).sum() <= 1
 
 
