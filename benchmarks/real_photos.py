@@ -151,7 +151,8 @@ def refine(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    config = load_config(str(options.config), [f"data.root={options.data}", *options.settings])
+    everything = "eval.diagnostic_images=1000000"  # so that all rows are over the same images
+    config = load_config(str(options.config), [f"data.root={options.data}", everything, *options.settings])
     device = torch.device(options.device)
     splits = open_splits(config.data)
     if not splits.val.has_masks:

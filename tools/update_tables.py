@@ -200,6 +200,58 @@ def refinement_table(study: str) -> str:
     return "\n\n".join(tables) if tables else "Not measured."
 
 
+def background_table() -> str:
+    """mIoU of CAM and PAR labels at the best background score and at those of rules without masks."""
+    tables = []
+    for file in sorted(RESULTS.glob("background_scores-*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        scores = content["background_scores"]
+        rules = list(content["rows"][0]["rules"])
+        for labels in ("cam", "par"):
+            lines = [f"| {labels.upper()} labels | best | {' | '.join(rules)} |", "|---" * (len(rules) + 2) + "|"]
+            for row in content["rows"]:
+                curve = row["curves"][labels]
+                best = max(curve)
+                cells = [f"{best:.3f} at {scores[curve.index(best)]:.2f}"]
+                cells += [f"{row['rules'][rule][labels]:.3f} at {row['rules'][rule]['score']:.2f}" for rule in rules]
+                lines.append(f"| {row['cam_kind']} | {' | '.join(cells)} |")
+            tables.append("\n".join(lines))
+        images = " and ".join(sorted({str(row["images"]) for row in content["rows"]}))
+        tables.append(f"{images} images each; {_machine(content['machine'])}.")
+    return "\n\n".join(tables) if tables else "Not measured."
+
+
+def training_table() -> str:
+    """Training on real photographs from tags, and from true masks."""
+    tables = []
+    for file in sorted(RESULTS.glob("real_photos_train-*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        tags, masks = content["rows"]
+        lines = ["| labels | mIoU |", "|---|---|"]
+        lines += [f"| {text} | {tags[row]:.3f} |" for row, text in CHECKS.items()]
+        lines += [
+            f"| segmentation, trained from tags | {tags['seg']:.3f} |",
+            f"| segmentation, the same network trained from true masks | {masks['seg']:.3f} |",
+            f"| share of the supervised segmentation | {tags['seg'] / masks['seg']:.0%} |",
+        ]
+        best = ", ".join(
+            f"{CHECKS[row]} {tags[f'{row}_best']['miou']:.3f} at {tags[f'{row}_best']['background']:.2f}"
+            for row in ("cam", "walk", "par")
+        )
+        model, train = content["config"]["model"], content["config"]["train"]
+        affinity = tags["affinity"]
+        tables.append(
+            "\n".join(lines)
+            + f"\n\nBest background scores: {best}. Tag F1 {tags['f1']:.3f}. Mean affinity of two tokens of "
+            f"one object {affinity['object']:.2f}, of background {affinity['background']:.2f}, of different classes "
+            f"{affinity['different']:.2f}; AUC of objects {affinity['auc']:.2f}. {model['backbone']}, "
+            f"{train['iterations']} iterations of {train['batch_size']} crops; {content['training_images']:,} images to train on, "
+            f"{content['images']} images of {content['data']} for validation, {len(content['classes'])} classes and "
+            f"background; {_machine(content['machine'])}."
+        )
+    return "\n\n".join(tables) if tables else "Not measured."
+
+
 def _times(value: float) -> str:
     return f"{value:.{0 if value >= 10 else 1}f}×"
 
@@ -221,6 +273,8 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "walk": walk_table,
         "refinements": partial(refinement_table, "refinements"),
         "par": partial(refinement_table, "variants of PAR"),
+        "training": training_table,
+        "background": background_table,
     },
 }
 """Page -> its generated blocks, by name."""
