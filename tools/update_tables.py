@@ -245,8 +245,8 @@ def training_table() -> str:
             + f"\n\nBest background scores: {best}. Tag F1 {tags['f1']:.3f}. Mean affinity of two tokens of "
             f"one object {affinity['object']:.2f}, of background {affinity['background']:.2f}, of different classes "
             f"{affinity['different']:.2f}; AUC of objects {affinity['auc']:.2f}. {model['backbone']}, "
-            f"{train['iterations']} iterations of {train['batch_size']} crops; {content['training_images']:,} images to "
-            f"train on, {content['images']} of {content['data']} for validation, "
+            f"{train['iterations']} iterations of {train['batch_size']} crops; {content['training_images']:,} images "
+            f"to train on, {content['images']} of {content['data']} for validation, "
             f"{len(content['classes'])} classes and background; {_machine(content['machine'])}."
         )
     return "\n\n".join(tables) if tables else "Not measured."
