@@ -113,7 +113,7 @@ void splat(const SplatParams& p, int64_t block) {
   S* const rows = static_cast<S*>(p.rows) + lattice.block[block] * kRow;
   const int64_t values = (lattice.block[block + 1] - lattice.block[block]) * kRow;
   for (int64_t k = 0; k < values; k += kChunk) put(rows + k, Chunk<S>{});
-  S pixels[kPixelBlock * kRow];
+  alignas(64) S pixels[kPixelBlock * kRow];
   for (int64_t first = block * kBlock; first < last; first += kPixelBlock) {
     const int64_t count = last - first < kPixelBlock ? last - first : kPixelBlock;
     gather_rows<T, S>(p.gather, first, count, pixels);
@@ -197,7 +197,7 @@ void slice(const SliceParams& p, int64_t block) {
   const int64_t last = end < lattice.pixels ? end : lattice.pixels;
   const S* const table = static_cast<const S*>(p.table);
   const int32_t* const vertex = lattice.vertex + lattice.block[block];
-  S pixels[kPixelBlock * kRow];
+  alignas(64) S pixels[kPixelBlock * kRow];
   for (int64_t first = block * kBlock; first < last; first += kPixelBlock) {
     const int64_t count = last - first < kPixelBlock ? last - first : kPixelBlock;
     for (int64_t i = 0; i < count; ++i) {

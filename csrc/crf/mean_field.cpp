@@ -1,6 +1,7 @@
 // The mean field of a dense CRF ("Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials",
 // Krahenbuhl and Koltun 2011).
 #include <memory>
+#include <new>
 
 #include "crf/lattice_host.h"
 #include "crf/mean_field_cpu.h"
@@ -113,6 +114,16 @@ std::vector<float> symmetric_part(const float* matrix, int64_t channels, const s
     }
   }
   return mixing;
+}
+
+// Floats that begin at a cache line, so that no chunk of a row lies across two lines.
+constexpr std::align_val_t kLine{64};
+struct AlignedDelete {
+  void operator()(float* values) const { ::operator delete(values, kLine); }
+};
+using AlignedFloats = std::unique_ptr<float[], AlignedDelete>;
+AlignedFloats aligned_floats(int64_t count) {
+  return AlignedFloats(static_cast<float*>(::operator new(count * sizeof(float), kLine)));
 }
 
 constexpr int kSoftmaxLanes = 8;  // of a pixel
@@ -232,7 +243,7 @@ Tensor mean_field_cpu(const Tensor& scores, const Tensor& gaussian, const Tensor
       p.compatibility = matrix && step > 0 ? mixing.data() : nullptr;
       p.rows = step < steps ? static_cast<float*>(rows.mutable_data_ptr()) : nullptr;
       parallel_rows(blocks_of(pixels), kBlock * row, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<float[]> scratch(new float[(kPixelBlock + 1 + joint.max_rows) * row]);
+        const AlignedFloats scratch = aligned_floats((kPixelBlock + 1 + joint.max_rows) * row);
         AFA_SIMD_CALL(field_step, p, begin, end, scratch.get());
       });
       if (step == steps) break;

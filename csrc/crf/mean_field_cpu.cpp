@@ -86,8 +86,12 @@ void slice(const FieldParams& p, const float* table, int64_t column, int64_t fir
   table += column;
   const uint16_t* local = p.local + first * corners;
   const float* share = p.share + first * corners;
+  constexpr int64_t kPixelsAhead = 24, kLine = 16;  // prefetched; past the end, prefetching has no effect
   for (int64_t i = 0; i < count; ++i, local += corners, share += corners) {
     const float* const logits = p.logits + (first + i) * row + column;
+    for (int64_t c = 0; c < K * kChunk; c += kLine) __builtin_prefetch(logits + kPixelsAhead * row + c);
+    __builtin_prefetch(local + kPixelsAhead * corners);
+    __builtin_prefetch(share + kPixelsAhead * corners);
     Floats total[K];
     for (int k = 0; k < K; ++k) total[k] = add ? get(logits + k * kChunk) : Floats{};
     for (int64_t e = 0; e < corners; ++e) {
