@@ -291,10 +291,22 @@ Tensor lattice_build_cpu(const Tensor& features) {
   int32_t* words = static_cast<int32_t*>(lattice.mutable_data_ptr());
   const float* from = static_cast<const float*>(dense.const_data_ptr());
   const std::vector<int32_t> order = pixel_order(features.size(2), features.size(3));
+  std::vector<uint8_t> valid(batch);
+  const auto build = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      LatticeBuilder builder(layout, order.data(), from + b * layout.dims * layout.pixels,
+                             words + b * layout.words());
+      valid[b] = builder.build();
+    }
+  };
+  // Parts of a build are sequential, so threads take whole images if there are enough.
+  if (batch >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    parallel_rows(batch, layout.entries(), build);
+  } else {
+    build(0, batch);
+  }
   for (int64_t b = 0; b < batch; ++b) {
-    LatticeBuilder builder(layout, order.data(), from + b * layout.dims * layout.pixels,
-                           words + b * layout.words());
-    AFA_CHECK(builder.build(), "features must be finite and within about ", key_limit(layout.dims),
+    AFA_CHECK(valid[b], "features must be finite and within about ", key_limit(layout.dims),
               " standard deviations of 0, which those of image ", b, " are not");
   }
   return lattice;
