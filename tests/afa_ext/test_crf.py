@@ -139,6 +139,15 @@ def test_results_do_not_depend_on_threads_or_batch(threads):
         assert torch.equal(afa_ext.dense_crf(images[b : b + 1], probabilities[b : b + 1], num_iter=3)[0], results[0][b])
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])  # of threads: with up to 4, each takes whole images
+def test_error_names_the_first_image_with_invalid_features(threads, count):
+    threads(count)
+    features = torch.rand(4, 2, 5, 6)
+    features[2, 1, 3, 3], features[3, 0, 0, 0] = float("nan"), 1e30
+    with pytest.raises(RuntimeError, match="which those of image 2 are not"):
+        torch.ops.afa_ext.lattice_build(features)
+
+
 # ---- the CRF ----
 
 
