@@ -12,12 +12,14 @@ split. Reported are the mean IoU, the F-score of the boundaries, and images per 
 split.
 
 train: Trains from tags, as `afa train` does, and the same network with the same schedule from the true masks of the
-training images. Reported are the labels' and both segmentations' mean IoU. A run that was stopped is resumed.
+training images. Reported are the labels' and both segmentations' mean IoU. A run that was stopped is resumed, and the
+scores from true masks are kept in the run's folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -31,17 +33,19 @@ from timing import RESULTS, print_table, write_results
 from torch import Tensor
 from tqdm import tqdm
 
-from afa.config import load_config, to_dict
+from afa.config import Config, load_config, to_dict
 from afa.data import TaggedDataset
 from afa.evaluation.diagnostics import CHECKS, CURVES, spread
 from afa.evaluation.evaluate import evaluate
 from afa.evaluation.metrics import SegmentationMetrics
 from afa.evaluation.result import ROWS
+from afa.files import write_json
 from afa.model import build_model, load_model
 from afa.run import MODEL
 from afa.training import loop as training
-from afa.training.loop import open_splits
+from afa.training.loop import Splits, open_splits
 
+TRUE_MASKS = "true_masks.json"
 BACKGROUND_SCORES = (0.15, 0.25, 0.35, 0.45, 0.55)
 
 
@@ -170,11 +174,7 @@ def train(options: argparse.Namespace) -> None:
         "f1": result.f1,
         "affinity": result.diagnosis.affinity,
     }
-    torch.manual_seed(config.train.seed)
-    step = Supervised(build_model(config.model, len(splits.train.classes)), config, device)
-    run_steps(step, 0, config.train.iterations, "true masks")
-    masks = evaluate(step.model, splits.val, config, diagnose=False)
-    rows = [tags, {"labels": "true masks", "seg": masks.seg["miou"], "f1": masks.f1}]
+    rows = [tags, from_masks(config, splits, options.run / TRUE_MASKS, device)]
     lines = [
         {"": str(row["labels"]), **{name: f"{row[name]:.3f}" if name in row else "–" for name in (*ROWS, "f1")}}
         for row in rows
@@ -190,6 +190,20 @@ def train(options: argparse.Namespace) -> None:
     }
     name = f"real_photos_train-{options.config.stem}"
     print(f"\nwritten to {write_results(name, device, rows, options.out, about)}")
+
+
+def from_masks(config: Config, splits: Splits, file: Path, device: torch.device) -> dict[str, Any]:
+    """Scores of the network trained from true masks. They are kept in `file`, for the same configuration."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if kept.get("config") != to_dict(config):
+        torch.manual_seed(config.train.seed)
+        step = Supervised(build_model(config.model, len(splits.train.classes)), config, device)
+        run_steps(step, 0, config.train.iterations, "true masks")
+        result = evaluate(step.model, splits.val, config, diagnose=False)
+        row = {"labels": "true masks", "seg": result.seg["miou"], "f1": result.f1}
+        kept = {"config": to_dict(config), "row": row}
+        write_json(file, kept)
+    return dict(kept["row"])
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
