@@ -101,6 +101,9 @@ def walk_table() -> str:
     )
 
 
+DATA = {"voc8": "eight classes of VOC 2012 val, part"}
+"""Folder of a data set -> what it is."""
+
 OPERATIONS = {
     "par_kernel": "PAR, 10 iterations",
     "random_walk": "{row} walk",
@@ -194,8 +197,8 @@ def refinement_table(study: str) -> str:
             speed = statistics.median(cells[name, kind]["images_per_s"] for kind in kinds)
             lines.append(f"| {name} | {' | '.join(scores)} | {speed:.0f} |")
         tables.append(
-            "\n".join(lines) + f"\n\nmIoU / boundary F-score; {content['images']} images of {content['data']}, "
-            f"{len(content['classes'])} classes and background; {_machine(content['machine'])}."
+            "\n".join(lines) + f"\n\nmIoU / boundary F-score; {content['images']} images ({_data(content)}); "
+            f"{_machine(content['machine'])}."
         )
     return "\n\n".join(tables) if tables else "Not measured."
 
@@ -246,10 +249,13 @@ def training_table() -> str:
             f"one object {affinity['object']:.2f}, of background {affinity['background']:.2f}, of different classes "
             f"{affinity['different']:.2f}; AUC of objects {affinity['auc']:.2f}. {model['backbone']}, "
             f"{train['iterations']} iterations of {train['batch_size']} crops; {content['training_images']:,} images "
-            f"to train on, {content['images']} of {content['data']} for validation, "
-            f"{len(content['classes'])} classes and background; {_machine(content['machine'])}."
+            f"to train on, {content['images']} for validation ({_data(content)}); {_machine(content['machine'])}."
         )
     return "\n\n".join(tables) if tables else "Not measured."
+
+
+def _data(content: dict[str, Any]) -> str:
+    return DATA.get(content["data"], f"{len(content['classes'])} classes of {content['data']}")
 
 
 def _times(value: float) -> str:
