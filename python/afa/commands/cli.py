@@ -117,10 +117,38 @@ examples:
   afa config schema > afa.schema.json
 """
 
-EXTRAS = frozenset(
-    {"PIL", "filelock", "jinja2", "pydantic", "safetensors", "scipy", "skimage", "sklearn", "timm", "tqdm", "yaml"}
-)
-"""Packages that `pip install afa-ext` does not install."""
+EXPORT = """\
+Write a run's model for other software:
+  onnx           RUN/model.onnx: for onnxruntime and others (needs pip install 'afa-ext[export]')
+  torch-export   RUN/model.pt2: for PyTorch without this package and timm
+  huggingface    RUN/huggingface: a model folder with a model card; afa predict and afa evaluate accept it as RUN
+The first two contain the preprocessing, take images of any size, and are compared with the model on three sizes. They
+segment at one scale, without flips and CRF.
+
+examples:
+  afa export runs/demo --to onnx
+  afa export runs/demo --to huggingface --out demo
+"""
+
+RUN = "folder that `afa train` wrote, or hf://OWNER/NAME"
+
+EXTRAS = {
+    "train": [
+        "PIL",
+        "filelock",
+        "jinja2",
+        "pydantic",
+        "safetensors",
+        "scipy",
+        "skimage",
+        "sklearn",
+        "timm",
+        "tqdm",
+        "yaml",
+    ],
+    "export": ["onnx", "onnxruntime", "onnxscript"],
+}
+"""Extra -> packages that only it installs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,9 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _error(str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
-        return _error(f"the package {package} is not installed; run pip install 'afa-ext[train]'")
+        return _error(f"the package {package} is not installed; run pip install 'afa-ext[{extra}]'")
     except KeyboardInterrupt:
         print("afa: interrupted", file=sys.stderr)
         return 130
@@ -215,11 +244,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     common(train, "settings that differ from CONFIG")
 
     evaluate = add("evaluate", "evaluate a trained run", EVALUATE)
-    evaluate.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
+    evaluate.add_argument("run", type=_run, metavar="RUN", help=RUN)
     common(evaluate, "settings that differ from the run's, such as eval.flip=true")
 
     predict = add("predict", "segment images with a trained run", PREDICT)
-    predict.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
+    predict.add_argument("run", type=_run, metavar="RUN", help=RUN)
     predict.add_argument("paths", nargs="+", metavar="PATH", help="image, folder or 'pattern*'")
     predict.add_argument(
         "--out",
@@ -241,7 +270,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     common(predict, "")
 
     pseudo = add("pseudo-labels", "write pseudo labels for a training set", PSEUDO)
-    pseudo.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
+    pseudo.add_argument("run", type=_run, metavar="RUN", help=RUN)
     pseudo.add_argument("--out", type=_path, metavar="DIR", required=True, help="folder to write to")
     pseudo.add_argument("--split", metavar="NAME", help="split list to label (default: the run's data.train_split)")
     pseudo.add_argument("--source", metavar="SOURCE", default="seg", help="seg (default), walk, par or cam")
@@ -253,6 +282,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     pseudo.add_argument("--cams", action="store_true", help="also write cams/NAME.npz (classes, cams)")
     pseudo.add_argument("--shard", metavar="I/N", default="1/1", help="write part I of N (1 <= I <= N)")
     common(pseudo, "settings that differ from the run's, such as eval.crf=true")
+
+    export = add("export", "write the model for other software", EXPORT)
+    export.add_argument("run", type=_run, metavar="RUN", help=RUN)
+    export.add_argument("--to", metavar="KIND", required=True, help="onnx, torch-export or huggingface")
+    export.add_argument("--out", type=_path, metavar="PATH", help="file or folder to write (default: in RUN)")
 
     report = add("report", "rewrite a run's report.html", REPORT)
     report.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
@@ -266,6 +300,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "evaluate": evaluate,
         "predict": predict,
         "pseudo-labels": pseudo,
+        "export": export,
         "report": report,
         "config": config,
     }
@@ -274,6 +309,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 def _path(text: str) -> Path:
     """A path given on the command line; the shell does not expand the ~ in --run=~/x."""
     return Path(text).expanduser()
+
+
+def _run(text: str) -> Path | str:
+    """A run's folder, or the name of a model on the Hugging Face Hub."""
+    return text if text.startswith("hf://") else _path(text)
 
 
 def _version() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from afa.config import Config
 from afa.data import TaggedDataset
 from afa.data.synthetic import make_dataset
 from afa.errors import UserError, did_you_mean, printable
+from afa.files import check_writable
+from afa.model import hub
 from afa.run import CONFIG, MODEL
 
 
@@ -67,8 +70,19 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def need_run(run: Path) -> None:
-    """UserError unless the folder contains a finished run."""
+def need_run(run: Path | str, *, writable: bool = False) -> Path:
+    """The folder of a finished run or of a model of the Hugging Face Hub, which is downloaded; UserError for others.
+
+    writable: the folder will get new files. A model of the Hub is then copied to runs/NAME.
+    """
+    if isinstance(run, str):
+        folder = hub.download(run)
+        if not writable:
+            return folder
+        copied = Path("runs") / hub.short_name(run)
+        check_writable(copied, "the run's folder")
+        shutil.copytree(folder, copied, dirs_exist_ok=True)
+        return copied
     if not run.is_dir():
         others = sorted(str(path.parent) for path in run.parent.glob(f"*/{CONFIG}"))
         raise UserError(f"no such run: {run}; give a folder that `afa train` wrote{did_you_mean(str(run), others)}")
@@ -77,6 +91,7 @@ def need_run(run: Path) -> None:
             f"the run {run} has no model.safetensors, so its training is not finished; "
             f"finish it with `afa train {run} --resume`"
         )
+    return run
 
 
 def need_classes(run: Path, classes: list[str], config: Config, dataset: TaggedDataset) -> None:

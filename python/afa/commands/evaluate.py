@@ -30,7 +30,7 @@ NAMES = {"cam": "CAM", "walk": "walk", "par": "PAR label", "seg": "segmentation"
 
 def run(options: argparse.Namespace) -> None:
     """Run `afa evaluate` with its parsed options."""
-    need_run(options.run)
+    options.run = need_run(options.run, writable=True)
     config = with_absolute_paths(load_config(options.run / CONFIG, options.overrides))
     kept = training_facts(options.run)
     with processes(options.device) as (device, first):

@@ -31,7 +31,7 @@ from afa.run import MODEL
 
 def run(options: argparse.Namespace) -> None:
     """Run `afa predict` with its parsed options."""
-    need_run(options.run)
+    options.run = need_run(options.run)
     if options.largest_side < 32:
         raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
     images = find_images(options.paths)

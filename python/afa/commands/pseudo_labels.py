@@ -49,7 +49,7 @@ _WRITERS = 4
 
 def run(options: argparse.Namespace) -> None:
     """Run `afa pseudo-labels` with its parsed options."""
-    need_run(options.run)
+    options.run = need_run(options.run)
     shard = _shard(options.shard)
 
     if options.source not in SOURCES:

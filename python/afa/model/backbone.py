@@ -182,7 +182,7 @@ class Backbone(nn.Module):
             size = [max(self._least_side, side) for side in images.shape[-2:]]
         else:
             patch = self.reductions[-1]
-            size = [max(patch, round(side / patch) * patch) for side in images.shape[-2:]]
+            size = [max(patch, (side + patch // 2) // patch * patch) for side in images.shape[-2:]]
         if size == list(images.shape[-2:]):
             return images
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,12 @@ class MLPDecoder(nn.Module):
     added. With four levels this needs about a tenth of the multiplications and no [B, 4*width, h, w] map.
     """
 
-    def __init__(self, channels: Sequence[int], num_outputs: int, width: int, dropout: float = 0.1) -> None:
+    def __init__(
+        self, channels: Sequence[int], reductions: Sequence[int], num_outputs: int, width: int, dropout: float = 0.1
+    ) -> None:
+        """channels, reductions: of the levels, finest first; a reduction is the number of pixels per position."""
         super().__init__()
+        self.reductions = tuple(reductions)
         self.linears = nn.ModuleList(nn.Linear(channel, width) for channel in channels)
         self.fuse = nn.Conv2d(width * len(channels), width, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
@@ -33,25 +37,26 @@ class MLPDecoder(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """maps: one [B, channels[i], h_i, w_i] per level, finest first -> logits [B, num_outputs, h_0, w_0]."""
         slices = self.fuse.weight.flatten(1).chunk(len(self.linears), dim=1)
-        by_size: dict[tuple[int, int], Tensor] = {}
-        for level, linear, part in zip(maps, self.linears, slices, strict=True):
+        by_grid: dict[int, Tensor] = {}
+        for level, reduction, linear, part in zip(maps, self.reductions, self.linears, slices, strict=True):
             assert isinstance(linear, nn.Linear)
             weight, bias = part @ linear.weight, part @ linear.bias
             out = F.conv2d(level, weight[:, :, None, None], bias)
-            size = (out.shape[2], out.shape[3])
             # Levels without a stride share a grid: they are added first and upsampled once.
-            by_size[size] = by_size[size] + out if size in by_size else out
-        finest = (maps[0].shape[2], maps[0].shape[3])
-        fused = by_size.pop(finest)
-        for out in by_size.values():
-            fused = fused + F.interpolate(out, size=finest, mode="bilinear", align_corners=False)
+            by_grid[reduction] = by_grid[reduction] + out if reduction in by_grid else out
+        fused, *others = by_grid.values()
+        for out in others:
+            fused = fused + F.interpolate(out, size=fused.shape[2:], mode="bilinear", align_corners=False)
         return self.predict(self.dropout(F.relu(self.norm(fused))))
 
 
 class SingleDecoder(nn.Module):
     """A head on the last level only: 3x3 convolution, norm, ReLU, dropout, prediction."""
 
-    def __init__(self, channels: Sequence[int], num_outputs: int, width: int, dropout: float = 0.1) -> None:
+    def __init__(
+        self, channels: Sequence[int], reductions: Sequence[int], num_outputs: int, width: int, dropout: float = 0.1
+    ) -> None:
+        """channels, reductions: as for MLPDecoder."""
         super().__init__()
         self.fuse = nn.Conv2d(channels[-1], width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
@@ -65,7 +70,13 @@ class SingleDecoder(nn.Module):
 
 
 def refine_along_colors(
-    logits: Tensor, images: Tensor, *, iterations: int, dilations: Sequence[int], downscale: int
+    logits: Tensor,
+    images: Tensor,
+    *,
+    iterations: int,
+    dilations: Sequence[int],
+    downscale: int,
+    par_refine: Callable[..., Tensor] = afa_ext.par_refine,
 ) -> Tensor:
     """The decoder's optional last step, enabled by model.refine_iterations: PAR (AFA, CVPR 2022, section 3.3) on class
     probabilities, which aligns coarse class boundaries with edges in the image.
@@ -78,7 +89,7 @@ def refine_along_colors(
         small, maps = (
             F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False) for x in (images, logits)
         )
-        refined = afa_ext.par_refine(small, maps.softmax(1), dilations=dilations, num_iter=iterations)
+        refined = par_refine(small, maps.softmax(1), dilations=dilations, num_iter=iterations)
         return refined.clamp_min(1e-6).log()
 
 

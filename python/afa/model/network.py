@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import afa_ext
 from afa.config import Config, ModelConfig, from_dict, to_dict
 from afa.data.class_names import check_class_list
 from afa.errors import UserError, one_line
 from afa.files import atomic_path
+from afa.model import hub
 from afa.model.backbone import Backbone
 from afa.model.heads import DECODERS, AffinityHead, refine_along_colors
 from afa.model.normalization import Normalization
 from afa.model.weights import load_backbone_weights
+from afa.run import MODEL
 
 WANTS = frozenset({"class", "cam", "seg", "qk", "affinity"})
 FORMAT = "afa-model-2"
@@ -74,10 +77,13 @@ class AFANet(nn.Module):
         self.normalization = normalization or backbone.normalization
         # No bias: it would shift every pixel of a class's CAM equally.
         self.classifier = nn.Conv2d(backbone.channels[-1], num_classes, 1, bias=False)
-        self.decoder = DECODERS[config.decoder](backbone.channels, num_classes + 1, config.decoder_width)
+        self.decoder = DECODERS[config.decoder](
+            backbone.channels, backbone.reductions, num_classes + 1, config.decoder_width
+        )
         self.affinity_head = AffinityHead(
             backbone.maps, backbone.head_dim, standardized=config.affinity_logits == "standardized"
         )
+        self.par_refine: Callable[..., Tensor] = afa_ext.par_refine
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
 
     @property
@@ -114,6 +120,7 @@ class AFANet(nn.Module):
                     iterations=self.config.refine_iterations,
                     dilations=self.config.refine_dilations,
                     downscale=self.config.refine_downscale,
+                    par_refine=self.par_refine,
                 )
         if record:
             assert features.queries is not None and features.keys is not None
@@ -189,11 +196,13 @@ def load_classes(path: str | Path) -> list[str]:
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AFANet, list[str], Config]:
     """A model saved by `save_model`, in evaluation mode, with its class names and configuration.
 
-    Nothing is unpickled or downloaded. Raises UserError when the file is missing or is not such a model.
+    path: the file, the folder of a run or of a Hugging Face model, or 'hf://owner/name', which is downloaded. Nothing
+    is unpickled. Raises UserError when the file is missing or is not such a model.
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = hub.download(path) if isinstance(path, str) and path.startswith(hub.PREFIX) else Path(path)
+    path = path / MODEL if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"the model {path} does not exist; `afa train` writes it at the end of a run")
     try:

@@ -17,7 +17,7 @@ from afa.report.curves import background_curves, curves
 from afa.run import LOG, REPORT
 from afa.training.snapshots import load_snapshots
 
-_TEMPLATES = Environment(
+TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
     undefined=StrictUndefined,
@@ -40,7 +40,7 @@ def write_report(
     """
     run = Path(run)
     names = ["background", *classes]
-    page = _TEMPLATES.get_template("page.html").render(
+    page = TEMPLATES.get_template("page.html").render(
         title=title or f"AFA run {run.name}",
         has_masks=result.has_masks,
         facts=facts or {},

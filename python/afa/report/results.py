@@ -164,13 +164,14 @@ def make_report(run: str | Path) -> Path:
         "Time": f"{duration(seconds)} in total, including {duration(result.seconds)} of evaluation",
         "Hardware": about.get("hardware", "unknown"),
         "Software": ", ".join(f"{name} {about.get(name, '?')}" for name in ("torch", "timm", "python")),
-        "Test time": _test_time(metrics.get("test_time", {})),
+        "Test time": describe_test_time(metrics.get("test_time", {})),
         "Date": metrics.get("date", "unknown").replace("T", " ")[:16],
     }
     return write_report(run, result, classes, facts=facts)
 
 
-def _test_time(settings: Mapping[str, Any]) -> str:
+def describe_test_time(settings: Mapping[str, Any]) -> str:
+    """metrics.json's test_time in words."""
     scales = settings.get("scales", [1.0])
     text = "one scale" if scales == [1.0] else "scales " + ", ".join(f"{scale:g}" for scale in scales)
     if settings.get("flip"):

@@ -76,7 +76,7 @@ def test_cam_is_the_classifier_on_the_last_map(make: Make) -> None:
 def test_mlp_decoder_is_the_plain_one() -> None:
     """Linear layers, upsampling, concatenation and the fusing convolution in their order; values and gradients."""
     torch.manual_seed(0)
-    decoder = MLPDecoder((4, 6, 8, 10), 5, 12).double().train()
+    decoder = MLPDecoder((4, 6, 8, 10), (4, 8, 16, 16), 5, 12).double().train()
     decoder.dropout.p = 0.0
     maps = [torch.randn(2, c, s, s, dtype=torch.float64) for c, s in ((4, 16), (6, 8), (8, 4), (10, 4))]
 
