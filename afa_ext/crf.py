@@ -24,13 +24,14 @@ _ops = torch.ops.afa_ext
 
 CRF_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "afa": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (64, 5, 4)},
-    "toco": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (80, 13, 10)},
-    "dupl": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (80, 13, 10)},
-    "excel": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (80, 13, 10)},
-    "psa": {"num_iter": 1, "gaussian": (3, 3), "bilateral": (80, 13, 10)},
-    "irn": {"num_iter": 1, "gaussian": (3, 3), "bilateral": (50, 5, 10)},
+    "toco": {"num_iter": 10, "gaussian": (1, 1), "bilateral": (121, 5, 4)},
+    "dupl": {"num_iter": 10, "gaussian": (1, 1), "bilateral": (121, 5, 4)},
+    "excel": {"num_iter": 10, "gaussian": (1, 3), "bilateral": (67, 3, 4)},
+    "psa": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (80, 13, 10)},
+    "irn": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (50, 5, 10)},
 }
-"""Published settings as keyword arguments of :func:`dense_crf`; "psa" and "irn" are one-iteration label refinement."""
+"""Published settings as keyword arguments of :func:`dense_crf`: those of the evaluation scripts (SeCo's are ToCo's, MoRe's
+are ExCEL's), and for "psa" and "irn" those of the refinement of CAMs."""
 
 
 def _position_features(height: int, width: int, sigma_xy: float, like: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ REFINEMENTS: dict[str, Refinement] = {
     "PAR, 20 iterations": par(num_iter=20),
     "PAMR, 10 iterations": par(pamr=True, num_iter=10),
     "dense CRF, AFA's settings": crf("afa"),
-    "dense CRF, ToCo's settings": crf("toco"),
+    "dense CRF, PSA's settings": crf("psa"),
     "walk, true affinity": walk(true_affinity),
     "walk, color affinity": walk(color_affinity),
     "walk, backbone affinity": walk(backbone_affinity),

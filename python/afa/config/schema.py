@@ -277,9 +277,9 @@ class EvalConfig(Section):
     """Apply a dense CRF to the fused segmentation, on the device of the model."""
     crf_preset: Literal["afa", "toco", "dupl", "excel", "psa", "irn"] = "afa"
     """Settings of the CRF, one of afa_ext.CRF_PRESETS. 'afa': the published multi-scale test, 10 iterations, a
-    smoothness kernel of 3 pixels and weight 3, an appearance kernel of 64 pixels, 5 color values and weight 4. 'toco',
-    'dupl' and 'excel': the same with 80 pixels, 13 color values and weight 10, as PSA. 'psa' and 'irn' (50 pixels, 5
-    color values, weight 10): one iteration."""
+    smoothness kernel of 3 pixels and weight 3, an appearance kernel of 64 pixels, 5 color values and weight 4. All
+    have 10 iterations; the kernels of 'toco' and 'dupl' are 1 pixel, weight 1 and 121 pixels, 5, weight 4; those of
+    'excel' 1, 3 and 67, 3, 4; of 'psa' 3, 3 and 80, 13, 10; of 'irn' 3, 3 and 50, 5, 10."""
     crf_iterations: Count | None = None
     """Number of mean-field iterations; null: that of the preset."""
     crf_gaussian: Annotated[tuple[Float, Float], LIST] | None = None
