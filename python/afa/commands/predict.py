@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import glob
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +18,15 @@ from tqdm import tqdm
 
 from afa.commands.common import choose_device, colored, need_run, say
 from afa.config import Config, with_overrides
+from afa.data.label_formats import MASK_FORMATS, MaskWriter
 from afa.data.listing import IMAGE_SUFFIXES, visible_files
 from afa.data.transforms import read_image
-from afa.data.visualize import SCREEN_COLORS, heat, overlay, save_mask, save_picture
-from afa.errors import UserError, printable
+from afa.data.visualize import SCREEN_COLORS, heat, overlay, save_picture
+from afa.errors import UserError, did_you_mean, printable
 from afa.files import check_writable, is_output, mark_output
 from afa.labeling.cam import pack_classes
 from afa.labeling.crf import crf_probabilities
-from afa.labeling.inference import ScaleOutputs, infer
+from afa.labeling.inference import ScaleOutputs, found_classes, infer
 from afa.labeling.upsample import upsampled_labels
 from afa.model import AFANet, load_model
 from afa.run import MODEL
@@ -34,11 +37,17 @@ def run(options: argparse.Namespace) -> None:
     options.run = need_run(options.run)
     if options.largest_side < 32:
         raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
+    if options.format not in MASK_FORMATS:
+        raise UserError(
+            f"--format must be {', '.join(MASK_FORMATS)}, got '{options.format}'"
+            + did_you_mean(options.format, MASK_FORMATS)
+        )
     images = find_images(options.paths)
     check_writable(options.out, "--out")
     model, classes, config = load_model(options.run / MODEL, choose_device(options.device))
     overrides = [f"eval.scales={options.scales}"] if options.scales is not None else []
     overrides += ["eval.flip=true"] * options.flip + ["eval.crf=true"] * options.crf
+    overrides += [f"eval.batch_size={options.batch_size}"] if options.batch_size is not None else []
     config = with_overrides(config, overrides)
     names = ["background", *classes]
 
@@ -49,20 +58,22 @@ def run(options: argparse.Namespace) -> None:
         config,
         images,
         options.out,
+        mask_format=options.format,
         largest_side=options.largest_side,
         progress=not options.quiet,
         bad=bad.append,
     )
 
     width = min(max(map(len, images)), 40)
-    done = 0
+    done, begin = 0, time.perf_counter()
     for result in results:
         done += 1
         found = ", ".join(f"{_square(i)}{names[i]} {_share(share)}" for i, share in result.shares.items())
         # tqdm.write prints above the progress bar.
         tqdm.write(f"{printable(result.name):<{width}}  {found or 'only background'}")
     plural = "" if done == 1 else "s"
-    say("written", f"{done} image{plural} to {options.out}/masks, overlays and cams")
+    speed = f"{done / (time.perf_counter() - begin):.2g} images/s, files included"
+    say("written", f"{done} image{plural} to {options.out}/masks, overlays and cams ({speed})")
     for reason in bad:
         say("skipped", reason.rpartition(";")[0])
     if bad:
@@ -132,47 +143,80 @@ def predict(
     images: dict[str, Path],
     out: str | Path,
     *,
+    mask_format: str = "palette",
     largest_side: int = 1024,
     progress: bool = True,
     bad: Callable[[str], None],
 ) -> Iterator[Prediction]:
-    """Write out/masks/<name>.png (VOC palette), out/overlays/<name>.png and out/cams/<name>.png; yields each
-    prediction.
+    """Write the class maps to out/masks, out/overlays/<name>.png and out/cams/<name>.png; yields each prediction.
 
-    The configuration's eval section (scales, flip, fusion, crf) defines the segmentation. The heat map shows the
-    maximum CAM over the classes that the classifier or the mask contains. Images whose longer side exceeds
-    `largest_side` pixels are resized for inference; the scores are resized back. An image that can't be read is
-    skipped, and `bad` is called with the reason.
+    The configuration's eval section (scales, flip, fusion, crf) defines the segmentation; up to eval.batch_size
+    consecutive images of equal size share a forward pass. The heat map shows the maximum CAM over the classes that the
+    classifier or the mask contains. Images whose longer side exceeds `largest_side` pixels are resized for inference;
+    the scores are resized back. An image that can't be read is skipped, and `bad` is called with the reason.
+
+    mask_format: 'palette' (PNG with VOC's palette), 'index' (gray PNG of class indices), 'coco' (one coco.json) or
+    'labelme' (one JSON per image).
 
     Raises UserError if `out` can't be written, or if one of its three folders has files that this function did not
     write.
     """
     out = _claim(Path(out))
     device = next(model.parameters()).device
-    for name, path in tqdm(images.items(), desc="predicting", unit="img", disable=not progress, leave=False):
+    writer = MaskWriter(out / "masks", mask_format, ["background", *classes])
+    with tqdm(total=len(images), desc="predicting", unit="img", disable=not progress, leave=False) as bar:
+        for batch in _batches(images, largest_side, config.eval.batch_size, bad, bar.update):
+            pixels = torch.from_numpy(np.stack([np.array(one.small) for one in batch]).transpose(0, 3, 1, 2).copy())
+            pixels = pixels.to(device)
+            found = infer(model, pixels, config, {"class", "cam", "seg"})
+            assert found.seg_logits is not None
+            scores = found.seg_logits
+            if config.eval.crf:
+                scores = crf_probabilities(pixels, scores, config.eval)
+            for one, own, cam in zip(batch, scores, _shown_cams(found.outputs, scores), strict=True):
+                image = one.image
+                labels = upsampled_labels(own, image.height, image.width)
+                picture = np.asarray(image)
+                writer.write(one.name, one.path, labels)
+                save_picture(out / "overlays" / f"{one.name}.png", overlay(picture, labels))
+                warm = np.asarray(Image.fromarray(cam).resize(image.size, Image.Resampling.BILINEAR))
+                save_picture(out / "cams" / f"{one.name}.png", heat(picture, warm))
+                counts = np.bincount(labels.reshape(-1), minlength=len(classes) + 1) / labels.size
+                order = [int(index) for index in np.argsort(-counts) if index and counts[index] > 0]
+                bar.update()
+                yield Prediction(one.path, one.name, {index: float(counts[index]) for index in order})
+    writer.finish()
+
+
+@dataclass
+class _Loaded:
+    name: str
+    path: Path
+    image: Image.Image
+    small: Image.Image
+    """The image, with its longer side limited."""
+
+
+def _batches(
+    images: dict[str, Path], largest_side: int, batch_size: int, bad: Callable[[str], None], skip: Callable[[], Any]
+) -> Iterator[list[_Loaded]]:
+    """Consecutive images of equal size in batches. Calls `bad` and `skip` for an image that can't be read."""
+    batch: list[_Loaded] = []
+    for name, path in images.items():
         try:
             image = read_image(path)
         except UserError as error:
             bad(str(error))
+            skip()
             continue
         small = image.copy()
         small.thumbnail((largest_side, largest_side), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(small).transpose(2, 0, 1)[None].copy()).to(device)
-        found = infer(model, pixels, config, {"class", "cam", "seg"})
-        assert found.seg_logits is not None
-        scores = found.seg_logits
-        if config.eval.crf:
-            scores = crf_probabilities(pixels, scores, config.eval)
-        cam = _shown_cam(found.outputs, scores[0])
-        labels = upsampled_labels(scores[0], image.height, image.width)
-        picture = np.asarray(image)
-        save_mask(out / "masks" / f"{name}.png", labels)
-        save_picture(out / "overlays" / f"{name}.png", overlay(picture, labels))
-        warm = np.asarray(Image.fromarray(cam).resize(image.size, Image.Resampling.BILINEAR))
-        save_picture(out / "cams" / f"{name}.png", heat(picture, warm))
-        counts = np.bincount(labels.reshape(-1), minlength=len(classes) + 1) / labels.size
-        order = [int(index) for index in np.argsort(-counts) if index and counts[index] > 0]
-        yield Prediction(path, name, {index: float(counts[index]) for index in order})
+        if batch and (len(batch) == batch_size or batch[0].small.size != small.size):
+            yield batch
+            batch = []
+        batch.append(_Loaded(name, path, image, small))
+    if batch:
+        yield batch
 
 
 def _claim(out: Path) -> Path:
@@ -187,13 +231,12 @@ def _claim(out: Path) -> Path:
 
 
 @torch.inference_mode()
-def _shown_cam(outputs: ScaleOutputs, scores: Tensor) -> np.ndarray:
-    """Maximum CAM over the classes that the classifier or the segmentation predicts: float32 [H, W] in [0, 1].
+def _shown_cams(outputs: ScaleOutputs, scores: Tensor) -> np.ndarray:
+    """Maximum CAMs over the classes that the classifier or the segmentation predicts: float32 [B, H, W] in [0, 1].
 
-    outputs: of one image. scores: its segmentation logits or probabilities [C+1, H, W].
+    scores: segmentation logits or probabilities [B, C+1, H, W].
     """
     assert outputs.class_logits is not None
-    present = (outputs.class_logits > 0).float()
-    segmented = scores.argmax(0).unique()
-    present[0, segmented[segmented > 0] - 1] = 1
-    return outputs.class_activation_maps(pack_classes(present))[0].amax(0).cpu().numpy()
+    classes = pack_classes(found_classes(outputs.class_logits, scores))
+    cams: np.ndarray = outputs.class_activation_maps(classes).amax(1).cpu().numpy()
+    return cams

@@ -171,6 +171,18 @@ def infer(
     return Inference(outputs, fused)
 
 
+def found_classes(class_logits: Tensor, scores: Tensor) -> Tensor:
+    """The classes that the classifier or the segmentation predicts, as tags [B, C] of 0 and 1.
+
+    class_logits: [B, C]. scores: segmentation logits or probabilities [B, C+1, H, W].
+    """
+    found = (class_logits > 0).float()
+    for own, labels in zip(found, scores.argmax(1), strict=True):
+        segmented = labels.unique()
+        own[segmented[segmented > 0] - 1] = 1
+    return found
+
+
 def resize(images: Tensor, scale: float) -> Tensor:
     """Resize images [B, 3, H, W] by a scale, bilinear (align_corners=False)."""
     size = resize_size((images.shape[2], images.shape[3]), scale)

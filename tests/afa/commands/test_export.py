@@ -34,7 +34,7 @@ def make_run(folder: Path, tiny_config: TinyConfig, **model: Any) -> Path:
     config = tiny_config(**model)
     folder.mkdir()
     network = build_model(config.model, len(CLASSES))
-    torch.nn.init.normal_(network.decoder.predict.weight)  # scores that differ from pixel to pixel
+    torch.nn.init.normal_(network.decoder.get_parameter("predict.weight"))  # scores that differ from pixel to pixel
     save_model(folder / MODEL, network, config, CLASSES)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return folder
@@ -53,7 +53,8 @@ def test_onnx_file_has_the_models_scores(
 
     picture = np.random.default_rng(0).integers(0, 256, (80, 112, 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / "photo.png")
-    command = [sys.executable, ROOT / "examples/onnx_predict.py", run / "model.onnx", "photo.png", "mask.png"]
+    example = ROOT / "examples/onnx_predict.py"
+    command = [sys.executable, str(example), str(run / "model.onnx"), "photo.png", "mask.png"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     mask = np.asarray(Image.open(tmp_path / "mask.png"))
     network, *_ = load_model(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,55 @@ def test_predict_upright_at_several_scales(run: Path, tmp_path: Path, monkeypatc
     refined = afa_ext.dense_crf(pixels, _logits(model, pixels, config).softmax(1), **afa_ext.CRF_PRESETS["afa"])
     smooth = mask("--crf")
     assert np.array_equal(smooth, refined[0].argmax(0)) and (smooth != plain).any()
+
+
+def test_predict_in_batches_and_other_formats(
+    run: Path, voc_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of one size share forward passes, without an effect on the masks, and every format has the same masks."""
+    monkeypatch.chdir(tmp_path)
+    photos = [str(voc_root / f"JPEGImages/t{i}.jpg") for i in range(5)]
+    Image.open(photos[0]).resize((40, 56)).save("other.png")
+    sizes = []
+
+    def counted(model: Any, pixels: torch.Tensor, *more: Any, **options: Any) -> Any:
+        sizes.append(len(pixels))
+        return infer(model, pixels, *more, **options)
+
+    monkeypatch.setattr("afa.commands.predict.infer", counted)
+
+    def predict(kind: str, *more: str) -> Path:
+        out = tmp_path / f"{kind}{len(more)}"
+        images = [*photos[:3], "other.png", *photos[3:]]
+        options = ["--out", str(out), "--format", kind, "--device=cpu", "--quiet", *more]
+        assert main(["predict", str(run), *images, *options]) == 0
+        assert re.search(r"written  6 images to .* \([\d.e-]+ images/s", capsys.readouterr().out)
+        return out / "masks"
+
+    names = [*(f"t{i}" for i in range(5)), "other"]
+    alone = predict("palette")
+    single = {name: np.array(Image.open(alone / f"{name}.png")) for name in names}
+    assert sizes == [1] * 6
+    sizes.clear()
+    together = predict("index", "--batch-size", "2")
+    assert sizes == [2, 1, 1, 2]
+    for name in names:
+        mask = np.array(Image.open(together / f"{name}.png"))
+        assert mask.shape == single[name].shape and (mask != single[name]).mean() < 0.001
+    content = json.loads((predict("coco") / "coco.json").read_text())
+    assert {image["file_name"] for image in content["images"]} == {*(f"t{i}.jpg" for i in range(5)), "other.png"}
+    pixels = sum(one["area"] for one in content["annotations"])
+    assert pixels == sum((mask > 0).sum() for mask in single.values()) > 0
+    polygons = predict("labelme")
+    assert {path.name for path in polygons.glob("*.json")} == {f"{name}.json" for name in names}
+
+
+def test_predict_reports_wrong_options(run: Path, voc_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["predict", str(run), str(voc_root / "JPEGImages/t0.jpg"), "--device=cpu", "--quiet"]
+    assert main([*command, "--format", "labelmy"]) == 2
+    assert "did you mean 'labelme'" in capsys.readouterr().err
+    assert main([*command, "--batch-size", "0"]) == 2
+    assert "eval.batch_size" in capsys.readouterr().err
 
 
 def test_predict_reports_invalid_scales(run: Path, voc_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
