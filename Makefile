@@ -14,8 +14,9 @@ NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 help: ## list all targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
-demo: install ## install, build, train AFA on the embedded data set, write runs/demo/report.html
-	$(BIN)/afa train demo
+demo: ## install, build, train AFA on the embedded data set, write runs/demo/report.html
+	@begin=$$(date +%s); $(MAKE) --no-print-directory install && end=$$(date +%s) && $(BIN)/afa train demo && \
+		echo "install  $$((end - begin)) s before that, with the build"
 
 # One thread per process: processes that each start a thread per core slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -30,8 +30,8 @@ CRF_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "psa": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (80, 13, 10)},
     "irn": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (50, 5, 10)},
 }
-"""Published settings as keyword arguments of :func:`dense_crf`: those of the evaluation scripts (SeCo's are ToCo's, MoRe's
-are ExCEL's), and for "psa" and "irn" those of the refinement of CAMs."""
+"""Published settings as keyword arguments of :func:`dense_crf`: those of the evaluation scripts (SeCo's are ToCo's,
+MoRe's are ExCEL's), and for "psa" and "irn" those of the refinement of CAMs."""
 
 
 def _position_features(height: int, width: int, sigma_xy: float, like: Tensor) -> Tensor:

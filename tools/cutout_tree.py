@@ -39,9 +39,9 @@ def split(files: Sequence[Path], train: bool) -> list[Path]:
 
 def backdrop(rng: np.random.Generator, file: Path, size: tuple[int, int]) -> Image.Image:
     """A random part of a background, `size` = (width, height)."""
-    with Image.open(file) as image:
-        image.draft("RGB", (4 * size[0], 4 * size[1]))
-        image = image.convert("RGB")
+    with Image.open(file) as opened:
+        opened.draft("RGB", (4 * size[0], 4 * size[1]))
+        image = opened.convert("RGB")
     scale = max(size[0] / image.width, size[1] / image.height)
     factor = scale * float(rng.uniform(1, max(1.0, min(3.0, 1 / scale))))
     image = image.resize((max(size[0], round(image.width * factor)), max(size[1], round(image.height * factor))))
@@ -51,8 +51,8 @@ def backdrop(rng: np.random.Generator, file: Path, size: tuple[int, int]) -> Ima
 
 def cutout(rng: np.random.Generator, file: Path, side: int) -> Image.Image:
     """An object without its empty margin, at a random size, sometimes mirrored."""
-    with Image.open(file) as image:
-        image = image.convert("RGBA")
+    with Image.open(file) as opened:
+        image = opened.convert("RGBA")
     box = image.getchannel("A").point(lambda value: 255 * (value >= SOLID)).getbbox()
     image = image.crop(box) if box else image
     longest = round(side * float(rng.uniform(0.35, 0.75)))

@@ -17,7 +17,7 @@ LAYERS = (
     ("labeling",),
     ("evaluation",),
     ("training",),
-    ("report",),
+    ("report", "app"),
     ("commands",),
 )
 """From the bottom to the top."""

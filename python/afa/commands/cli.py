@@ -72,13 +72,17 @@ examples:
 
 PREDICT = """\
 Segment images given as files, folders (searched recursively) and quoted glob patterns. Writes to --out:
-  masks/NAME.png       class indices in PASCAL VOC's palette
+  masks/NAME.png       class indices in PASCAL VOC's palette, or another --format:
+                         index     NAME.png, gray, with the class indices as values
+                         coco      coco.json, with run-length codes (needs pip install 'afa-ext[coco]')
+                         labelme   NAME.json, with polygons
   overlays/NAME.png    the classes drawn over the image
   cams/NAME.png        heat map of where the classifier looked
 
 examples:
   afa predict runs/demo photo.jpg
   afa predict runs/voc holiday/ 'more/*.png' --out results
+  afa predict runs/voc holiday/ --format labelme --out holiday-labels
   afa predict runs/voc photo.jpg --scales 1,0.5,1.5 --flip --crf     slower, with more precise borders
 """
 
@@ -130,6 +134,16 @@ examples:
   afa export runs/demo --to huggingface --out demo
 """
 
+APP = """\
+Open a page in the browser to try a model: drop in a photograph, see its mask, the CAM of each class and the CAM after
+the random walk, change the background score and the PAR iterations, download the mask.
+Needs pip install 'afa-ext[app]'.
+
+examples:
+  afa app runs/demo
+  afa app runs/voc --largest-side 800 eval.crf=true
+"""
+
 RUN = "folder that `afa train` wrote, or hf://OWNER/NAME"
 
 EXTRAS = {
@@ -146,7 +160,9 @@ EXTRAS = {
         "tqdm",
         "yaml",
     ],
+    "coco": ["pycocotools"],
     "export": ["onnx", "onnxruntime", "onnxscript"],
+    "app": ["gradio"],
 }
 """Extra -> packages that only it installs."""
 
@@ -258,6 +274,18 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         help="folder to write to (default: predictions)",
     )
     predict.add_argument(
+        "--format",
+        metavar="FORMAT",
+        default="palette",
+        help="format of the masks: palette (default), index, coco or labelme",
+    )
+    predict.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="number of consecutive images of equal size per forward pass (default: the run's eval.batch_size)",
+    )
+    predict.add_argument(
         "--largest-side",
         type=int,
         default=1024,
@@ -288,6 +316,20 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     export.add_argument("--to", metavar="KIND", required=True, help="onnx, torch-export or huggingface")
     export.add_argument("--out", type=_path, metavar="PATH", help="file or folder to write (default: in RUN)")
 
+    app = add("app", "try a model on photographs in the browser", APP)
+    app.add_argument("run", type=_run, metavar="RUN", help=RUN)
+    app.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the run's")
+    app.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
+    app.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
+    app.add_argument(
+        "--largest-side",
+        type=int,
+        default=512,
+        metavar="PIXELS",
+        help="resize images whose longer side exceeds this before inference (default: 512)",
+    )
+    app.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
+
     report = add("report", "rewrite a run's report.html", REPORT)
     report.add_argument("run", type=_path, metavar="RUN", help="folder that `afa train` wrote")
     config = add("config", "print settings, or their JSON schema", CONFIGURATION)
@@ -301,6 +343,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "predict": predict,
         "pseudo-labels": pseudo,
         "export": export,
+        "app": app,
         "report": report,
         "config": config,
     }

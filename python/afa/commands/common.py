@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from afa.data.synthetic import make_dataset
 from afa.errors import UserError, did_you_mean, printable
 from afa.files import check_writable
 from afa.model import hub
+from afa.report.results import duration
 from afa.run import CONFIG, MODEL
 
 
@@ -28,6 +30,31 @@ def say(what: str, text: str) -> None:
 
 def hush(what: str, text: str) -> None:
     """Replacement for `say` in all processes except the first: prints nothing."""
+
+
+class Clock:
+    """The time since its creation, and how much of it named parts of the work took."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Measure the block as a part."""
+        begin = time.perf_counter()
+        yield
+        self._parts[name] = time.perf_counter() - begin
+
+    def seconds(self) -> float:
+        """Seconds since the creation."""
+        return time.perf_counter() - self.started
+
+    def summary(self) -> str:
+        """'9 min 2 s: data 31 s, training 8 min 1 s, evaluation 20 s, other 10 s'."""
+        total = self.seconds()
+        parts = {**self._parts, "other": total - sum(self._parts.values())}
+        return f"{duration(total)}: " + ", ".join(f"{name} {duration(value)}" for name, value in parts.items())
 
 
 def colored() -> bool:

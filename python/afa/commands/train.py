@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import argparse
 import signal
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from afa import distributed
-from afa.commands.common import hush, make_data, needs_generated_data, processes, say, say_skipped
+from afa.commands.common import Clock, hush, make_data, needs_generated_data, processes, say, say_skipped
 from afa.commands.evaluate import calibrated, no_masks, score_and_report, training_facts
 from afa.config import Config, load_config, resolve, with_absolute_paths
 from afa.data import check_dataset
 from afa.data.synthetic import CLASSES
 from afa.errors import UserError
 from afa.model import AFANet, build_model, load_model
+from afa.report.results import duration
 from afa.run import CHECKPOINTS, CONFIG, MODEL, check_run, lock_run
+from afa.training.estimate import estimate
 from afa.training.loop import Splits, open_splits, train
 from afa.training.stopping import Stopped
+
+SHOWN = {
+    "classify": "tags",
+    "par": "labels from CAM and PAR",
+    "walk": "labels from walk and PAR",
+    "evaluate": "evaluation",
+}
 
 
 def run(options: argparse.Namespace) -> None:
     """Run `afa train` with its parsed options."""
-    started = time.perf_counter()
+    clock = Clock()
     config = with_absolute_paths(load_config(options.config, options.overrides))
     path = resolve(options.config)
     # The settings of every run are called config.yaml, so a run is named after its folder.
@@ -46,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
         _check_crop(config, model)
         say_if_main("model", _describe(config, model))
         if main:
-            make_data(config, progress)
+            with clock.part("data"):
+                make_data(config, progress)
         distributed.barrier()
         splits = splits or open_splits(config.data, progress)
         say_if_main(
@@ -63,16 +72,19 @@ def run(options: argparse.Namespace) -> None:
         say_if_main("run", f"{folder}: {crops} on {where}")
         for note in config.notes():
             say_if_main("note", note)
+        if _worth_an_estimate(config, device, options):
+            say("time", _expected(estimate(model, config, splits.train, splits.val)))
         try:
-            trained = train(
-                config,
-                folder,
-                resume=options.resume,
-                device=device,
-                progress=progress,
-                splits=splits,
-                model=model,
-            )
+            with clock.part("training"):
+                trained = train(
+                    config,
+                    folder,
+                    resume=options.resume,
+                    device=device,
+                    progress=progress,
+                    splits=splits,
+                    model=model,
+                )
         except KeyboardInterrupt:
             if (folder / CHECKPOINTS).is_dir():
                 say_if_main("stopped", f"resume with: afa train {folder} --resume")
@@ -90,10 +102,22 @@ def run(options: argparse.Namespace) -> None:
             facts, since = training_facts(folder), None
             trained, _, _ = load_model(folder / MODEL, device)
         else:
-            facts, since = {"config": name, "train_seconds": time.perf_counter() - started}, started
-        with lock_run(folder) if main else nullcontext():
+            facts, since = {"config": name, "train_seconds": clock.seconds()}, clock.started
+        with lock_run(folder) if main else nullcontext(), clock.part("evaluation"):
             config = calibrated(config, trained, splits.train)
             score_and_report(config, folder, trained, splits.val, device, progress, facts, since)
+        say_if_main("time", clock.summary())
+
+
+def _worth_an_estimate(config: Config, device: torch.device, options: argparse.Namespace) -> bool:
+    """Whether an estimate of the time helps and is possible: on a CPU, in one process, from the first iteration."""
+    first = not options.resume and not distributed.launched() and not config.train.compile
+    return device.type == "cpu" and first and not options.quiet and config.train.iterations >= 100
+
+
+def _expected(seconds: dict[str, float]) -> str:
+    parts = [f"{SHOWN[part]} {duration(value)}" for part, value in seconds.items()]
+    return f"about {duration(sum(seconds.values()))} on this machine: {', '.join(parts)}"
 
 
 def _describe(config: Config, model: AFANet) -> str:

@@ -83,6 +83,17 @@ def evaluate(
     )
 
 
+def seconds_per_image(model: AFANet, dataset: TaggedDataset, config: Config) -> float:
+    """Time of evaluating one image, from one batch; the model must be in evaluation mode."""
+    measurement = _Measurement(model, dataset, config, None, config.eval.diagnostic_images)
+    count = min(len(dataset), config.eval.batch_size)
+    for _ in range(2):  # the first pass allocates memory
+        begin = time.perf_counter()
+        measurement.pass_over(range(count), workers=0)
+        seconds = time.perf_counter() - begin
+    return seconds / count
+
+
 class _Measurement:
     """Accumulates the scores of one process's share of a split."""
 
@@ -106,7 +117,6 @@ class _Measurement:
         """Name -> counts of a diagnosed image."""
 
     def run(self, progress: bool, on_resume: Callable[[int], None] | None) -> None:
-        settings = self.config.eval
         # Rank 0's list is used everywhere, because the store may change before another rank reads it.
         done = broadcast(self.store.done() if self.store is not None and is_main() else set())
         names = self.dataset.names
@@ -116,14 +126,6 @@ class _Measurement:
             on_resume(len(stored))
         for position in share(len(stored), rank(), world_size()):
             self._count_stored(stored[position])
-        loader = eval_loader(
-            self.dataset,
-            settings.batch_size,
-            self.config.data.workers,
-            rank=rank(),
-            world_size=world_size(),
-            indices=left,
-        )
         bar = tqdm(
             total=len(share(len(left), rank(), world_size())),
             desc="evaluating",
@@ -132,14 +134,21 @@ class _Measurement:
             leave=False,
         )
         with bar:
-            for batch in loader:
-                if self.has_masks:
-                    self._measure(batch)
-                else:
-                    images = batch["image"].to(self.device, non_blocking=True)
-                    found = infer(self.model, images, self.config, {"class"})
-                    self._note_found(batch["name"], found.outputs.class_logits)
-                bar.update(len(batch["name"]))
+            self.pass_over(left, self.config.data.workers, bar.update)
+
+    def pass_over(self, indices: Sequence[int], workers: int, done: Callable[[int], object] = lambda _: None) -> None:
+        """Measure this process's share of the images; `done` is called with the size of each finished batch."""
+        loader = eval_loader(
+            self.dataset, self.config.eval.batch_size, workers, rank=rank(), world_size=world_size(), indices=indices
+        )
+        for batch in loader:
+            if self.has_masks:
+                self._measure(batch)
+            else:
+                images = batch["image"].to(self.device, non_blocking=True)
+                found = infer(self.model, images, self.config, {"class"})
+                self._note_found(batch["name"], found.outputs.class_logits)
+            done(len(batch["name"]))
 
     def _measure(self, batch: Sample) -> None:
         truth = batch["mask"].to(self.device, non_blocking=True)

@@ -125,4 +125,5 @@ def test_stream_is_endless_and_varied():
 def test_masks_carry_the_voc_palette(dataset_root):
     with Image.open(next((dataset_root / "SegmentationClass").iterdir())) as mask:
         assert mask.mode == "P"
-        assert mask.getpalette()[3:6] == [128, 0, 0]
+        palette = mask.getpalette()
+        assert palette is not None and palette[3:6] == [128, 0, 0]
