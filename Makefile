@@ -9,7 +9,7 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-fast lint smoke sanitize stand-in abi-check pretrain bench kernels gpu-check clean install
+.PHONY: help demo test test-fast lint smoke sanitize stand-in abi-check pretrain bench kernels gpu-check docs clean install
 
 help: ## list all targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -35,7 +35,7 @@ lint: $(VENV)/.lint ## run ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 sanitize: install ## run the operators' tests with CPU kernels built for AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tools/sanitize.py
@@ -54,6 +54,7 @@ pretrain: install ## retrain the small backbone that ships in the package (about
 
 bench: install ## time the operators and a full training step against PyTorch on this machine
 	for name in par_kernel random_walk affinity pseudo_labels train_step; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/par_from_scratch/run.py
 	$(BIN)/python -m tools.update_tables
 
 kernels: install ## compile the CUDA kernels and write the tables of docs/kernels.md: registers, occupancy, limits
@@ -63,6 +64,10 @@ kernels: install ## compile the CUDA kernels and write the tables of docs/kernel
 # Uses the virtual environment's Python if it exists, otherwise $(PYTHON), which must have torch. Installs nothing.
 gpu-check: ## on a machine with a GPU: build, test, sanitize and time the CUDA kernels, within eight minutes
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m tools.gpu_check
+
+docs: install ## build the documentation site in build/site and check its links
+	$(BIN)/pip install --disable-pip-version-check -q mkdocs-material "mkdocstrings[python]"
+	$(BIN)/mkdocs build -q
 
 clean: ## remove the files of the build and of runs, but not the virtual environment
 	rm -rf build dist *.egg-info runs data/demo

@@ -1,6 +1,6 @@
 """Native operators for weakly supervised segmentation on CPU and CUDA. The only dependencies are torch and numpy.
 
-Every operator has a reference implementation of the same name in :mod:`afa_ext.reference`, in plain PyTorch.
+Every operator has a reference implementation of the same name in `afa_ext.reference`, in plain PyTorch.
 """
 
 from . import reference as reference  # so that `import afa_ext` makes afa_ext.reference available

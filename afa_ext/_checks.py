@@ -364,7 +364,7 @@ def _check_label_settings(
 def check_pseudo_labels(
     images: Tensor, cams: Tensor, class_labels: Tensor, low: float, high: float, *settings: Any
 ) -> list[int]:
-    """``settings``: box and what follows it in :func:`_check_label_settings`."""
+    """``settings``: box and what follows it in `_check_label_settings`."""
     _check_label_images(images)
     check_float_tensor("cams", cams, "[B, C, H, W]")
     for dim, what in ((0, "batch"), (2, "height"), (3, "width")):
@@ -387,7 +387,7 @@ def check_refine_labels(
     weights: Tensor | None,
     *settings: Any,
 ) -> list[int]:
-    """``settings``: class_index and what follows it in :func:`_check_label_settings`."""
+    """``settings``: class_index and what follows it in `_check_label_settings`."""
     _check_label_images(images)
     check_float_tensor("scores", scores, "[B, C+1, h, w]")
     check_size("images", images, 0, scores.shape[0], "the batch of scores")

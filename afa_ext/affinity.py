@@ -2,7 +2,7 @@
 
 "Learning Affinity from Attention" (AFA), CVPR 2022, section 3.2. The layout of pairs is dense, [B, N, N], or windowed,
 [B, N, (2*radius+1)**2]: entry (i, k) is the pair of node i and node i + offset k, in the order of
-:func:`afa_ext.window_offsets`. :func:`afa_ext.random_walk` uses the same layouts. If both sizes are equal,
+`afa_ext.window_offsets`. `afa_ext.random_walk` uses the same layouts. If both sizes are equal,
 (2*radius+1)**2 == N, the layout is dense in all functions; pairs outside the window are then 0 (labels: 255).
 """
 
@@ -74,7 +74,7 @@ def affinity_labels(
     The map is sampled at every ``stride``-th pixel (nearest) from pixel ``offset`` on, so
     N = ceil((H - offset) / stride) * ceil((W - offset) / stride). A pair is 255 if either token is ignored, if it is
     outside the window, or (windowed) if the offset is outside the grid. With ``background``, pairs of the same
-    foreground class are 2 instead of 1, so that :func:`affinity_loss` can give them a weight of their own.
+    foreground class are 2 instead of 1, so that `affinity_loss` can give them a weight of their own.
 
     Args:
         label_map: [B, H, W], uint8, int16, int32 or int64.
@@ -119,7 +119,7 @@ def affinity_loss(
 
     Args:
         affinity: values in [0, 1], any shape: dense or windowed.
-        labels: uint8, same shape and device, from :func:`affinity_labels`.
+        labels: uint8, same shape and device, from `affinity_labels`.
         weights: three weights of at least 0, one per group.
         counts: int64 [3] on the same device: the numbers of pairs n_g to divide by, for a part of a larger batch. The
             losses of all parts then add up to the loss of the batch. None: those of ``labels``.
@@ -140,9 +140,9 @@ def affinity_loss_and_sums(
     weights: Sequence[float] = (0.5, 0.5, 0.0),
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`affinity_loss`, and the sums that it is made of, at no extra cost.
+    """`affinity_loss`, and the sums that it is made of, at no extra cost.
 
-    Arguments and errors are those of :func:`affinity_loss`.
+    Arguments and errors are those of `affinity_loss`.
 
     Returns:
         The loss, and a [2, 3] tensor of its dtype without gradient: the sums of A over the pairs of each group, and the

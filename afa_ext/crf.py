@@ -30,7 +30,7 @@ CRF_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "psa": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (80, 13, 10)},
     "irn": {"num_iter": 10, "gaussian": (3, 3), "bilateral": (50, 5, 10)},
 }
-"""Published settings as keyword arguments of :func:`dense_crf`: those of the evaluation scripts (SeCo's are ToCo's,
+"""Published settings as keyword arguments of `dense_crf`: those of the evaluation scripts (SeCo's are ToCo's,
 MoRe's are ExCEL's), and for "psa" and "irn" those of the refinement of CAMs."""
 
 
@@ -200,7 +200,7 @@ class DenseEnergyLoss(nn.Module):
     ``scale_factor``; ``sigma_xy`` is scaled with them.
 
     Args:
-        weight, sigma_rgb, sigma_xy: as in :func:`dense_energy_loss`.
+        weight, sigma_rgb, sigma_xy: as in `dense_energy_loss`.
         scale_factor: of the resizing, greater than 0.
     """
 

@@ -54,14 +54,14 @@ def pseudo_labels(
         low, high: background scores. If they are equal, no pixel is ignored, as in evaluation.
         box: int64 or int32 [B, 4] (y0, y1, x0, x1; y1 and x1 exclusive); pixels outside are ignored.
         weights: precomputed PAR affinity, [B, 8*len(dilations), H//downscale, W//downscale], from
-            :func:`par_affinity` of the downscaled images with the same ``dilations`` and ``w2``; float32 (float64 for
+            `par_affinity` of the downscaled images with the same ``dilations`` and ``w2``; float32 (float64 for
             float64 ``cams``). ``images`` is then not read.
         class_index: int64 or int32 [B, C], the class number of each map if it differs from the map's position.
         max_classes: the maximum number of classes per image in the batch, if known. Without it, CUDA memory is
             proportional to C, and the batch is processed in parts that fit in 1 GiB (at least one image). An image with
             more classes raises an error on the CPU and is ignored entirely on CUDA.
         downscale: PAR works at 1/downscale of the size (at least one pixel).
-        dilations, num_iter, w1, w2: as in :func:`par_affinity` and :func:`par_propagate`.
+        dilations, num_iter, w1, w2: as in `par_affinity` and `par_propagate`.
         ignore_index: the label of ignored pixels.
 
     Returns:
@@ -126,13 +126,13 @@ def refine_labels(
     ignore_index: int = 255,
 ) -> Tensor:
     """Labels from score maps with a background map, refined by PAR inside each image's valid box: AFA's walk label
-    ("Learning Affinity from Attention", CVPR 2022), computed from the result of :func:`propagate_cams`.
+    ("Learning Affinity from Attention", CVPR 2022), computed from the result of `propagate_cams`.
 
     The scores are upsampled to the image (bilinear, align_corners=False) and cropped to the box. The cropped image and
-    scores are downscaled (the scores with align_corners=True, like :func:`par_refine`), refined with the box's edge
+    scores are downscaled (the scores with align_corners=True, like `par_refine`), refined with the box's edge
     replicated, upsampled again, and compared. Values outside a box have no effect on its labels. With ``low_scores``, a
     pixel where both maps agree is labeled, and a pixel where only the lower background score loses is ignored. All
-    other rules are those of :func:`pseudo_labels`.
+    other rules are those of `pseudo_labels`.
 
     Args:
         images: [B, 3, H, W], uint8 or floating-point.
@@ -141,8 +141,8 @@ def refine_labels(
         low_scores: like ``scores``, computed with a lower background score.
         box: int64 or int32 [B, 4] (y0, y1, x0, x1; y1 and x1 exclusive), clipped to the image; pixels outside are
             ignored. None: the whole image.
-        weights: PAR affinity of the whole images, as in :func:`pseudo_labels`; only without ``box``.
-        class_index, max_classes, downscale, dilations, num_iter, w1, w2, ignore_index: as in :func:`pseudo_labels`.
+        weights: PAR affinity of the whole images, as in `pseudo_labels`; only without ``box``.
+        class_index, max_classes, downscale, dilations, num_iter, w1, w2, ignore_index: as in `pseudo_labels`.
 
     Returns:
         int64 [B, H, W]: 0 background, class number + 1, or ``ignore_index``.

@@ -24,14 +24,14 @@ def edge_affinity(edge: Tensor, radius: int) -> Tensor:
     "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", CVPR 2019, section 4.3. The path
     consists of all grid points (including both ends) in the bounding box of the segment whose distance to its line is
     less than 1. Symmetric; 1 on the diagonal. There is no gradient with respect to ``edge``
-    (:func:`afa_ext.reference.edge_affinity` has one).
+    (`afa_ext.reference.edge_affinity` has one).
 
     Args:
         edge: [B, h, w] or [B, 1, h, w], boundary probabilities.
         radius: radius of the disc dy*dy + dx*dx < radius*radius, 1 to 63.
 
     Returns:
-        [B, N, window] for :func:`afa_ext.random_walk` with ``window="disc"``, in the dtype of ``edge``; 0 if the
+        [B, N, window] for `afa_ext.random_walk` with ``window="disc"``, in the dtype of ``edge``; 0 if the
         neighbor is outside the grid. A view in which the entries of one offset are contiguous; random_walk reads it
         without a copy.
 
@@ -58,7 +58,7 @@ def feature_affinity(features: Tensor, radius: int) -> Tensor:
         radius: radius of the disc dy*dy + dx*dx < radius*radius, 1 to 63.
 
     Returns:
-        [B, N, window] for :func:`afa_ext.random_walk` with ``window="disc"``, in the dtype of ``features``; 0 if the
+        [B, N, window] for `afa_ext.random_walk` with ``window="disc"``, in the dtype of ``features``; 0 if the
         neighbor is outside the grid. A view in which the entries of one offset are contiguous; random_walk reads it
         without a copy.
 

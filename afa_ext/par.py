@@ -74,7 +74,7 @@ def pamr_affinity(images: Tensor, *, dilations: Sequence[int] = DILATIONS) -> Te
     channel c over the neighbors and the pixel itself, which counts once per dilation. The weights sum to 1. Logits and
     sums are computed in float32 (float64 for float64).
 
-    Arguments, return value and errors are those of :func:`par_affinity`, without ``w1`` and ``w2``.
+    Arguments, return value and errors are those of `par_affinity`, without ``w1`` and ``w2``.
     """
     (images,) = autocast_to_float32(images)
     offsets = check_pamr_affinity(images, dilations)
@@ -99,7 +99,7 @@ def par_propagate(
     temporary buffers of the masks' size, with borders on the CPU.
 
     Args:
-        weights: [B, 8*len(dilations), H, W] from :func:`par_affinity` or :func:`pamr_affinity` with the same
+        weights: [B, 8*len(dilations), H, W] from `par_affinity` or `pamr_affinity` with the same
             ``dilations``.
         masks: [B, C, H, W], same dtype as ``weights``.
         num_iter: at least 0; 0 returns the masks.
@@ -130,7 +130,7 @@ def par_refine(
     class_mask: Tensor | None = None,
     resize: str = "mask_to_image",
 ) -> Tensor:
-    """Refines masks by the colors of their images: :func:`par_affinity`, then :func:`par_propagate`.
+    """Refines masks by the colors of their images: `par_affinity`, then `par_propagate`.
 
     As published, soft output is scaled by (1 + w2)**num_iter: compare or normalize it, don't threshold it. Extra memory
     on the CPU: the weights, ``B*8*len(dilations)*H*W`` floats, and two buffers of the masks selected by ``class_mask``,
@@ -163,9 +163,9 @@ def pamr_refine(
     class_mask: Tensor | None = None,
     resize: str = "mask_to_image",
 ) -> Tensor:
-    """Refines masks by the colors of their images: :func:`pamr_affinity`, then :func:`par_propagate`.
+    """Refines masks by the colors of their images: `pamr_affinity`, then `par_propagate`.
 
-    Arguments, return value and errors are those of :func:`par_refine`, without ``w1`` and ``w2``; soft output is not
+    Arguments, return value and errors are those of `par_refine`, without ``w1`` and ``w2``; soft output is not
     scaled.
     """
     images, masks = _prepare(images, masks, class_mask, resize)
@@ -235,7 +235,7 @@ class PAR(_Refinement):
     its import by ``PAR = functools.partial(afa_ext.PAR, resize="image_to_mask")``.
 
     Raises:
-        TypeError, ValueError: ``dilations``, ``num_iter`` or ``resize`` is invalid, see :func:`par_refine`.
+        TypeError, ValueError: ``dilations``, ``num_iter`` or ``resize`` is invalid, see `par_refine`.
     """
 
     published_buffers = frozenset({"kernel"})
@@ -246,7 +246,7 @@ class PAR(_Refinement):
         self.w2 = 0.01
 
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
-        """imgs [B, 3, H, W], masks [B, C, Hm, Wm] -> [B, C, H, W]; see :func:`par_refine`."""
+        """imgs [B, 3, H, W], masks [B, C, Hm, Wm] -> [B, C, H, W]; see `par_refine`."""
         return par_refine(
             imgs,
             masks,
@@ -266,7 +266,7 @@ class PAMR(_Refinement):
     and those entries are ignored.
 
     Raises:
-        TypeError, ValueError: ``num_iter``, ``dilations`` or ``resize`` is invalid, see :func:`pamr_refine`.
+        TypeError, ValueError: ``num_iter``, ``dilations`` or ``resize`` is invalid, see `pamr_refine`.
     """
 
     published_buffers = frozenset({"aff_x.kernel", "aff_m.kernel", "aff_std.kernel"})
@@ -275,7 +275,7 @@ class PAMR(_Refinement):
         super().__init__(dilations, num_iter, resize)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, 3, H, W], mask [B, C, Hm, Wm] -> [B, C, H, W]; see :func:`pamr_refine`."""
+        """x [B, 3, H, W], mask [B, C, Hm, Wm] -> [B, C, H, W]; see `pamr_refine`."""
         return pamr_refine(x, mask, dilations=self.dilations, num_iter=self.num_iter, resize=self.resize)
 
 

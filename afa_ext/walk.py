@@ -5,13 +5,13 @@ matrix is neither computed nor squared.
 
 The walks of published methods:
 
-- AFA: :func:`random_walk` or :func:`propagate_cams` on a learned affinity
-- IRN: :func:`propagate_to_edge`
-- PSA, SEAM: :func:`afa_ext.feature_affinity`, then :func:`random_walk` with ``window="disc", radius=5, power=8,
+- AFA: `random_walk` or `propagate_cams` on a learned affinity
+- IRN: `propagate_to_edge`
+- PSA, SEAM: `afa_ext.feature_affinity`, then `random_walk` with ``window="disc", radius=5, power=8,
   steps=2**8`` (SEAM: ``2**6``)
-- CLIP-based methods (CLIP-ES, WeCLIP, ExCEL): :func:`random_walk` with ``power=1, steps=2, normalize="sinkhorn", eps=0,
+- CLIP-based methods (CLIP-ES, WeCLIP, ExCEL): `random_walk` with ``power=1, steps=2, normalize="sinkhorn", eps=0,
   direction="rows", boxes=...``
-- MCTformer: :func:`random_walk` with ``power=1, normalize=None, direction="rows"``
+- MCTformer: `random_walk` with ``power=1, normalize=None, direction="rows"``
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def random_walk(
         scores: [B, C, h, w].
         affinity: dense [B, N, N] with N = h*w, entry (i, j) from node i to node j; or, with a radius, windowed
             [B, N, window], entry (i, k) from node i to node i + offset k in the order of
-            :func:`afa_ext.window_offsets` (if both sizes are equal, the affinity is dense).
+            `afa_ext.window_offsets` (if both sizes are equal, the affinity is dense).
             Same dtype and device as ``scores``.
         grid: (h, w), the size of the token grid.
         radius: None for the whole matrix; otherwise 0 to 63, and entries outside the window are treated as 0.
@@ -111,12 +111,12 @@ def propagate_cams(
     """AFA's walk over class activation maps with a background map.
 
     A constant background map is prepended, the softmax is taken over it and the image's classes, and the result is
-    propagated by :func:`random_walk` (square window, columns normalized). Classes that an image does not have are not
+    propagated by `random_walk` (square window, columns normalized). Classes that an image does not have are not
     computed, and their result is 0. Differentiable with respect to ``cams`` and ``affinity``.
 
     Args:
         cams: [B, C, h, w].
-        affinity: [B, N, N] or [B, N, window], as in :func:`random_walk`.
+        affinity: [B, N, N] or [B, N, window], as in `random_walk`.
         class_labels: [B, C], nonzero if the image has the class.
         radius: radius of the square window, or None.
         background: the background's score before the softmax (AFA: 0.35 low, 0.55 high).
@@ -141,7 +141,7 @@ def propagate_cams(
 def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10, exp_times: int = 8) -> Tensor:
     """IRN's walk, a drop-in replacement for the published function: 2**exp_times steps from x * (1 - edge).
 
-    Uses :func:`afa_ext.edge_affinity` to the power ``beta``, with normalized columns. Differentiable with respect to
+    Uses `afa_ext.edge_affinity` to the power ``beta``, with normalized columns. Differentiable with respect to
     ``x``.
 
     Args:

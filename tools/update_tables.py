@@ -22,6 +22,7 @@ from tools.blocks import stale_blocks, write_blocks
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = "update_tables.py"
 README, EVIDENCE = ROOT / "README.md", ROOT / "docs" / "evidence.md"
+SCRATCH = ROOT / "docs" / "par_from_scratch.md"
 DEMO, RESULTS = ROOT / "docs" / "demo", ROOT / "benchmarks" / "results"
 SHOWN = 4
 """Number of example images in the README, evenly spaced over those of the report."""
@@ -273,6 +274,42 @@ def _machine(machine: dict[str, Any]) -> str:
     return f"{where}, torch {machine['torch']}"
 
 
+def scratch_table() -> str:
+    """The versions of PAR: one table per machine, with a small size that all versions support, and a standard one."""
+    tables = []
+    for file in sorted(RESULTS.glob("par_from_scratch-*.json")):
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        small, standard = dict.fromkeys(row["size"] for row in content["rows"])
+        at_small = {row["candidate"]: row for row in content["rows"] if row["size"] == small}
+        at_standard = [row for row in content["rows"] if row["size"] == standard]
+        one_thread = {row["candidate"]: row for row in at_standard if row["threads"] == 1}
+        lines = [
+            f"| version | | {small.replace('x', '×')} | {standard.replace('x', '×')} | affinity | iterations | GFMA/s "
+            "| speedup over v2 |",
+            "|---" * 8 + "|",
+        ]
+        for name, row in at_small.items():
+            if name not in one_thread:
+                lines.append(f"| {name} | {row['change']} | {_milliseconds(row)} | – | – | – | – | – |")
+        for row in at_standard:
+            several = row["threads"] > 1
+            name = row["candidate"] + (f", {row['threads']} threads" if several else "")
+            parts = [_milliseconds({"median_ms": row[part]}) for part in ("affinity_ms", "iterations_ms")]
+            lines.append(
+                f"| {name} | {'' if several else row['change']} "
+                f"| {'–' if several else _milliseconds(at_small[row['candidate']])} "
+                f"| **{_milliseconds(row)}** | {' | '.join(parts)} | {row['gfma_per_s']:.2g} "
+                f"| {_times(one_thread['v2']['median_ms'] / row['median_ms'])} |"
+            )
+        limit = one_thread["v2"]["limit_gfma_per_s"]
+        where = _machine({**content["machine"], "threads": 1}).replace(", 1 thread", "")
+        tables.append(
+            "\n".join(lines) + f"\n\n{where}; median times. Limit if all data is in the L1 cache, on one thread: "
+            f"{limit:.0f} GFMA/s."
+        )
+    return "\n\n".join(tables) if tables else "Not measured."
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"demo": demo_table, "benchmarks": benchmark_table, "ablation": ablation_table},
     EVIDENCE: {
@@ -282,6 +319,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "training": training_table,
         "background": background_table,
     },
+    SCRATCH: {"par_from_scratch": scratch_table},
 }
 """Page -> its generated blocks, by name."""
 

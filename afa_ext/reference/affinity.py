@@ -31,7 +31,7 @@ def affinity_from_attention(
     grid: tuple[int, int] | None = None,
     radius: int | None = None,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.affinity_from_attention`."""
+    """Reference implementation of `afa_ext.affinity_from_attention`."""
     grid = check_affinity_from_attention(attention, weight, bias, grid, radius)
     wide = torch.float64 if attention.dtype == torch.float64 else torch.float32
     symmetric = attention.to(wide) + attention.to(wide).mT
@@ -54,7 +54,7 @@ def affinity_labels(
     offset: int = 0,
     background: int | None = None,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.affinity_labels`."""
+    """Reference implementation of `afa_ext.affinity_labels`."""
     check_affinity_labels(label_map, stride, radius, ignore_index, windowed, offset, background)
     tokens = label_map[:, offset::stride, offset::stride]
     grid = (tokens.shape[1], tokens.shape[2])
@@ -77,7 +77,7 @@ def affinity_loss(
     weights: Sequence[float] = (0.5, 0.5, 0.0),
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.affinity_loss`."""
+    """Reference implementation of `afa_ext.affinity_loss`."""
     return affinity_loss_and_sums(affinity, labels, weights=weights, counts=counts)[0]
 
 
@@ -88,7 +88,7 @@ def affinity_loss_and_sums(
     weights: Sequence[float] = (0.5, 0.5, 0.0),
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reference implementation of :func:`afa_ext.affinity_loss_and_sums`."""
+    """Reference implementation of `afa_ext.affinity_loss_and_sums`."""
     weights = check_affinity_loss(affinity, labels, weights, counts)
     wide = affinity if affinity.dtype == torch.float64 else affinity.float()
     groups = [labels == group for group in range(3)]

@@ -1,7 +1,7 @@
 """Dense CRF, bilateral filter and dense energy loss in plain PyTorch: the permutohedral lattice, and exact sums.
 
-:class:`Lattice` follows "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (Adams, Baek and Davis, 2010)
-step by step; :func:`exact_filter` is the sum over all pairs of pixels that it approximates.
+`Lattice` follows "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (Adams, Baek and Davis, 2010)
+step by step; `exact_filter` is the sum over all pairs of pixels that it approximates.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Lattice:
         return gain * (table[:, self.offset] * weight).sum(-1)
 
     def filter(self, values: Tensor, normalize: str | None) -> Tensor:
-        """[C, N] with the normalization of :func:`bilateral_filter`."""
+        """[C, N] with the normalization of `bilateral_filter`."""
         whole = self.norm.to(values.dtype) + 1e-20
         before = {"symmetric": whole.rsqrt(), "before": 1 / whole}.get(normalize or "", torch.ones_like(whole))
         after = {"symmetric": whole.rsqrt(), "after": 1 / whole}.get(normalize or "", torch.ones_like(whole))
@@ -120,7 +120,7 @@ def bilateral_filter(
     sigma_rgb: float | None = None,
     normalize: str | None = None,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.bilateral_filter`."""
+    """Reference implementation of `afa_ext.bilateral_filter`."""
     check_bilateral_filter(values, features, images, sigma_xy, sigma_rgb, normalize)
     wide = values if values.dtype == torch.float64 else values.float()
     out = []
@@ -145,7 +145,7 @@ def dense_crf(
     compat: str | Tensor = "potts",
     class_mask: Tensor | None = None,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.dense_crf`."""
+    """Reference implementation of `afa_ext.dense_crf`."""
     scores, matrix = check_dense_crf(images, probabilities, unaries, num_iter, gaussian, bilateral, compat, class_mask)
     batch, classes, height, width = scores.shape
     out = torch.zeros(scores.shape, device=scores.device)
@@ -176,7 +176,7 @@ def dense_energy_loss(
     regions: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.dense_energy_loss`; its gradient is that of the loss itself, without
+    """Reference implementation of `afa_ext.dense_energy_loss`; its gradient is that of the loss itself, without
     the symmetry that the published one assumes."""
     check_dense_energy_loss(images, probabilities, sigma_rgb, sigma_xy, weight, regions, gate)
     wide = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
@@ -189,7 +189,7 @@ def dense_energy_loss(
 
 
 class DenseEnergyLoss(nn.Module):
-    """Reference implementation of :class:`afa_ext.DenseEnergyLoss`, with the gradient of the loss itself."""
+    """Reference implementation of `afa_ext.DenseEnergyLoss`, with the gradient of the loss itself."""
 
     def __init__(self, weight: float, sigma_rgb: float, sigma_xy: float, scale_factor: float) -> None:
         super().__init__()

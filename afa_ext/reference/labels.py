@@ -68,7 +68,7 @@ def pseudo_labels(
     w2: float = 0.01,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.pseudo_labels`."""
+    """Reference implementation of `afa_ext.pseudo_labels`."""
     dilations = check_pseudo_labels(
         images,
         cams,
@@ -164,7 +164,7 @@ def refine_labels(
     w2: float = 0.01,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.refine_labels`."""
+    """Reference implementation of `afa_ext.refine_labels`."""
     dilations = check_refine_labels(
         images,
         scores,

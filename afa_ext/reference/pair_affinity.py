@@ -34,7 +34,7 @@ def _within_grid(grid: tuple[int, int], radius: int, device: torch.device) -> Te
 
 
 def edge_affinity(edge: Tensor, radius: int) -> Tensor:
-    """Reference implementation of :func:`afa_ext.edge_affinity`."""
+    """Reference implementation of `afa_ext.edge_affinity`."""
     check_edge_affinity(edge, radius)
     edge = edge.flatten(0, -3)
     wide = edge if edge.dtype == torch.float64 else edge.float()
@@ -52,7 +52,7 @@ def edge_affinity(edge: Tensor, radius: int) -> Tensor:
 
 
 def feature_affinity(features: Tensor, radius: int) -> Tensor:
-    """Reference implementation of :func:`afa_ext.feature_affinity`."""
+    """Reference implementation of `afa_ext.feature_affinity`."""
     check_feature_affinity(features, radius)
     wide = features if features.dtype == torch.float64 else features.float()
     padded = F.pad(wide, [radius] * 4)

@@ -49,7 +49,7 @@ def par_affinity(
     w1: float = 0.3,
     w2: float = 0.01,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.par_affinity`."""
+    """Reference implementation of `afa_ext.par_affinity`."""
     dilations = check_par_affinity(images, dilations, w1, w2)
     wide = images if images.dtype == torch.float64 else images.float()  # sigma near 0 overflows half precision
     if wide.numel() == 0:
@@ -64,7 +64,7 @@ def par_affinity(
 
 
 def pamr_affinity(images: Tensor, *, dilations: Sequence[int] = DILATIONS) -> Tensor:
-    """Reference implementation of :func:`afa_ext.pamr_affinity`."""
+    """Reference implementation of `afa_ext.pamr_affinity`."""
     dilations = check_pamr_affinity(images, dilations)
     wide = images if images.dtype == torch.float64 else images.float()
     if wide.numel() == 0:
@@ -83,7 +83,7 @@ def par_propagate(
     num_iter: int = 10,
     class_mask: Tensor | None = None,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.par_propagate`."""
+    """Reference implementation of `afa_ext.par_propagate`."""
     dilations = check_par_propagate(weights, masks, dilations, num_iter, class_mask)
     wide = masks if masks.dtype == torch.float64 else masks.float()
     weights = weights.to(wide.dtype)
@@ -108,7 +108,7 @@ def par_refine(
     class_mask: Tensor | None = None,
     resize: str = "mask_to_image",
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.par_refine`."""
+    """Reference implementation of `afa_ext.par_refine`."""
     images, masks = of_one_size(images, masks, class_mask, resize)
     weights = par_affinity(images, dilations=dilations, w1=w1, w2=w2)
     return propagate(weights, masks, dilations, num_iter, class_mask)
@@ -123,7 +123,7 @@ def pamr_refine(
     class_mask: Tensor | None = None,
     resize: str = "mask_to_image",
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.pamr_refine`."""
+    """Reference implementation of `afa_ext.pamr_refine`."""
     images, masks = of_one_size(images, masks, class_mask, resize)
     weights = pamr_affinity(images, dilations=dilations)
     return propagate(weights, masks, dilations, num_iter, class_mask)
@@ -148,7 +148,7 @@ def propagate(
 
 
 class PAR(nn.Module):
-    """Reference implementation of :class:`afa_ext.PAR`."""
+    """Reference implementation of `afa_ext.PAR`."""
 
     def __init__(self, dilations: Sequence[int], num_iter: int, *, resize: str = "mask_to_image") -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class PAR(nn.Module):
 
 
 class PAMR(nn.Module):
-    """Reference implementation of :class:`afa_ext.PAMR`."""
+    """Reference implementation of `afa_ext.PAMR`."""
 
     def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,), *, resize: str = "mask_to_image") -> None:
         super().__init__()

@@ -57,7 +57,7 @@ def random_walk(
     direction: str = "columns",
     boxes: Tensor | None = None,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.random_walk`."""
+    """Reference implementation of `afa_ext.random_walk`."""
     check_random_walk(scores, affinity, grid, radius, window, power, steps, normalize, eps, direction, boxes)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     dense = affinity.to(wide)
@@ -92,7 +92,7 @@ def box_mask(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def propagate_to_edge(x: Tensor, edge: Tensor, radius: int = 5, beta: float = 10, exp_times: int = 8) -> Tensor:
-    """Reference implementation of :func:`afa_ext.propagate_to_edge`; squares the transition matrix, as published."""
+    """Reference implementation of `afa_ext.propagate_to_edge`; squares the transition matrix, as published."""
     check_propagate_to_edge(x, edge, radius, beta, exp_times)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     grid = (edge.shape[-2], edge.shape[-1])
@@ -123,7 +123,7 @@ def propagate_cams(
     steps: int = 1,
     eps: float = 0.1,
 ) -> Tensor:
-    """Reference implementation of :func:`afa_ext.propagate_cams`."""
+    """Reference implementation of `afa_ext.propagate_cams`."""
     check_propagate_cams(cams, class_labels, background)
     grid = (cams.shape[2], cams.shape[3])
     check_random_walk(cams, affinity, grid, radius, "square", power, steps, "column", eps, scores_name="cams")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def window_offsets(radius: int, window: str = "square") -> list[tuple[int, int]]:
-    """Reference implementation of :func:`afa_ext.window_offsets`."""
+    """Reference implementation of `afa_ext.window_offsets`."""
     offsets = []
     for dy in range(-radius, radius + 1):
         for dx in range(-radius, radius + 1):

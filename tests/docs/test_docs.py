@@ -21,6 +21,13 @@ NAMES = (
     "docs/own_data.md",
     "docs/evaluation.md",
     "docs/recipe.md",
+    "docs/evidence.md",
+    "docs/export.md",
+    "docs/faq.md",
+    "docs/index.md",
+    "docs/second_stage.md",
+    "docs/par_from_scratch.md",
+    "docs/contributing.md",
 )
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 OPERATORS = PAGES["docs/operators.md"]

@@ -1,0 +1,37 @@
+// Version 7: the affinity is computed for one vector of pixels at a time, with a polynomial for the
+// exponential; see affinity.h. The iterations are those of version 6.
+//
+// The iterations take most of the time again, and they wait for memory. The next version changes the layout
+// of the masks.
+#include "affinity.h"
+
+void par_affinity(const float* image, float* weights, int64_t channels, int64_t height, int64_t width,
+                  int64_t /* threads */) {
+  const Ring ring;
+  Planes padded = planes_in_order(channels, height, width);
+  padded.read(image);
+  for (int64_t y = 0; y < height; ++y) affinity_row(padded, ring, weights, y);
+}
+
+void par_propagate(const float* weights, const float* masks, float* out, int64_t classes, int64_t height,
+                   int64_t width, int64_t iterations, int64_t /* threads */) {
+  const Ring ring;
+  Planes now = planes_in_order(classes, height, width), next = now;
+  now.read(masks);
+  int64_t offset[kNeighbors];
+  for (int64_t t = 0; t < iterations; ++t) {
+    for (int64_t y = 0; y < height; ++y) {
+      for (int k = 0; k < kNeighbors; ++k) {
+        offset[k] = clamp(y + ring.dy[k], height) * now.row_stride + ring.dx[k];
+      }
+      for (int64_t c = 0; c < classes; c += kClasses) {
+        const Tile row = {weights + y * width, height * width, now.row(c, 0),    offset,
+                          now.plane_stride,    next.row(c, y), next.plane_stride};
+        sum_row(row, std::min<int64_t>(kClasses, classes - c), width);
+      }
+      for (int64_t c = 0; c < classes; ++c) next.replicate_border(c, y);
+    }
+    std::swap(now, next);
+  }
+  now.write(out);
+}
