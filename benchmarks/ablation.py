@@ -5,10 +5,12 @@
 
 All rows of a seed share the classification phase, its weights and the order of the crops. They differ in the labels
 and losses of the later phases. The network ends with its decoder, as published, so only the labels of a row refine its
-edges; the batch is half of the demo's, for time. Two rows are no part of the method: the affinity as published, and a
-network that learns from the true masks of the training images, without random scaling of the crops. Every evaluation
-also walks with the identity and with the affinity of the true masks. The score of each finished run is saved in --runs,
-and a restart resumes from these.
+edges. Two rows are no part of the method: the affinity as published, and a network that learns from the true masks of
+the training images, without random scaling of the crops. Every evaluation also walks with the identity and with the
+affinity of the true masks.
+
+The scores of each finished run are saved in --runs, a folder of small files, and a restart continues from them, also on
+another machine. The result is written after every run, from the runs that are finished.
 
 The data is synthetic and the backbone has three million parameters: the results need not hold for VOC.
 """
@@ -17,10 +19,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import torch
 from supervised import Supervised, run_steps
 from timing import RESULTS, print_table, write_results
 
-from afa.config import Config, load_config
+from afa.config import Config, load_config, to_dict
 from afa.data import TaggedDataset, open_dataset
 from afa.data.synthetic import make_dataset
 from afa.evaluation.evaluate import evaluate
@@ -36,7 +39,7 @@ from afa.files import write_text
 from afa.model import build_model
 from afa.training.step import TrainStep
 
-SETTINGS = ["model.refine_iterations=0", "train.batch_size=8"]
+SETTINGS = ["model.refine_iterations=0"]
 QUICK = [
     "model.refine_iterations=0",
     *("train.iterations=6", "train.classify_until=2", "train.par_until=4", "train.warmup=1"),
@@ -66,16 +69,34 @@ def configuration(base: Sequence[str], changes: Sequence[str], seed: int) -> Con
     return load_config("demo", [*base, f"train.seed={seed}", *changes])
 
 
-def run_seed(seed: int, base: Sequence[str], runs: Path, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Scores of every row for one seed; those already in `runs` are not computed again."""
-    folder = runs / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {row: folder / f"{number}.json" for number, row in enumerate(ROWS)}
-    due = {}
-    for row, changes in ROWS.items():
-        kept = json.loads(files[row].read_text(encoding="utf-8")) if files[row].is_file() else {}
-        if kept.get("row") != row or kept.get("settings") != [*base, *changes]:
-            due[row] = configuration(base, changes, seed)
+def finished(seed: int, base: Sequence[str], runs: Path) -> dict[str, dict[str, Any]]:
+    """Scores of the rows of a seed that are in `runs`, made with the current settings."""
+    found = {}
+    for number, (row, changes) in enumerate(ROWS.items()):
+        file = _file(runs, seed, number)
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if kept.get("row") == row and kept.get("digest") == _digest(configuration(base, changes, seed)):
+            found[row] = kept
+    return found
+
+
+def _file(runs: Path, seed: int, number: int) -> Path:
+    return runs / f"seed{seed}" / f"{number}.json"
+
+
+def _digest(config: Config) -> str:
+    """Identifies the settings, without the paths of this machine."""
+    content = to_dict(config)
+    del content["data"]["root"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_seed(
+    seed: int, base: Sequence[str], runs: Path, device: torch.device, done: Callable[[], object] = lambda: None
+) -> dict[str, dict[str, Any]]:
+    """Scores of every row for one seed; those already in `runs` are not computed again. Calls `done` after each row."""
+    kept = finished(seed, base, runs)
+    due = {row: configuration(base, changes, seed) for row, changes in ROWS.items() if row not in kept}
     if due:
         shared = _classified(configuration(base, [], seed), device)
         for row, config in due.items():
@@ -87,10 +108,13 @@ def run_seed(seed: int, base: Sequence[str], runs: Path, device: torch.device) -
             result = evaluate(train_step.model, _split(config, train=False), config)
             assert result.diagnosis is not None
             scores = {"seg": result.seg["miou"], **result.diagnosis.miou, "f1": result.f1}
-            content = {"row": row, "settings": [*base, *ROWS[row]], "affinity": result.diagnosis.affinity, **scores}
-            content["seconds"] = time.perf_counter() - begin
-            write_text(files[row], json.dumps(content))
-    return {row: json.loads(file.read_text(encoding="utf-8")) for row, file in files.items()}
+            content = {"row": row, "settings": [*base, *ROWS[row]], "digest": _digest(config)}
+            content |= {"affinity": result.diagnosis.affinity, **scores, "seconds": time.perf_counter() - begin}
+            file = _file(runs, seed, list(ROWS).index(row))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(content) + "\n")
+            done()
+    return finished(seed, base, runs)
 
 
 def _classified(config: Config, device: torch.device) -> dict[str, Any]:
@@ -112,15 +136,17 @@ def _split(config: Config, *, train: bool) -> TaggedDataset:
 
 
 def summarize(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One entry per row: the seeds' segmentation scores, and their mean and standard deviation; the same of the
-    differences, with the same seed, from the row before, or from `METHOD` for rows after it; means of the other
-    scores."""
+    """One entry per row with at least one finished run: the seeds' segmentation scores, and their mean and standard
+    deviation; the same of the differences, with the same seed, from the row before, or from `METHOD` for rows after
+    it; means of the other scores."""
     rows: list[dict[str, Any]] = []
-    before: list[float] | None = None
+    before: str | None = None
     for row in ROWS:
-        runs = [scores[row] for scores in seeds]
+        runs = [scores[row] for scores in seeds if row in scores]
+        if not runs:
+            continue
         values = [run["seg"] for run in runs]
-        gains = [] if before is None else [value - other for value, other in zip(values, before, strict=True)]
+        gains = [scores[row]["seg"] - scores[before]["seg"] for scores in seeds if row in scores and before in scores]
         rows.append(
             {
                 "row": row,
@@ -133,8 +159,8 @@ def summarize(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]
                 "settings": runs[0]["settings"],
             }
         )
-        if not any(row["row"] == METHOD for row in rows[:-1]):
-            before = values
+        if before != METHOD:
+            before = row
     return rows
 
 
@@ -144,16 +170,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a few iterations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs/ablation"), help="folder for the scores of finished runs"
+        "--runs", type=Path, help="folder for the scores of finished runs (default: benchmarks/results/ablation)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args(arguments)
     base = QUICK if options.quick else SETTINGS
+    runs = options.runs or (Path("runs/ablation-quick") if options.quick else RESULTS / "ablation")
     device = torch.device(options.device)
     root = Path(configuration(base, [], 0).data.root)
     if not root.exists():
         make_dataset(root)
-    rows = summarize([run_seed(seed, base, options.runs, device) for seed in options.seeds])
+
+    def summary() -> list[dict[str, Any]]:
+        rows = summarize([finished(seed, base, runs) for seed in options.seeds])
+        write_results("ablation", device, rows, options.out)
+        return rows
+
+    for seed in options.seeds:
+        run_seed(seed, base, runs, device, summary)
+    rows = summary()
     cells = [
         {
             "labels and losses": row["row"],
@@ -166,7 +201,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in rows
     ]
     print_table("segmentation on the embedded data set's val split", cells)
-    print(write_results("ablation", device, rows, options.out))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python tools/abi_check.py                        # create an environment with torch 2.13.0 in build/, then check
     python tools/abi_check.py --torch 2.10.0         # another version
     python tools/abi_check.py --python /path/to/python   # an existing environment (with torch and numpy)
+    python tools/abi_check.py --wheel dist/X.whl     # the library in a wheel, in place of the one in afa_ext/
 
-The package is copied with its library, without a rebuild. The other interpreter computes the recorded cases of
-tests/golden once for each SIMD level of the processor. It must have the same Python version.
+The package is copied with its library or installed from the wheel, without a rebuild and without a compiler. The other
+interpreter computes the recorded cases of tests/golden once for each SIMD level of the processor. It must have the same
+Python version.
 """
 
 from __future__ import annotations
@@ -94,14 +96,19 @@ def main() -> None:
     parser.add_argument("--torch", default="2.13.0", help="version to check under, at least 2.10")
     parser.add_argument("--python", type=Path, help="interpreter of an existing environment")
     parser.add_argument("--pip-args", default="", help="additional arguments for pip, such as an index of CPU builds")
+    parser.add_argument("--wheel", type=Path, help="wheel to check")
     options = parser.parse_args()
 
-    libraries = sorted((ROOT / "afa_ext").glob("_C.*.so"))
-    if not libraries:
+    if options.wheel is None and not any((ROOT / "afa_ext").glob("_C.*.so")):
         sys.exit("afa_ext/_C*.so does not exist; build it first with `pip install -e .`")
     python = options.python or make_environment(options.torch, shlex.split(options.pip_args))
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "afa_ext", Path(folder) / "afa_ext", ignore=shutil.ignore_patterns("__pycache__"))
+        if options.wheel is None:
+            shutil.copytree(ROOT / "afa_ext", Path(folder) / "afa_ext", ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            options_of_pip = ["-q", "--no-deps", "--only-binary=:all:", "--target", folder]
+            install = [str(python), "-m", "pip", "install", *options_of_pip, str(options.wheel.resolve())]
+            subprocess.run(install, check=True, env={**os.environ, "PATH": ""})
         command = [str(python), "-c", CHECK, str(ROOT / "tests" / "golden"), str(Path(folder).resolve())]
         for level in ("baseline", "avx2", "avx512"):
             env = {**os.environ, "PYTHONPATH": folder, "AFA_EXT_SIMD": level}

@@ -150,6 +150,7 @@ def benchmark_table() -> str:
 def ablation_table() -> str:
     """One line per row of the ablation in every file of benchmarks/results."""
     heads = (
+        "seeds",
         "segmentation",
         "spread",
         "gain",
@@ -161,7 +162,7 @@ def ablation_table() -> str:
         "walk + PAR",
     )
     names = ("cam", "walk", "walk_identity", "walk_oracle", "par", "walk_par")
-    lines = ["| ".join(["", "labels and losses ", *(f"{head} " for head in heads), ""]).strip(), "|---" * 10 + "|"]
+    lines = ["| ".join(["", "labels and losses ", *(f"{head} " for head in heads), ""]).strip(), "|---" * 11 + "|"]
     machines = set()
     for file in sorted(RESULTS.glob("ablation-*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -172,9 +173,11 @@ def ablation_table() -> str:
             if row.get("gain_std") is not None:
                 gain += f" ± {row['gain_std']:.3f}"
             others = " | ".join(f"{row[f'{name}_mean']:.3f}" if f"{name}_mean" in row else "–" for name in names)
-            lines.append(f"| {row['row']} | {row['mean']:.3f} | {spread} | {gain} | {others} |")
+            lines.append(
+                f"| {row['row']} | {len(row['seg_miou'])} | {row['mean']:.3f} | {spread} | {gain} | {others} |"
+            )
     if not machines:
-        lines.append("| not measured " + "| – " * 9 + "|")
+        lines.append("| not measured " + "| – " * 10 + "|")
     return "\n".join([*lines, "", "; ".join(sorted(machines)) + "."] if machines else lines)
 
 

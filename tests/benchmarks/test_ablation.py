@@ -64,6 +64,10 @@ def test_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert ablation.run_seed(0, base, tmp_path / "runs", DEVICE)["+ walk"]["seg"] == scores["+ walk"]["seg"]
     assert steps == [(0, 2), (2, 5)]
 
+    assert set(ablation.finished(0, base, tmp_path / "runs")) == set(ablation.ROWS)
+    assert ablation.finished(1, base, tmp_path / "runs") == {}
+    assert ablation.finished(0, [*base, "labels.low=0.2"], tmp_path / "runs") == {}, "scores of other settings"
+
 
 @pytest.mark.parametrize("base", [ablation.SETTINGS, ablation.QUICK], ids=["whole", "quick"])
 def test_settings_of_the_benchmark_are_valid(base: list[str]) -> None:
@@ -89,3 +93,13 @@ def test_mean_and_spread() -> None:
     # Rows after the whole method are compared with it, not with each other.
     assert [row["gain"] for row in rows[whole + 1 :]] == pytest.approx([0.6, 1.2, 1.8])
     json.dumps(rows)
+
+
+def test_summary_of_unfinished_seeds() -> None:
+    first, _, third = list(ablation.ROWS)[:3]
+    entry: dict[str, Any] = {"settings": [], **dict.fromkeys(ablation.SCORES, 0.3)}
+    seeds = [{first: {**entry, "seg": 0.5}, third: {**entry, "seg": 0.7}}, {first: {**entry, "seg": 0.6}}]
+    rows = ablation.summarize(seeds)
+    assert [(row["row"], row["seg_miou"]) for row in rows] == [(first, [0.5, 0.6]), (third, [0.7])]
+    assert rows[1]["gain"] == pytest.approx(0.2) and rows[1]["gain_std"] is None
+    assert ablation.summarize([{}]) == []
