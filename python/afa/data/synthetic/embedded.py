@@ -67,7 +67,7 @@ def make_dataset(
     root: str | Path,
     *,
     train: int = 2000,
-    val: int = 240,
+    val: int = 160,
     size: int = 144,
     seed: int = 0,
     progress: bool = True,
