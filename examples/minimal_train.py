@@ -1,6 +1,6 @@
 """The whole method on one page: AFA (CVPR 2022) trains a segmentation network from image-level tags.
 
-python examples/minimal_train.py                               # a few minutes on two CPU cores, with generated images
+python examples/minimal_train.py                               # six minutes on two CPU cores, with generated images
 python examples/minimal_train.py --iterations 20 --images 40   # under a minute; too short for good scores
 
 Training has three phases. First, the network learns only to predict the tags. Its classifier then gives class
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -46,9 +47,8 @@ class Network(nn.Module):
     def __init__(self, num_classes: int, width: int = 96) -> None:
         super().__init__()
         channels = (32, 64, 128, 256)
-        self.backbone = timm.create_model(
-            "pvt_v2_b0", num_classes=0, embed_dims=channels, num_heads=(1, 2, 4, 8), mlp_ratios=(4, 4, 4, 4)
-        )
+        settings: dict[str, Any] = {"embed_dims": channels, "num_heads": (1, 2, 4, 8), "mlp_ratios": (4, 4, 4, 4)}
+        self.backbone = cast(Any, timm.create_model("pvt_v2_b0", num_classes=0, **settings))
         self.backbone.load_state_dict(load_file(Path(afa.__file__).parent / "weights/pvt_v2_mini.safetensors"))
         for stage in self.backbone.stages[2:]:  # 8 pixels per token in the last stage instead of 32
             stage.downsample.proj.stride = (1, 1)
@@ -149,11 +149,12 @@ def evaluate(network: Network, dataset: TaggedDataset, device: torch.device) -> 
         size = mask.shape[1:]
         features = network(images)
         cams = normalize_cams(network.classify(features)[1], tags, size)
-        single = {"low": BACKGROUND, "high": BACKGROUND}  # no pixel is ignored
+        # With equal background scores, no pixel is ignored.
+        par_label = afa_ext.pseudo_labels(images, cams, tags, low=BACKGROUND, high=BACKGROUND, dilations=DILATIONS)
         found = {
             "CAM": F.pad(cams, (0, 0, 0, 0, 1, 0), value=BACKGROUND).argmax(1),
             "walk": resize(walk(cams, network.affinity(), tags, BACKGROUND), size).argmax(1),
-            "PAR label": afa_ext.pseudo_labels(images, cams, tags, dilations=DILATIONS, **single),
+            "PAR label": par_label,
             "segmentation": resize(network.segment(features), size).argmax(1),
         }
         known = mask != 255

@@ -8,14 +8,17 @@ The mask can have any size and is one of
     an image or an array of integers    a binary mask (0 and 1, or 0 and 255), or class indices with 255 as unknown;
                                         unknown pixels get the class of similar pixels nearby
     an array of numbers [h, w]          scores of one object: logits, similarities, probabilities (see --threshold)
+    a grayscale image with soft edges   the same, for example with --threshold 127
     an array of numbers [C, h, w]       scores of C classes; the largest one wins
 
-When it pays (figures in docs/evidence.md): for masks that miss parts of objects or have false parts, with all
-dilations, 1,2,4,8,12,24, and for masks with coarse, blurred borders, such as those of patches of 16 pixels, with the
-dilations 1,2,4.
-When it does not: PAR harms masks that are already exact, and thin structures. Masks of a grid of 8 pixels or finer,
-such as the 256 x 256 logits of Segment Anything for an object that fills the image, are usually better after plain
-bilinear resizing. Compare both on a few images.
+When it pays: for masks that miss parts of objects or have false parts, with all dilations, 1,2,4,8,12,24 (figures in
+docs/evidence.md), and for masks with coarse borders, with the default. True masks of 50 photographs of PASCAL VOC, 288
+pixels on the longer side, were reduced to cells. The mIoU, first enlarged bilinearly, then after PAR with the default:
+    cells of 8 pixels     class indices 0.957, 0.972; scores 0.982, 0.975
+    cells of 16 pixels    class indices 0.871, 0.907; scores 0.922, 0.931
+When it does not: PAR harms masks that are already exact, and thin structures. Scores of cells of 4 pixels fall from
+0.998 to 0.983; the 256 x 256 logits of Segment Anything for its images of 1024 pixels are such scores, so bilinear
+resizing is usually better for them. Compare both on a few images.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from afa_ext import par_refine
@@ -39,7 +42,7 @@ def class_scores(mask: NDArray[np.generic], threshold: float | None) -> tuple[Te
     """Scores [C, h, w] of the classes in a mask, and the value of each class in the output."""
     if mask.ndim == 3 and 1 in (mask.shape[0], mask.shape[2]):
         mask = mask.reshape(mask.shape[1:] if mask.shape[0] == 1 else mask.shape[:2])
-    if np.issubdtype(mask.dtype, np.floating):
+    if np.issubdtype(mask.dtype, np.floating) or (threshold is not None and mask.ndim == 2):
         scores = torch.from_numpy(mask.astype(np.float32))
         if scores.dim() == 3:
             return scores.softmax(0), np.arange(len(scores)).astype(np.uint8)
@@ -54,6 +57,8 @@ def class_scores(mask: NDArray[np.generic], threshold: float | None) -> tuple[Te
         raise SystemExit(f"expected class indices [h, w], got an array of shape {mask.shape}; is it a color image?")
     labels = mask.astype(np.int64)
     values = np.unique(labels)
+    if values[0] < 0 or values[-1] > 255:
+        raise SystemExit(f"expected class indices from 0 to 255, got {values[0]} to {values[-1]}")
     if set(values) - {0, UNKNOWN}:
         values = values[values != UNKNOWN]
     # Unknown pixels have the score 0 for each class.
@@ -79,7 +84,7 @@ def main() -> None:
         type=int,
         default=1024,
         help="images are refined at this size of the longer side if they "
-        "are larger (default: 1024); memory: 33 bytes per pixel for each dilation",
+        "are larger (default: 1024); memory: 32 bytes per pixel for each dilation",
     )
     parser.add_argument(
         "--padded",
@@ -88,7 +93,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    image = Image.open(args.image).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
     width, height = image.size
     mask = np.load(args.mask) if args.mask.suffix == ".npy" else np.asarray(Image.open(args.mask))
     scores, values = class_scores(mask, args.threshold)

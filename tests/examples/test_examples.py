@@ -82,6 +82,18 @@ def test_refine_masks_keeps_class_indices(scene: np.ndarray, tmp_path: Path) -> 
     assert iou(read(tmp_path / "refined.png") > 0, scene[:72]) > 0.8
 
 
+def test_refine_masks_of_soft_images_and_large_indices(scene: np.ndarray, tmp_path: Path) -> None:
+    soft = Image.fromarray(np.where(scene, 240, 10).astype(np.uint8)).resize((18, 18), Image.Resampling.BOX)
+    soft.save(tmp_path / "mask.png")
+    run(tmp_path, "refine_masks.py", "photo.png", "mask.png", "refined.png", "--threshold", "127")
+    refined = read(tmp_path / "refined.png")
+    assert set(np.unique(refined)) == {0, 255} and iou(refined > 0, scene) > 0.9
+    np.save(tmp_path / "large.npy", np.full((9, 9), 300))
+    command = [sys.executable, str(EXAMPLES / "refine_masks.py"), "photo.png", "large.npy", "refined.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "from 0 to 255, got 300 to 300" in done.stderr
+
+
 @pytest.mark.slow
 def test_minimal_train(tmp_path: Path) -> None:
     shown = run(tmp_path, "minimal_train.py", "--iterations", "24", "--images", "32", "--data", "data")
