@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -32,7 +33,6 @@ class CMakeBuild(build_ext):
             "AFA_EXT_TORCH_CUDA": torch.version.cuda or "",
             "AFA_EXT_TORCH_INCLUDE_DIRS": ";".join(include_paths()),
             "AFA_EXT_TORCH_LIBRARY_DIRS": ";".join(library_paths()),
-            "AFA_EXT_OUTPUT_DIR": target.parent,
             "AFA_EXT_OUTPUT_NAME": target.name,
             "Python_EXECUTABLE": sys.executable,
             "Python_INCLUDE_DIR": sysconfig.get_path("include"),
@@ -58,6 +58,10 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True, env=env)
         stamp.write_text(wanted)
+        # Copied, not built there: in an editable install, the target's folder has a new temporary name each time, and a
+        # setting with that name would start a new cache.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(build / target.name, target)
 
 
 setup(
