@@ -108,7 +108,7 @@ def run_seed(
             result = evaluate(train_step.model, _split(config, train=False), config)
             assert result.diagnosis is not None
             scores = {"seg": result.seg["miou"], **result.diagnosis.miou, "f1": result.f1}
-            content = {"row": row, "settings": [*base, *ROWS[row]], "digest": _digest(config)}
+            content: dict[str, Any] = {"row": row, "settings": [*base, *ROWS[row]], "digest": _digest(config)}
             content |= {"affinity": result.diagnosis.affinity, **scores, "seconds": time.perf_counter() - begin}
             file = _file(runs, seed, list(ROWS).index(row))
             file.parent.mkdir(parents=True, exist_ok=True)

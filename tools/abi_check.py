@@ -101,7 +101,9 @@ def main() -> None:
 
     if options.wheel is None and not any((ROOT / "afa_ext").glob("_C.*.so")):
         sys.exit("afa_ext/_C*.so does not exist; build it first with `pip install -e .`")
-    python = options.python or make_environment(options.torch, shlex.split(options.pip_args))
+    python = (
+        options.python.absolute() if options.python else make_environment(options.torch, shlex.split(options.pip_args))
+    )
     with tempfile.TemporaryDirectory() as folder:
         if options.wheel is None:
             shutil.copytree(ROOT / "afa_ext", Path(folder) / "afa_ext", ignore=shutil.ignore_patterns("__pycache__"))
