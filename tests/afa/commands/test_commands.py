@@ -33,7 +33,7 @@ SHOWN = sorted(
 
 
 def test_there_are_commands() -> None:
-    assert {line.split()[1] for line in SHOWN} == {"evaluate", "predict", "pseudo-labels", "report"}
+    assert {line.split()[1] for line in SHOWN} == {"app", "evaluate", "predict", "pseudo-labels", "report"}
     assert len(SHOWN) > 12
 
 
