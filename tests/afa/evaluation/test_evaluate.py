@@ -160,7 +160,7 @@ def test_image_scores_and_extremes(setting: tuple[AFANet, TaggedDataset, Config]
 def test_crf_row_is_the_crf_of_the_segmentation(setting: tuple[AFANet, TaggedDataset, Config]) -> None:
     model, dataset, config = setting
     without = evaluate(model, dataset, config, progress=False)
-    config.eval.crf, config.eval.crf_preset, config.eval.crf_iterations = True, "toco", 2
+    config.eval.crf, config.eval.crf_preset, config.eval.crf_iterations = True, "psa", 2
     result = evaluate(model, dataset, config, progress=False, keep=4)
     assert list(result.rows) == [*ROWS, "crf"]
     assert scores(result) == scores(without)
