@@ -181,14 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not root.exists():
         make_dataset(root)
 
-    def summary() -> list[dict[str, Any]]:
+    def summary() -> tuple[list[dict[str, Any]], Path]:
         rows = summarize([finished(seed, base, runs) for seed in options.seeds])
-        write_results("ablation", device, rows, options.out)
-        return rows
+        return rows, write_results("ablation", device, rows, options.out)
 
     for seed in options.seeds:
         run_seed(seed, base, runs, device, summary)
-    rows = summary()
+    rows, file = summary()
     cells = [
         {
             "labels and losses": row["row"],
@@ -201,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in rows
     ]
     print_table("segmentation on the embedded data set's val split", cells)
+    print(file)
 
 
 if __name__ == "__main__":

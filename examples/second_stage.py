@@ -81,7 +81,8 @@ def mean_iou(network: nn.Module, pairs: Pairs, classes: int, device: str) -> flo
     """mIoU over the classes that occur in the masks or in the predictions."""
     network.eval()
     counts = torch.zeros(classes * classes, dtype=torch.long)
-    for image, mask in pairs:  # type: ignore[attr-defined]
+    for index in range(len(pairs)):
+        image, mask = pairs[index]
         choice = network(image[None].to(device)).argmax(1)[0].cpu()
         known = mask != IGNORE
         counts += torch.bincount(mask[known] * classes + choice[known], minlength=classes * classes)

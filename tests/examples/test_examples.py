@@ -134,7 +134,7 @@ def test_notebook(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     """The code cells run from top to bottom, and PAR improves the maps. Committed without outputs."""
     shown: list[Image.Image] = []
     stub = ModuleType("IPython.display")
-    stub.display = shown.append  # type: ignore[attr-defined]
+    vars(stub)["display"] = shown.append
     monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", stub)
     variables: dict[str, object] = {}

@@ -16,7 +16,8 @@ from afa.data.visualize import Picture, heat
 from afa.labeling.cam import ClassSet, pack_host_tags
 from afa.labeling.crf import crf_probabilities
 from afa.labeling.inference import ScaleOutputs, found_classes, infer
-from afa.labeling.labels import cam_labels, par_labels, walk_labels, walk_scores, walked_cam_labels
+from afa.labeling.label_maker import LabelMaker
+from afa.labeling.labels import walk_scores
 from afa.labeling.upsample import upsampled_labels
 from afa.model import AFANet
 
@@ -36,19 +37,23 @@ class Analysis:
     """Indices of the classes, from 0, that the classifier or the segmentation found."""
     probabilities: list[float]
     """Of all classes, from the classifier."""
+    images: Tensor
+    """`picture` as uint8 [1, 3, H, W], on the model's device."""
     outputs: ScaleOutputs
 
     def cams(self, tags: list[int]) -> dict[int, Picture]:
         """Class -> heat map of its CAM."""
-        return self._heat(tags, self._cams(tags)[0][0])
+        return self._heat(tags, self.outputs.class_activation_maps(self._classes(tags))[0])
 
     def walked(self, tags: list[int], config: Config, background: float) -> dict[int, Picture]:
         """Class -> heat map of its CAM after the random walk: its share of the scores, from the lowest to the highest.
 
         The walk starts from a softmax with the background, so no share is near 0.
         """
-        cams, classes = self._cams(tags)
-        scores = walk_scores(cams, *self._affinity(), classes, config.labels, background)
+        classes = self._classes(tags)
+        cams, affinity, grid = self.outputs.class_activation_maps(classes), self.outputs.affinity, self.outputs.grid
+        assert affinity is not None and grid is not None
+        scores = walk_scores(cams, affinity, grid, classes, config.labels, background)
         walked = scores[:, 1:] / scores.sum(1, keepdim=True)
         walked = walked - walked.amin((2, 3), keepdim=True)
         walked = walked / walked.amax((2, 3), keepdim=True).clamp(min=1e-5)
@@ -58,31 +63,24 @@ class Analysis:
         self, tags: list[int], config: Config, source: str, background: float, par_iterations: int
     ) -> NDArray[np.uint8]:
         """The label [H, W] of a source in SOURCES, at the size of `picture`: 0 background, class index + 1."""
-        settings = config.labels.model_copy(
-            update={"par_iterations": par_iterations, "walk_par_iterations": par_iterations}
-        )
-        cams, classes = self._cams(tags)
-        images = torch.from_numpy(self.picture.transpose(2, 0, 1)[None].copy()).to(cams.device)
+        iterations = {"par_iterations": par_iterations, "walk_par_iterations": par_iterations}
         both = (background, background)
-        if source == "cam":
-            labels = cam_labels(cams, classes, both)
-        elif source == "par":
-            labels = par_labels(images, cams, classes, settings, thresholds=both)
-        elif source == "walk":
-            labels = walked_cam_labels(cams, *self._affinity(), classes, settings, both)
-        else:
-            labels = walk_labels(images, cams, *self._affinity(), classes, settings, thresholds=both)
+        maker = LabelMaker(
+            config.model_copy(update={"labels": config.labels.model_copy(update=iterations)}),
+            thresholds=both,
+            walk_thresholds=both,
+            walk_scale=config.labels.walk_scale,
+            refine_walk=source == "walk_par",
+            tagged_only=True,
+        )
+        kind = "walk" if source == "walk_par" else source
+        labels = maker.from_outputs(self.images, self.outputs, self._classes(tags), {kind})[0][kind]
         return labels[0].to(torch.uint8).cpu().numpy()
 
-    def _cams(self, tags: list[int]) -> tuple[Tensor, ClassSet]:
+    def _classes(self, tags: list[int]) -> ClassSet:
         own = torch.zeros(1, len(self.probabilities))
         own[0, tags] = 1
-        classes = pack_host_tags(own, self.outputs.cams[0][0].device)
-        return self.outputs.class_activation_maps(classes), classes
-
-    def _affinity(self) -> tuple[Tensor, tuple[int, int]]:
-        assert self.outputs.affinity is not None and self.outputs.grid is not None
-        return self.outputs.affinity, self.outputs.grid
+        return pack_host_tags(own, self.images.device)
 
     def _heat(self, tags: list[int], maps: Tensor) -> dict[int, Picture]:
         values = maps.cpu().numpy()
@@ -107,5 +105,6 @@ def analyze(model: AFANet, config: Config, image: Image.Image, largest_side: int
         labels=upsampled_labels(scores[0], image.height, image.width),
         found=found,
         probabilities=outputs.class_logits[0].sigmoid().tolist(),
+        images=pixels,
         outputs=outputs,
     )

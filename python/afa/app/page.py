@@ -10,11 +10,12 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from numpy.typing import NDArray
 
 from afa.app.analysis import SOURCES, Analysis, analyze
 from afa.config import Config
 from afa.data.transforms import read_image
-from afa.data.visualize import class_color, overlay, save_mask
+from afa.data.visualize import class_color, class_shares, overlay, save_mask
 from afa.errors import UserError
 from afa.model import AFANet
 
@@ -52,14 +53,13 @@ def build_page(model: AFANet, classes: list[str], config: Config, title: str, la
         found = analyze(model, config, image, largest_side)
         mask = folder / f"{Path(path).stem}-mask.png"
         save_mask(mask, found.labels)
-        shares = np.bincount(found.labels.reshape(-1), minlength=len(classes) + 1) / found.labels.size
         seconds = time.perf_counter() - begin
         return [
             f"{image.width}×{image.height} pixels, {seconds:.1f} s",
             found,
             overlay(np.asarray(image), found.labels),
             str(mask),
-            _legend(classes, {index - 1: float(shares[index]) for index in np.argsort(-shares) if index}),
+            _legend(classes, found.labels),
             gr.update(value=[classes[index] for index in found.found]),
         ]
 
@@ -70,11 +70,10 @@ def build_page(model: AFANet, classes: list[str], config: Config, title: str, la
         if found is None or not numbers:
             return [None, "", None, None]
         label = found.pseudo_label(numbers, config, source, background, int(iterations))
-        shares = np.bincount(label.reshape(-1), minlength=len(classes) + 1) / label.size
         cams, walked = found.cams(numbers), found.walked(numbers, config, background)
         return [
             overlay(found.picture, label),
-            _legend(classes, {number: float(shares[number + 1]) for number in numbers}),
+            _legend(classes, label),
             [(cams[number], f"{classes[number]}, probability {found.probabilities[number]:.2f}") for number in numbers],
             [(walked[number], classes[number]) for number in numbers],
         ]
@@ -128,11 +127,10 @@ def build_page(model: AFANet, classes: list[str], config: Config, title: str, la
     return page
 
 
-def _legend(classes: list[str], shares: dict[int, float]) -> str:
-    """Color, name and share of the pixels of the classes that have some, as HTML."""
+def _legend(classes: list[str], mask: NDArray[np.integer]) -> str:
+    """Color, name and share of the pixels of the classes in a mask, as HTML."""
     entries = [
-        f'<span><i style="background: {class_color(index + 1)}"></i>{html.escape(classes[index])} {share:.0%}</span>'
-        for index, share in shares.items()
-        if share > 0
+        f'<span><i style="background: {class_color(index)}"></i>{html.escape(classes[index - 1])} {share:.0%}</span>'
+        for index, share in class_shares(mask, len(classes)).items()
     ]
     return " ".join(entries) or "only background"

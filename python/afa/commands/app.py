@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from afa.app.page import build_page
-from afa.commands.common import choose_device, need_run, say
+from afa.commands.common import check_largest_side, choose_device, need_run, say
 from afa.config import with_overrides
 from afa.errors import UserError
 from afa.model import load_model
@@ -15,8 +15,7 @@ from afa.run import MODEL
 def run(options: argparse.Namespace) -> None:
     """Run `afa app` with its parsed options, until Ctrl-C."""
     folder = need_run(options.run)
-    if options.largest_side < 32:
-        raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
+    check_largest_side(options.largest_side)
     if not 0 < options.port < 65536:
         raise UserError(f"--port must be between 1 and 65535, got {options.port}")
     model, classes, config = load_model(folder / MODEL, choose_device(options.device))

@@ -97,6 +97,12 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def check_largest_side(pixels: int) -> None:
+    """UserError for a --largest-side that is too small."""
+    if pixels < 32:
+        raise UserError(f"--largest-side must be at least 32 pixels, got {pixels}")
+
+
 def need_run(run: Path | str, *, writable: bool = False) -> Path:
     """The folder of a finished run or of a model of the Hugging Face Hub, which is downloaded; UserError for others.
 

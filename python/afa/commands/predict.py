@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from afa.commands.common import choose_device, colored, need_run, say
+from afa.commands.common import check_largest_side, choose_device, colored, need_run, say
 from afa.config import Config, with_overrides
 from afa.data.label_formats import MASK_FORMATS, MaskWriter
 from afa.data.listing import IMAGE_SUFFIXES, visible_files
 from afa.data.transforms import read_image
-from afa.data.visualize import SCREEN_COLORS, heat, overlay, save_picture
+from afa.data.visualize import SCREEN_COLORS, class_shares, heat, overlay, save_picture
 from afa.errors import UserError, did_you_mean, printable
 from afa.files import check_writable, is_output, mark_output
 from afa.labeling.cam import pack_classes
@@ -35,8 +35,7 @@ from afa.run import MODEL
 def run(options: argparse.Namespace) -> None:
     """Run `afa predict` with its parsed options."""
     options.run = need_run(options.run)
-    if options.largest_side < 32:
-        raise UserError(f"--largest-side must be at least 32 pixels, got {options.largest_side}")
+    check_largest_side(options.largest_side)
     if options.format not in MASK_FORMATS:
         raise UserError(
             f"--format must be {', '.join(MASK_FORMATS)}, got '{options.format}'"
@@ -181,10 +180,8 @@ def predict(
                 save_picture(out / "overlays" / f"{one.name}.png", overlay(picture, labels))
                 warm = np.asarray(Image.fromarray(cam).resize(image.size, Image.Resampling.BILINEAR))
                 save_picture(out / "cams" / f"{one.name}.png", heat(picture, warm))
-                counts = np.bincount(labels.reshape(-1), minlength=len(classes) + 1) / labels.size
-                order = [int(index) for index in np.argsort(-counts) if index and counts[index] > 0]
                 bar.update()
-                yield Prediction(one.path, one.name, {index: float(counts[index]) for index in order})
+                yield Prediction(one.path, one.name, class_shares(labels, len(classes)))
     writer.finish()
 
 

@@ -32,6 +32,12 @@ def class_color(index: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*SCREEN_COLORS[index].tolist())
 
 
+def class_shares(mask: NDArray[np.integer], classes: int) -> dict[int, float]:
+    """Share of the pixels of a mask [H, W] of each of the classes 1 to `classes` in it, largest first."""
+    shares = np.bincount(mask.reshape(-1), minlength=classes + 1) / mask.size
+    return {int(index): float(shares[index]) for index in np.argsort(-shares) if index and shares[index] > 0}
+
+
 def save_mask(path: str | Path, mask: NDArray[np.integer]) -> None:
     """Atomically write a class map [H,W] as a PNG with VOC's palette."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))

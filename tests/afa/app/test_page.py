@@ -69,7 +69,7 @@ def _wait_for(address: str) -> None:
                 return
         except OSError:
             assert time.monotonic() < end
-            time.sleep(0.2)
+            time.sleep(0.2)  # until the next try
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_labelme_polygon_of_one_pixel() -> None:
     (polygon,) = labelme(mask, NAMES, "a.png")["shapes"]
     points = np.array(polygon["points"])
     assert len(points) >= 3
-    np.testing.assert_allclose(points.mean(0), (6.5, 4.5), atol=0.3)
+    np.testing.assert_allclose(points.mean(0), (6.5, 4.5), atol=0.01)
 
 
 def test_coco_is_read_by_its_own_tools(tmp_path: Path) -> None:
