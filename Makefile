@@ -9,7 +9,7 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo start-clock test test-fast lint smoke sanitize stand-in abi-check wheel sdist pretrain bench kernels gpu-check docs clean install
+.PHONY: help demo start-clock test test-fast lint smoke sanitize stand-in abi-check arm-check wheel sdist pretrain bench kernels gpu-check docs clean install
 
 help: ## list all targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -49,6 +49,9 @@ stand-in: install ## run the GPU tests on a stand-in GPU: first with checks of a
 
 abi-check: install ## check that the built library works with an older torch (OLD_TORCH=2.13.0)
 	$(BIN)/python tools/abi_check.py --torch $(OLD_TORCH)
+
+arm-check: install ## cross-compile the CPU library for Arm Linux (needs g++-aarch64-linux-gnu)
+	$(BIN)/python tools/arm_check.py
 
 # The wheel contains neither libtorch nor the CUDA runtime's shared library. For a release, set TORCH_CUDA_ARCH_LIST to all
 # architectures, as .github/workflows/wheels.yml does.

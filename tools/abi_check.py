@@ -96,17 +96,23 @@ def main() -> None:
     parser.add_argument("--torch", default="2.13.0", help="version to check under, at least 2.10")
     parser.add_argument("--python", type=Path, help="interpreter of an existing environment")
     parser.add_argument("--pip-args", default="", help="additional arguments for pip, such as an index of CPU builds")
-    parser.add_argument("--wheel", type=Path, help="wheel to check")
+    package = parser.add_mutually_exclusive_group()
+    package.add_argument("--wheel", type=Path, help="wheel to check")
+    package.add_argument("--library", type=Path, help="library to check, in place of the one in afa_ext/")
     options = parser.parse_args()
 
-    if options.wheel is None and not any((ROOT / "afa_ext").glob("_C.*.so")):
+    libraries = [options.library] if options.library else sorted((ROOT / "afa_ext").glob("_C.*.so"))
+    if options.wheel is None and not libraries:
         sys.exit("afa_ext/_C*.so does not exist; build it first with `pip install -e .`")
     python = (
         options.python.absolute() if options.python else make_environment(options.torch, shlex.split(options.pip_args))
     )
     with tempfile.TemporaryDirectory() as folder:
         if options.wheel is None:
-            shutil.copytree(ROOT / "afa_ext", Path(folder) / "afa_ext", ignore=shutil.ignore_patterns("__pycache__"))
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / "afa_ext", Path(folder) / "afa_ext", ignore=ignored)
+            for library in libraries:
+                shutil.copy(library, Path(folder) / "afa_ext")
         else:
             options_of_pip = ["-q", "--no-deps", "--only-binary=:all:", "--target", folder]
             install = [str(python), "-m", "pip", "install", *options_of_pip, str(options.wheel.resolve())]

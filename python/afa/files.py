@@ -32,7 +32,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            # safetensors 0.8 makes files that only their owner can read.
+            temporary.chmod(mode)
             # Without this, a power failure could keep the new name but lose the content.
             flush(temporary)
             os.replace(temporary, path)

@@ -161,6 +161,13 @@ class TestFile:
         save_model(tmp_path / "n.safetensors", loaded, back, classes)
         assert (tmp_path / "n.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
 
+    def test_permissions_are_those_of_other_new_files(self, make: Make, tmp_path: Path) -> None:
+        """safetensors 0.8 alone makes files that only their owner can read, so a colleague could not use the model."""
+        model, config = make()
+        save_model(tmp_path / "m.safetensors", model, config, ["a", "b", "c"])
+        (tmp_path / "other").touch()
+        assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
     def test_refused(self, make: Make, tmp_path: Path) -> None:
         path = tmp_path / "m.safetensors"
         with pytest.raises(UserError, match="does not exist"):
