@@ -1,4 +1,4 @@
-"""Cross-compiles the CPU library for Arm Linux (aarch64) with warnings as errors, and links it with an Arm build of torch.
+"""Cross-compiles the CPU library for Arm Linux (aarch64), with warnings as errors, and links it with an Arm torch.
 
     apt-get install g++-aarch64-linux-gnu
     python tools/arm_check.py                          # compile and link only
@@ -62,13 +62,22 @@ def main() -> None:
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     native = BUILD / "native"
-    configure = ["cmake", "-S", ROOT, "-B", native, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())]
+    configure: list[str | Path] = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        native,
+        "-G",
+        "Ninja",
+        *(f"-D{k}={v}" for k, v in settings.items()),
+    ]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", native], check=True)
     print(f"compiled and linked for Arm with torch {TORCH}: {(native / name).relative_to(ROOT)}")
     if options.python:
-        check = [sys.executable, ROOT / "tools" / "abi_check.py", "--python", options.python, "--library", native / name]
-        subprocess.run(check, check=True)
+        options_of_check = ["--python", options.python, "--library", native / name]
+        subprocess.run([sys.executable, ROOT / "tools" / "abi_check.py", *options_of_check], check=True)
 
 
 if __name__ == "__main__":
