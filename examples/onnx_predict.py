@@ -17,7 +17,8 @@ about = session.get_modelmeta().custom_metadata_map
 step, least = int(about["multiple_of"]), int(about["least_side"])
 image = Image.open(photo).convert("RGB")
 size = image.size
-image = image.resize([max(least, round(side / step) * step) for side in size])
+scale = int(about["longer_side"]) / max(size) if "longer_side" in about else 1
+image = image.resize([max(least, round(scale * side / step) * step) for side in size])
 scores, tags = session.run(None, {"image": np.asarray(image).transpose(2, 0, 1)[None]})
 labels = scores[0].argmax(0).astype(np.uint8)
 Image.fromarray(labels).resize(size, Image.Resampling.NEAREST).save(mask)

@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> None:
         say("written", f"{out}; upload it with: hf upload OWNER/NAME {out}")
         return
     check_writable(out.parent, "--out")
-    model, classes, _ = load_model(folder / MODEL)
-    exporter = Exporter(model, classes)
+    model, classes, config = load_model(folder / MODEL)
+    exporter = Exporter(model, classes, config.eval.longer_side)
     say("export", "tracing the model and comparing it on three sizes; takes about a minute")
     difference = exporter.to_onnx(out) if options.to == "onnx" else exporter.to_torch(out)
     version = f", opset {OPSET}" if options.to == "onnx" else ""

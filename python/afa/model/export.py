@@ -54,6 +54,8 @@ class Exporter:
     model: AFANet
     classes: Sequence[str]
     """Foreground classes."""
+    longer_side: int | None = None
+    """eval.longer_side of the run, which the file's user must know: the program doesn't resize its input."""
 
     def __post_init__(self) -> None:
         self.model.par_refine = par_refine
@@ -73,6 +75,7 @@ class Exporter:
             f"{OUTPUTS[1]}: probabilities [batch, {len(self.classes)}] that the image contains each class",
             "multiple_of": str(self.multiple_of),
             "least_side": str(self._least_side()),
+            **({"longer_side": str(self.longer_side)} if self.longer_side else {}),
         }
 
     def to_torch(self, path: Path) -> float:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from afa.commands.cli import main
 from afa.model import build_model, load_model, save_model
+from afa.model.export import Exporter
 from afa.run import MODEL
 from tests.afa.conftest import TinyConfig
 
@@ -66,6 +67,12 @@ def test_onnx_file_has_the_models_scores(
     names = ["background", *CLASSES]
     assert shown.strip() == ", ".join(names[index] for index in np.unique(mask))
     assert len(np.unique(mask)) > 1
+
+
+def test_the_file_names_the_size_of_the_segmentation(tiny_config: TinyConfig) -> None:
+    model = build_model(tiny_config().model, len(CLASSES))
+    assert Exporter(model, CLASSES, longer_side=160).metadata()["longer_side"] == "160"
+    assert "longer_side" not in Exporter(model, CLASSES).metadata()
 
 
 @pytest.mark.slow
