@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from afa.app.analysis import SOURCES, Analysis, analyze
 from afa.config import Config
 from afa.data.transforms import read_image
-from afa.data.visualize import class_color, class_shares, overlay, save_mask
+from afa.data.visualize import class_color, class_shares, overlay, save_mask, share_text
 from afa.errors import UserError
 from afa.model import AFANet
 
@@ -57,7 +57,7 @@ def build_page(model: AFANet, classes: list[str], config: Config, title: str, la
         return [
             f"{image.width}×{image.height} pixels, {seconds:.1f} s",
             found,
-            overlay(np.asarray(image), found.labels),
+            _enlarged(overlay(np.asarray(image), found.labels)),
             str(mask),
             _legend(classes, found.labels),
             gr.update(value=[classes[index] for index in found.found]),
@@ -72,9 +72,9 @@ def build_page(model: AFANet, classes: list[str], config: Config, title: str, la
         label = found.pseudo_label(numbers, config, source, background, int(iterations))
         cams, walked = found.cams(numbers), found.walked(numbers, config, background)
         return [
-            overlay(found.picture, label),
+            _enlarged(overlay(found.picture, label)),
             _legend(classes, label),
-            [(cams[number], f"{classes[number]}, probability {found.probabilities[number]:.2f}") for number in numbers],
+            [(cams[number], f"{classes[number]} {found.probabilities[number]:.2f}") for number in numbers],
             [(walked[number], classes[number]) for number in numbers],
         ]
 
@@ -107,7 +107,7 @@ def build_page(model: AFANet, classes: list[str], config: Config, title: str, la
                 label = gr.Image(label="Pseudo label", elem_id="label", interactive=False, height=HEIGHT)
                 label_legend = gr.HTML(elem_id="label-legend", elem_classes="legend")
         with gr.Row():
-            cams = gr.Gallery(label="CAM of each tag", columns=3, elem_id="cams", object_fit="contain")
+            cams = gr.Gallery(label="CAM and probability of each tag", columns=3, elem_id="cams", object_fit="contain")
             walked = gr.Gallery(label="CAM after the walk", columns=3, elem_id="walked", object_fit="contain")
 
         settings = [state, tags, source, background, iterations]
@@ -127,10 +127,17 @@ def build_page(model: AFANet, classes: list[str], config: Config, title: str, la
     return page
 
 
+def _enlarged(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A small picture with each pixel repeated, since the page never enlarges pictures."""
+    factor = max(1, HEIGHT // max(picture.shape[:2]))
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
 def _legend(classes: list[str], mask: NDArray[np.integer]) -> str:
     """Color, name and share of the pixels of the classes in a mask, as HTML."""
     entries = [
-        f'<span><i style="background: {class_color(index)}"></i>{html.escape(classes[index - 1])} {share:.0%}</span>'
+        f'<span><i style="background: {class_color(index)}"></i>{html.escape(classes[index - 1])} '
+        f"{html.escape(share_text(share))}</span>"
         for index, share in class_shares(mask, len(classes)).items()
     ]
     return " ".join(entries) or "only background"

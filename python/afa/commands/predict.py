@@ -21,7 +21,7 @@ from afa.config import Config, with_overrides
 from afa.data.label_formats import MASK_FORMATS, MaskWriter
 from afa.data.listing import IMAGE_SUFFIXES, visible_files
 from afa.data.transforms import read_image
-from afa.data.visualize import SCREEN_COLORS, class_shares, heat, overlay, save_picture
+from afa.data.visualize import SCREEN_COLORS, class_shares, heat, overlay, save_picture, share_text
 from afa.errors import UserError, did_you_mean, printable
 from afa.files import check_writable, is_output, mark_output
 from afa.labeling.cam import pack_classes
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     done, begin = 0, time.perf_counter()
     for result in results:
         done += 1
-        found = ", ".join(f"{_square(i)}{names[i]} {_share(share)}" for i, share in result.shares.items())
+        found = ", ".join(f"{_square(i)}{names[i]} {share_text(share)}" for i, share in result.shares.items())
         # tqdm.write prints above the progress bar.
         tqdm.write(f"{printable(result.name):<{width}}  {found or 'only background'}")
     plural = "" if done == 1 else "s"
@@ -77,10 +77,6 @@ def run(options: argparse.Namespace) -> None:
         say("skipped", reason.rpartition(";")[0])
     if bad:
         raise UserError(f"{len(bad):,} of {len(images):,} images can't be read (listed above); fix or remove them")
-
-
-def _share(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.005 else "<1%"
 
 
 def _square(index: int) -> str:

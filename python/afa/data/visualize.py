@@ -38,6 +38,11 @@ def class_shares(mask: NDArray[np.integer], classes: int) -> dict[int, float]:
     return {int(index): float(shares[index]) for index in np.argsort(-shares) if index and shares[index] > 0}
 
 
+def share_text(share: float) -> str:
+    """A share in percent; "<1%" below half a percent, because the class is in the mask."""
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
+
+
 def save_mask(path: str | Path, mask: NDArray[np.integer]) -> None:
     """Atomically write a class map [H,W] as a PNG with VOC's palette."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
