@@ -92,11 +92,16 @@ def _digest(config: Config) -> str:
 
 
 def run_seed(
-    seed: int, base: Sequence[str], runs: Path, device: torch.device, done: Callable[[], object] = lambda: None
+    seed: int,
+    base: Sequence[str],
+    runs: Path,
+    device: torch.device,
+    done: Callable[[], object] = lambda: None,
+    rows: Sequence[str] = tuple(ROWS),
 ) -> dict[str, dict[str, Any]]:
-    """Scores of every row for one seed; those already in `runs` are not computed again. Calls `done` after each row."""
+    """Scores of one seed. Computes these rows unless they are in `runs`, and calls `done` after each."""
     kept = finished(seed, base, runs)
-    due = {row: configuration(base, changes, seed) for row, changes in ROWS.items() if row not in kept}
+    due = {row: configuration(base, ROWS[row], seed) for row in rows if row not in kept}
     if due:
         shared = _classified(configuration(base, [], seed), device)
         for row, config in due.items():
@@ -167,6 +172,7 @@ def summarize(seeds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW", help="default: all")
     parser.add_argument("--quick", action="store_true", help="a few iterations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -186,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return rows, write_results("ablation", device, rows, options.out)
 
     for seed in options.seeds:
-        run_seed(seed, base, runs, device, summary)
+        run_seed(seed, base, runs, device, summary, options.rows)
     rows, file = summary()
     cells = [
         {

@@ -64,6 +64,10 @@ def test_rows_of_one_seed(voc_root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert ablation.run_seed(0, base, tmp_path / "runs", DEVICE)["+ walk"]["seg"] == scores["+ walk"]["seg"]
     assert steps == [(0, 2), (2, 5)]
 
+    steps.clear()
+    assert set(ablation.run_seed(2, base, tmp_path / "runs", DEVICE, rows=["+ walk"])) == {"+ walk"}
+    assert steps == [(0, 2), (2, 5)]
+
     assert set(ablation.finished(0, base, tmp_path / "runs")) == set(ablation.ROWS)
     assert ablation.finished(1, base, tmp_path / "runs") == {}
     assert ablation.finished(0, [*base, "labels.low=0.2"], tmp_path / "runs") == {}, "scores of other settings"
