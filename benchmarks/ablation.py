@@ -5,9 +5,9 @@
 
 All rows of a seed share the classification phase, its weights and the order of the crops. They differ in the labels
 and losses of the later phases. The network ends with its decoder, as published, so only the labels of a row refine its
-edges, and it is evaluated at the images' own size. Two rows are no part of the method: the affinity as
-published, and a network that learns from the true masks of the training images, without random scaling of the crops.
-Every evaluation also walks with the identity and with the affinity of the true masks.
+edges, and it is evaluated at the images' own size. Two rows are no part of the method: the affinity as published, and a
+network that learns from the true masks of the training images, without random scaling of the crops. Every evaluation
+also walks with the identity and with the affinity of the true masks.
 
 The scores of each finished run are saved in --runs, a folder of small files, and a restart continues from them, also on
 another machine. The result is written after every run, from the runs that are finished.

@@ -4,6 +4,7 @@
     python tools/abi_check.py --torch 2.10.0         # another version
     python tools/abi_check.py --python /path/to/python   # an existing environment (with torch and numpy)
     python tools/abi_check.py --wheel dist/X.whl     # the library in a wheel, in place of the one in afa_ext/
+    python tools/abi_check.py --library X.so         # another library, such as the one of tools/arm_check.py
 
 The package is copied with its library or installed from the wheel, without a rebuild and without a compiler. The other
 interpreter computes the recorded cases of tests/golden once for each SIMD level of the processor. It must have the same

@@ -62,16 +62,8 @@ def main() -> None:
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     native = BUILD / "native"
-    configure: list[str | Path] = [
-        "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        native,
-        "-G",
-        "Ninja",
-        *(f"-D{k}={v}" for k, v in settings.items()),
-    ]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(native), "-G", "Ninja"]
+    configure += [f"-D{key}={value}" for key, value in settings.items()]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", native], check=True)
     print(f"compiled and linked for Arm with torch {TORCH}: {(native / name).relative_to(ROOT)}")
